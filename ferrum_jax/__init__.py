@@ -1,0 +1,34 @@
+"""Mixture-of-Experts routing and combine for JAX, as primitives under every transformation."""
+
+from ._primitive import which
+from .combine import moe_combine, moe_dispatch, weighted_sum_batched
+from .routing import RouterOutput, route_topk_softmax
+from .tables import (
+    MoePlan,
+    MoeRouting,
+    TokenPairs,
+    max_aligned_rows,
+    moe_align_block_size,
+    moe_align_block_size_pair_ids,
+    moe_build_pairs_by_token,
+    moe_plan,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MoePlan",
+    "MoeRouting",
+    "RouterOutput",
+    "TokenPairs",
+    "max_aligned_rows",
+    "moe_align_block_size",
+    "moe_align_block_size_pair_ids",
+    "moe_build_pairs_by_token",
+    "moe_combine",
+    "moe_dispatch",
+    "moe_plan",
+    "route_topk_softmax",
+    "weighted_sum_batched",
+    "which",
+]

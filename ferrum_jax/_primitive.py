@@ -1,0 +1,255 @@
+"""How an op becomes a JAX primitive. The only file that touches jax.extend and jax.interpreters.
+
+`define` takes a signature, a meaning in jnp and a derivative, and gives back the op: a function that checks its
+arguments and binds one equation, `ferrum_<name>`. What all ops share is decided here, once: eager calls, shapes,
+lowering per platform, batching, forward and reverse differentiation, meshes and shard_map.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jax.sharding import AbstractMesh, AxisType
+
+from . import _signature, kernels
+
+
+class Op(NamedTuple):
+    name: str
+    signature: _signature.Signature
+    meaning: Callable[..., Any]
+    sizes: Callable[..., dict[str, int]]
+    primitive: Primitive
+
+    def __call__(self, *args: Any, implementation: str | None = None, **params: Any) -> Any:
+        """Check the arguments and bind one equation. One result comes bare, several as a list."""
+        if implementation not in (None, *kernels.IMPLEMENTATIONS):
+            choices = ", ".join(map(repr, (None, *kernels.IMPLEMENTATIONS)))
+            raise ValueError(f"{self.name}: implementation must be one of {choices}; got {implementation!r}")
+        operands = _equally_varying(_signature.canonical(self.name, self.signature, args))
+        results = self.primitive.bind(*operands, implementation=implementation, **params)
+        return results if len(self.signature.results) > 1 else results[0]
+
+
+_ops: dict[Primitive, Op] = {}
+
+
+def define(
+    name: str,
+    signature: str,
+    meaning: Callable[..., Any],
+    *,
+    sizes: Callable[..., dict[str, int]] = lambda size, **params: {},
+    transposes: dict[int, Callable[..., Array]] | None = None,
+    jvp: Callable[..., Sequence[Any]] | None = None,
+) -> Op:
+    """Declare an op.
+
+    name, signature: the equation is named `ferrum_<name>`; see `_signature` for the signature's language.
+    meaning(*operands, **params): the result (or a tuple of them) in jnp, of operands *without* leading axes.
+    sizes(size, **params): sizes of the results' axes that are no operand's, from those that are.
+    transposes: for an op linear in each of some operands (bilinear: two): operand index -> the map
+        (cotangent, *operands, **params) -> that operand's cotangent; the operand itself comes as its abstract value.
+    jvp(primals, results, tangents, **params): the results' tangents (None: no dependence); `tangents` holds None
+        where an operand does not vary. For an op that is not linear. With neither, the op has no derivative.
+    """
+    primitive = Primitive(f"ferrum_{name}")
+    primitive.multiple_results = True
+    op = _ops[primitive] = Op(name, _signature.parse(signature), meaning, sizes, primitive)
+
+    primitive.def_impl(functools.partial(_eager, primitive))
+    primitive.def_abstract_eval(functools.partial(_abstract, op))
+    mlir.register_lowering(primitive, functools.partial(_lower, op, None))
+    mlir.register_lowering(primitive, functools.partial(_lower, op, "cuda"), platform="cuda")
+    batching.primitive_batchers[primitive] = functools.partial(_batch, op)
+    ad.primitive_jvps[primitive] = functools.partial(_jvp, op, transposes or {}, jvp)
+    if transposes:
+        ad.primitive_transposes[primitive] = functools.partial(_transpose, transposes)
+    return op
+
+
+# ---- eager calls: one jit, and one compilation a shape, for each set of static parameters
+
+
+def _eager(primitive: Primitive, *operands: Array, **params: Any) -> list[Array]:
+    return _compiled(primitive, tuple(sorted(params.items())))(*operands)
+
+
+@functools.cache
+def _compiled(primitive: Primitive, params: tuple[tuple[str, Any], ...]) -> Callable[..., list[Array]]:
+    return jax.jit(functools.partial(primitive.bind, **dict(params)))
+
+
+# ---- shapes
+
+
+def _abstract(op: Op, *avals: Any, implementation: str | None, **params: Any) -> list[Any]:
+    return _signature.results(op.name, op.signature, avals, functools.partial(op.sizes, **params))
+
+
+def _equally_varying(operands: Sequence[Array]) -> list[Array]:
+    """Inside shard_map, operands that vary over the same manual axes: so their cotangents are summed over the rest."""
+    varying = [jax.typeof(x).manual_axis_type.varying for x in operands]
+    every = frozenset().union(*varying)
+    return [
+        jax.lax.pcast(x, tuple(sorted(every - own)), to="varying") if every - own else x
+        for x, own in zip(operands, varying, strict=True)
+    ]
+
+
+# ---- lowering
+
+
+def _lower(op: Op, platform: str | None, ctx: Any, *operands: Any, implementation: str | None, **params: Any) -> Any:
+    """The kernel that `kernels.choose` picks on an NVIDIA GPU; elsewhere, and where it picks none, the jnp meaning."""
+    platform = platform or "/".join(p for p in ctx.module_context.platforms if p != "cuda")
+    choice = kernels.choose(op.name, implementation, ctx.avals_in, params, platform)
+    empty = any(0 in aval.shape for aval in (*ctx.avals_in, *ctx.avals_out))
+    run = (None if empty else kernels.load(choice.implementation, op.name)) or _with_leading_axes(op)
+    mesh = ctx.avals_out[0].sharding.mesh
+    if AxisType.Explicit in mesh.axis_types:
+        axes = tuple(n for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Explicit)
+        run = jax.sharding.auto_axes(run, axes=axes, out_sharding=tuple(a.sharding.spec for a in ctx.avals_out))
+    else:
+        # What an op computes on one device has nothing to do with meshes: trace it without one.
+        mesh = AbstractMesh((), (), abstract_device=jax.sharding.get_abstract_mesh().abstract_device)
+        ctx = ctx.replace(avals_in=_local(ctx.avals_in), avals_out=_local(ctx.avals_out))
+
+    def traced(*operands: Array) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh), jax.named_scope(op.primitive.name):
+            return run(*operands, **params)
+
+    return mlir.lower_fun(traced, multiple_results=True)(ctx, *operands)
+
+
+def _local(avals: Sequence[Any]) -> list[Any]:
+    return [jax.core.ShapedArray(a.shape, a.dtype) for a in avals]
+
+
+def _with_leading_axes(op: Op) -> Callable[..., tuple[Array, ...]]:
+    """The meaning over leading axes, which broadcast from size 1 without being copied."""
+
+    def run(*operands: Array, **params: Any) -> tuple[Array, ...]:
+        if operands[0].ndim == len(op.signature.operands[0].dims):
+            results = op.meaning(*operands, **params)
+            return results if isinstance(results, tuple) else (results,)
+        shared = [x.shape[0] == 1 for x in operands]
+        inner = functools.partial(run, **params)
+        if all(shared):
+            return tuple(jnp.expand_dims(x, 0) for x in inner(*(jnp.squeeze(x, 0) for x in operands)))
+        return jax.vmap(inner, in_axes=tuple(None if s else 0 for s in shared))(
+            *(jnp.squeeze(x, 0) if s else x for x, s in zip(operands, shared, strict=True))
+        )
+
+    return run
+
+
+# ---- batching: the new axis goes first; an operand without it gets one of size 1
+
+
+def _batch(op: Op, operands: Sequence[Array], axes: Sequence[int | None], **params: Any) -> tuple[Any, Any]:
+    operands = [
+        jnp.expand_dims(x, 0) if axis is None else jnp.moveaxis(x, axis, 0)
+        for x, axis in zip(operands, axes, strict=True)
+    ]
+    results = op.primitive.bind(*operands, **params)
+    return results, [0] * len(results)
+
+
+# ---- differentiation
+
+
+def _jvp(op: Op, transposes: dict[int, Any], jvp: Any, primals: Any, tangents: Any, **params: Any) -> tuple[Any, Any]:
+    results = op.primitive.bind(*primals, **params)
+    if transposes:
+        terms = [
+            op.primitive.bind(*_equally_varying([*primals[:i], tangents[i], *primals[i + 1 :]]), **params)[0]
+            for i in transposes
+            if not isinstance(tangents[i], ad.Zero)
+        ]
+        out = [functools.reduce(jnp.add, terms)] if terms else [None]
+    elif jvp and not all(isinstance(t, ad.Zero) for t in tangents):
+        known = [None if isinstance(t, ad.Zero) else t for t in tangents]
+        out = jvp(primals, results, known, **params)
+    else:
+        out = [None] * len(results)
+    zeros = [ad.Zero(jax.typeof(r).to_tangent_aval()) for r in results]
+    return results, [z if t is None else t for t, z in zip(out, zeros, strict=True)]
+
+
+def _transpose(transposes: dict[int, Any], cotangents: Any, *operands: Any, **params: Any) -> list[Any]:
+    (cotangent,) = cotangents
+    out: list[Any] = [None] * len(operands)
+    (index,) = (i for i, x in enumerate(operands) if ad.is_undefined_primal(x))
+    aval = operands[index].aval
+    if isinstance(cotangent, ad.Zero):
+        out[index] = ad.Zero(aval.to_cotangent_aval() if hasattr(aval, "to_cotangent_aval") else aval)
+    else:
+        known = [aval if ad.is_undefined_primal(x) else x for x in operands]
+        out[index] = _like(transposes[index](cotangent, *known, **params), aval)
+    return out
+
+
+def _like(cotangent: Array, aval: Any) -> Array:
+    """The cotangent in its primal's shape and sharding: summed over the leading axes along which that was broadcast."""
+    wide = tuple(i for i, (have, want) in enumerate(zip(cotangent.shape, aval.shape, strict=True)) if have != want)
+    if wide:
+        cotangent = jnp.sum(cotangent, axis=wide, keepdims=True)
+    have, want = jax.typeof(cotangent).sharding, aval.sharding
+    if AxisType.Explicit in want.mesh.axis_types and have.spec != want.spec:
+        cotangent = jax.sharding.reshard(cotangent, want.spec)
+    return cotangent
+
+
+# ---- which implementation would run
+
+
+def which(
+    op_function: Callable[..., Any],
+    *args: Any,
+    platform: str | None = None,
+    device_kind: str | None = None,
+    **kwargs: Any,
+) -> kernels.Choice:
+    """The implementation that `implementation=None` takes, and why each other one is passed over.
+
+    Args:
+      op_function: a function of this library, such as `moe_combine`.
+      *args, **kwargs: its arguments; arrays may be `jax.ShapeDtypeStruct`s.
+      platform: "cpu", "cuda", "tpu", ...; default: that of JAX's default backend.
+      device_kind: the GPU's name, such as "NVIDIA H200"; default: the abstract mesh's device, else the live GPU,
+        else a compute capability 9.0 GPU.
+
+    Returns:
+      Choice(implementation, passed_over): a name, and a dict from every other name to the reason in words.
+
+    Raises:
+      ValueError: `op_function` runs no op of this library, or more than one.
+
+    >>> import jax, jax.numpy as jnp, ferrum_jax
+    >>> ferrum_jax.which(ferrum_jax.route_topk_softmax, jnp.zeros((16, 128)), 8, platform="cpu").implementation
+    'xla'
+    """
+    arrays = [x for x in (*args, *kwargs.values()) if hasattr(x, "shape")]
+
+    def call(*arrays: Any) -> Any:
+        given = iter(arrays)
+        fill = lambda x: next(given) if hasattr(x, "shape") else x  # noqa: E731
+        filled = [fill(x) for x in args]
+        return op_function(*filled, **{k: fill(v) for k, v in kwargs.items()})
+
+    equations = [e for e in jax.make_jaxpr(call)(*arrays).eqns if e.primitive in _ops]
+    if len(equations) != 1:
+        found = ", ".join(e.primitive.name for e in equations) or "none"
+        raise ValueError(f"which: {op_function} must run one op of ferrum_jax; it runs {found}")
+    (equation,) = equations
+    if platform is None:
+        platform = "cuda" if jax.default_backend() == "gpu" else jax.default_backend()
+    params = dict(equation.params)
+    asked, avals = params.pop("implementation"), [v.aval for v in equation.invars]
+    return kernels.choose(_ops[equation.primitive].name, asked, avals, params, platform, device_kind)
