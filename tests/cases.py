@@ -1,0 +1,235 @@
+"""One row per op: how to make its arguments, what they mean, which of them it is differentiated by.
+
+A test takes an op and a size from here and adds the transformation. Arguments are NumPy arrays of one slice.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import oracle
+
+import ferrum_jax
+
+
+class Size(NamedTuple):
+    T: int
+    E: int
+    K: int
+    H: int
+    block: int = 4
+
+    def __str__(self):
+        return "-".join(f"{name}{value}" for name, value in zip(self._fields, self, strict=True))
+
+
+SMALL = Size(5, 6, 3, 4)
+SIZES = (
+    Size(0, 8, 2, 16),
+    Size(1, 1, 1, 1, 1),
+    Size(1, 8, 8, 64),
+    Size(7, 3, 3, 5, 2),
+    Size(7, 8, 2, 130, 16),
+    Size(33, 128, 8, 96, 16),
+    Size(9, 257, 10, 20, 8),
+    Size(3, 384, 8, 256, 64),
+    Size(5, 512, 64, 8, 1),
+    Size(2, 2048, 10, 3, 5),
+    Size(2, 4096, 64, 7, 3),
+)
+DTYPES = ("float32", "bfloat16", "float16")
+IMPLEMENTATIONS = ("xla",)
+
+
+class Op(NamedTuple):
+    name: str
+    call: Callable[..., Any]  # (*arrays, size, implementation) -> result or tuple of results
+    oracle: Callable[..., Any]  # (*arrays, size) -> pairs of value and magnitude
+    args: Callable[[np.random.Generator, Size, str], tuple[np.ndarray, ...]]
+    floats: tuple[int, ...] = ()
+
+    def __str__(self):
+        return self.name
+
+    def results(self, *args, size, implementation=None):
+        out = self.call(*args, size=size, implementation=implementation)
+        return tuple(out) if isinstance(out, tuple) else (out,)
+
+    def float_results(self, *args, **kwargs):
+        return [r for r in self.results(*args, **kwargs) if jnp.issubdtype(r.dtype, jnp.floating)]
+
+
+def rng(*seed):
+    return np.random.default_rng([ord(c) for c in "".join(map(str, seed))])
+
+
+def logits(r, size, dtype):
+    """Rows with ties, masked experts, and each hostile value; the first three rows are plain."""
+    x = r.normal(size=(size.T, size.E)).astype(np.float32)
+    x[1::2] = np.round(x[1::2])
+    hostile = [-np.inf, np.inf, np.nan, -np.nan, 0.0, -0.0, 1e-40, -1e-40, 1e-45, 3e38, -3e38]
+    for t in range(3, size.T):
+        where = r.random(size.E) < 0.3
+        x[t, where] = r.choice(hostile[: 1 if t % 2 else None], size=where.sum())
+    if size.T > 4:
+        x[3], x[4] = -np.inf, 0.0
+        x[4, ::2] = -0.0
+    return (np.asarray(jnp.asarray(x).astype(dtype)),)
+
+
+def expert_ids(r, size, dtype=None):
+    """Distinct experts, but for some pairs without one; the first token crowds one expert."""
+    ids = np.argsort(r.random((size.T, size.E)), axis=1)[:, : size.K].astype(np.int32)
+    ids[:1] = size.E // 2
+    strays = r.random(ids.shape) < 0.15
+    ids[strays] = r.choice([-1, size.E, 2**31 - 1, -(2**31)], size=strays.sum())
+    return (ids,)
+
+
+def rows(r, shape, dtype):
+    return np.array(jnp.asarray(r.normal(size=shape).astype(np.float32)).astype(dtype))
+
+
+def tables(r, size):
+    (pairs, _), (tokens, _), _ = oracle.moe_build_pairs_by_token(expert_ids(r, size)[0], num_experts=size.E)
+    return pairs.astype(np.int32), tokens.astype(np.int32)
+
+
+def dispatch_args(r, size, dtype):
+    return rows(r, (size.T, size.H), dtype), tables(r, size)[1]
+
+
+def dispatch_pairs_args(r, size, dtype):
+    pairs, tokens = tables(r, size)
+    return rows(r, (size.T, size.H), dtype), tokens, pairs
+
+
+def combine_args(r, size, dtype):
+    """Two rows that nobody names hold NaN; some indices are out of range on either side."""
+    pairs, _ = tables(r, size)
+    y = rows(r, (size.T * size.K + 2, size.H), dtype)
+    y[~np.isin(np.arange(len(y)), pairs)] = np.nan
+    pairs[pairs < 0] = r.choice([-1, len(y), 2**31 - 1, -(2**31)], size=(pairs < 0).sum())
+    return y, pairs, r.random(pairs.shape).astype(np.float32) - 0.3
+
+
+def combine_repeated_args(r, size, dtype):
+    y, pairs, weights = combine_args(r, size, dtype)
+    y = np.nan_to_num(y, nan=1.0)
+    return y, r.integers(-1, max(len(y) // 2, 1), size=pairs.shape).astype(np.int32), weights
+
+
+def weighted_sum_args(r, size, dtype):
+    return rows(r, (size.T, size.K, size.H), dtype), r.normal(size=(size.T, size.K)).astype(np.float32)
+
+
+OPS = (
+    Op(
+        "route_topk_softmax",
+        lambda x, size, implementation: ferrum_jax.route_topk_softmax(x, size.K, implementation=implementation),
+        lambda x, size: oracle.route_topk_softmax(x, top_k=size.K),
+        logits,
+        (0,),
+    ),
+    Op(
+        "route_topk_softmax-raw",
+        lambda x, size, implementation: ferrum_jax.route_topk_softmax(
+            x, size.K, norm_topk_prob=False, implementation=implementation
+        ),
+        lambda x, size: oracle.route_topk_softmax(x, top_k=size.K, norm_topk_prob=False),
+        logits,
+        (0,),
+    ),
+    Op(
+        "moe_build_pairs_by_token",
+        lambda ids, size, implementation: ferrum_jax.moe_build_pairs_by_token(
+            ids, size.E, implementation=implementation
+        ),
+        lambda ids, size: oracle.moe_build_pairs_by_token(ids, num_experts=size.E),
+        expert_ids,
+    ),
+    Op(
+        "moe_align_block_size",
+        lambda ids, size, implementation: ferrum_jax.moe_align_block_size(
+            ids, size.E, size.block, implementation=implementation
+        ),
+        lambda ids, size: oracle.moe_align_block_size(ids, num_experts=size.E, block_size=size.block),
+        expert_ids,
+    ),
+    Op(
+        "moe_align_block_size_pair_ids",
+        lambda ids, size, implementation: ferrum_jax.moe_align_block_size_pair_ids(
+            ids, size.E, size.block, implementation=implementation
+        ),
+        lambda ids, size: oracle.moe_align_block_size_pair_ids(ids, num_experts=size.E, block_size=size.block),
+        expert_ids,
+    ),
+    Op(
+        "moe_plan",
+        lambda ids, size, implementation: ferrum_jax.moe_plan(ids, size.E, size.block, implementation=implementation),
+        lambda ids, size: oracle.moe_plan(ids, num_experts=size.E, block_size=size.block),
+        expert_ids,
+    ),
+    Op(
+        "moe_plan-pair_ids",
+        lambda ids, size, implementation: ferrum_jax.moe_plan(
+            ids, size.E, size.block, pair_ids=True, implementation=implementation
+        ),
+        lambda ids, size: oracle.moe_plan(ids, num_experts=size.E, block_size=size.block, pair_ids=True),
+        expert_ids,
+    ),
+    Op(
+        "moe_dispatch",
+        lambda x, idx, size, implementation: ferrum_jax.moe_dispatch(x, idx, implementation=implementation),
+        lambda x, idx, size: oracle.moe_dispatch(x, idx),
+        dispatch_args,
+        (0,),
+    ),
+    Op(
+        "moe_dispatch-pairs",
+        lambda x, idx, pairs, size, implementation: ferrum_jax.moe_dispatch(
+            x, idx, pairs_by_token=pairs, implementation=implementation
+        ),
+        lambda x, idx, pairs, size: oracle.moe_dispatch(x, idx),
+        dispatch_pairs_args,
+        (0,),
+    ),
+    Op(
+        "moe_combine",
+        lambda y, pairs, w, size, implementation: ferrum_jax.moe_combine(
+            y, pairs, w, unique_rows=True, implementation=implementation
+        ),
+        lambda y, pairs, w, size: oracle.moe_combine(y, pairs, w),
+        combine_args,
+        (0, 2),
+    ),
+    Op(
+        "moe_combine-repeated",
+        lambda y, pairs, w, size, implementation: ferrum_jax.moe_combine(y, pairs, w, implementation=implementation),
+        lambda y, pairs, w, size: oracle.moe_combine(y, pairs, w),
+        combine_repeated_args,
+        (0, 2),
+    ),
+    Op(
+        "weighted_sum_batched",
+        lambda slots, w, size, implementation: ferrum_jax.weighted_sum_batched(slots, w, implementation=implementation),
+        lambda slots, w, size: oracle.weighted_sum_batched(slots, w),
+        weighted_sum_args,
+        (0, 1),
+    ),
+)
+FLOAT_OPS = tuple(op for op in OPS if op.floats)
+
+
+def finite_args(op, r, size, dtype="float32"):
+    """Arguments without hostile values: for finite differences, and for comparing gradients with ==."""
+    args = op.args(r, size, dtype)
+    plain = list(args)
+    for i in op.floats:
+        wide = np.asarray(args[i], np.float32)
+        plain[i] = np.nan_to_num(wide, nan=0.5, posinf=2.0, neginf=-2.0).astype(args[i].dtype)
+    if op.name.startswith("route"):  # experts far enough apart that a finite difference changes no choice
+        order = np.argsort(r.random(plain[0].shape), axis=-1)
+        plain[0] = (order * 0.37 - 1).astype(plain[0].dtype)
+    return tuple(plain)

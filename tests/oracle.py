@@ -1,0 +1,160 @@
+"""What the operations mean, as NumPy loops in float64, written from the contract and from nothing else.
+
+Every oracle works on one slice (no leading axes). Float results come with the sum of the terms' magnitudes, which
+bounds the error that a right implementation may have: see `assert_close`.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+
+
+def f64(x):
+    return np.asarray(x).astype(np.float64)
+
+
+def rank_key(x):
+    """Order of logits: by float32 value, -0 as +0, NaN of either sign below everything."""
+    bits = int(np.float32(x).view(np.int32))
+    if np.isnan(np.float32(x)):
+        return -(2**31)
+    if bits == -(2**31):
+        bits = 0
+    return bits if bits >= 0 else -(bits & 0x7FFFFFFF)
+
+
+def route_topk_softmax(logits, *, top_k, norm_topk_prob=True):
+    x = np.asarray(logits).astype(np.float32)
+    ids = np.zeros((len(x), top_k), np.int64)
+    weights = np.zeros((len(x), top_k))
+    for t, row in enumerate(x):
+        order = sorted(range(len(row)), key=lambda e, row=row: (-rank_key(row[e]), e))
+        ids[t] = order[:top_k]
+        if np.isnan(row).any() or (row == np.inf).any():
+            weights[t] = np.nan
+        elif (row == -np.inf).all():
+            weights[t] = 1 / top_k if norm_topk_prob else 0
+        else:
+            p = np.exp(row.astype(np.float64) - float(row.max()))
+            p /= p.sum()
+            weights[t] = p[ids[t]] / (p[ids[t]].sum() if norm_topk_prob else 1)
+    return (ids, None), (weights, np.abs(weights))
+
+
+def sorted_pairs(expert_ids, num_experts):
+    """Pair ids by expert, ascending inside an expert; and each expert's."""
+    flat = [int(e) for e in np.asarray(expert_ids).reshape(-1)]
+    lists = [[p for p, e in enumerate(flat) if e == expert] for expert in range(num_experts)]
+    return [p for pairs in lists for p in pairs], lists
+
+
+def moe_build_pairs_by_token(expert_ids, *, num_experts):
+    num_tokens, top_k = np.shape(expert_ids)
+    order, lists = sorted_pairs(expert_ids, num_experts)
+    pairs = np.full((num_tokens, top_k), -1)
+    tokens = np.full(num_tokens * top_k, num_tokens)
+    for row, p in enumerate(order):
+        pairs[p // top_k, p % top_k] = row
+        tokens[row] = p // top_k
+    offsets = np.cumsum([0] + [len(pairs) for pairs in lists])
+    return (pairs, None), (tokens, None), (offsets, None)
+
+
+def aligned(expert_ids, *, num_experts, block_size, pair_ids):
+    num_pairs = np.size(expert_ids)
+    order, lists = sorted_pairs(expert_ids, num_experts)
+    row_of = {p: row for row, p in enumerate(order)}
+    busy = min(num_experts, num_pairs)
+    num_blocks = busy + (num_pairs - busy) // block_size
+    slots, blocks = [], []
+    for expert, pairs in enumerate(lists):
+        for start in range(0, len(pairs), block_size):
+            values = [p if pair_ids else row_of[p] for p in pairs[start : start + block_size]]
+            slots += values + [num_pairs] * (block_size - len(values))
+            blocks.append(expert)
+    total = len(slots)
+    slots += [num_pairs] * (num_blocks * block_size - total)
+    blocks += [-1] * (num_blocks - len(blocks))
+    return (np.array(slots, np.int64), None), (np.array(blocks, np.int64), None), (np.array(total), None)
+
+
+def moe_align_block_size(expert_ids, *, num_experts, block_size):
+    return aligned(expert_ids, num_experts=num_experts, block_size=block_size, pair_ids=False)
+
+
+def moe_align_block_size_pair_ids(expert_ids, *, num_experts, block_size):
+    return aligned(expert_ids, num_experts=num_experts, block_size=block_size, pair_ids=True)
+
+
+def moe_plan(expert_ids, *, num_experts, block_size, pair_ids=False):
+    pairs = moe_build_pairs_by_token(expert_ids, num_experts=num_experts)
+    return *pairs, *aligned(expert_ids, num_experts=num_experts, block_size=block_size, pair_ids=pair_ids)
+
+
+def moe_dispatch(x, packed_token_idx, pairs_by_token=None):
+    out = np.zeros((len(packed_token_idx), x.shape[1]))
+    for r, t in enumerate(packed_token_idx):
+        if 0 <= t < len(x):
+            out[r] = f64(x[t])
+    return ((out, np.abs(out)),)
+
+
+def moe_combine(packed_down, pairs_by_token, pair_weights):
+    out = np.zeros((len(pairs_by_token), packed_down.shape[1]))
+    size = np.zeros_like(out)
+    for t, k in np.ndindex(np.shape(pairs_by_token)):
+        r = int(pairs_by_token[t, k])
+        if 0 <= r < len(packed_down):
+            term = np.float64(np.float32(pair_weights[t, k])) * f64(packed_down[r])
+            out[t] += term
+            size[t] += np.abs(term)
+    return ((out, size),)
+
+
+def weighted_sum_batched(slots, weights):
+    pairs = np.arange(slots.shape[0] * slots.shape[1]).reshape(slots.shape[:2])
+    return moe_combine(np.asarray(slots).reshape(-1, slots.shape[2]), pairs, weights)
+
+
+def moe_combine_grads(packed_down, pairs_by_token, pair_weights, g):
+    """Cotangents of packed_down and of pair_weights for the cotangent g of the result."""
+    drows, rows_size = np.zeros(packed_down.shape), np.zeros(packed_down.shape)
+    dweights, weights_size = np.zeros(np.shape(pair_weights)), np.zeros(np.shape(pair_weights))
+    for t, k in np.ndindex(np.shape(pairs_by_token)):
+        r = int(pairs_by_token[t, k])
+        if 0 <= r < len(packed_down):
+            term = np.float64(np.float32(pair_weights[t, k])) * f64(g[t])
+            drows[r] += term
+            rows_size[r] += np.abs(term)
+            terms = f64(packed_down[r]) * f64(g[t])
+            dweights[t, k], weights_size[t, k] = terms.sum(), np.abs(terms).sum()
+    return (drows, rows_size), (dweights, weights_size)
+
+
+def moe_dispatch_grad(x, packed_token_idx, g):
+    out, size = np.zeros(x.shape), np.zeros(x.shape)
+    for r, t in enumerate(packed_token_idx):
+        if 0 <= t < len(x):
+            out[t] += f64(g[r])
+            size[t] += np.abs(f64(g[r]))
+    return ((out, size),)
+
+
+def assert_close(got, want, size, dtype):
+    """|error| <= eps^(2/3) * (sum of |terms|) + tiny. NaN and infinities must stand where they should."""
+    got, info = f64(got), jnp.finfo(dtype)
+    assert got.shape == want.shape, (got.shape, want.shape)
+    regular = np.isfinite(want)
+    np.testing.assert_array_equal(got[~regular], want[~regular])
+    error, bound = np.abs(got - want)[regular], float(info.eps) ** (2 / 3) * size[regular] + float(info.tiny)
+    assert np.all(error <= bound), f"largest error over its bound: {np.max(error / bound)}"
+
+
+def assert_matches(got, wanted):
+    """A function's results (arrays) against an oracle's (pairs of value and magnitude; no magnitude: exact int32)."""
+    assert len(got) == len(wanted)
+    for result, (want, size) in zip(got, wanted, strict=True):
+        if size is None:
+            assert result.dtype == np.int32
+            np.testing.assert_array_equal(np.asarray(result), want)
+        else:
+            assert_close(result, want, size, result.dtype)

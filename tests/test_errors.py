@@ -1,0 +1,90 @@
+"""Wrong arguments: the documented error at trace time, in words that help."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import OPS, SMALL, rng
+
+import ferrum_jax as fj
+
+f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
+i32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
+of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
+
+BIG = 2**31 - 1
+CASES = {
+    # routing
+    "top_k 0": (lambda x: fj.route_topk_softmax(x, 0), [f32(3, 4)], ValueError, ["top_k", "[1, 4]", "got 0"]),
+    "top_k > E": (lambda x: fj.route_topk_softmax(x, 5), [f32(3, 4)], ValueError, ["top_k", "[1, 4]", "got 5"]),
+    "top_k float": (lambda x: fj.route_topk_softmax(x, 2.0), [f32(3, 4)], TypeError, ["top_k", "int", "float"]),
+    "top_k traced": (fj.route_topk_softmax, [f32(3, 4), i32()], TypeError, ["top_k", "traced"]),
+    "no experts": (lambda x: fj.route_topk_softmax(x, 1), [f32(3, 0)], ValueError, ["top_k", "logits", "(3, 0)"]),
+    "scalar logits": (lambda x: fj.route_topk_softmax(x, 1), [f32()], ValueError, ["logits", "[..., E]", "()"]),
+    "int logits": (lambda x: fj.route_topk_softmax(x, 1), [i32(3, 4)], TypeError, ["logits", "float32", "int32"]),
+    "f64 logits": (lambda x: fj.route_topk_softmax(x, 1), [of("float64", 3, 4)], TypeError, ["logits", "float64"]),
+    "f8 logits": (lambda x: fj.route_topk_softmax(x, 1), [of("float8_e4m3fn", 3, 4)], TypeError, ["logits", "float8"]),
+    # tables
+    "bool ids": (lambda i: fj.moe_plan(i, 4, 2), [of(bool, 3, 2)], TypeError, ["expert_ids", "integers", "bool"]),
+    "float ids": (lambda i: fj.moe_plan(i, 4, 2), [f32(3, 2)], TypeError, ["expert_ids", "integers", "float32"]),
+    "flat ids": (lambda i: fj.moe_plan(i, 4, 2), [i32(3)], ValueError, ["expert_ids", "[..., T, K]", "(3,)"]),
+    "no num_experts": (lambda i: fj.moe_plan(i, 0, 2), [i32(3, 2)], ValueError, ["num_experts", "got 0"]),
+    "pairs, no experts": (lambda i: fj.moe_build_pairs_by_token(i, -1), [i32(3, 2)], ValueError, ["num_experts", "-1"]),
+    "block 0": (lambda i: fj.moe_align_block_size(i, 4, 0), [i32(3, 2)], ValueError, ["block_size", "got 0"]),
+    "block str": (lambda i: fj.moe_align_block_size_pair_ids(i, 4, "2"), [i32(3, 2)], TypeError, ["block_size", "str"]),
+    "P past int32": (lambda i: fj.moe_build_pairs_by_token(i, 4), [i32(2**20, 2**12)], ValueError, ["num_pairs"]),
+    "S past int32": (lambda i: fj.moe_plan(i, 4, 2**30), [i32(3, 2)], ValueError, ["block_size", str(BIG)]),
+    "rows past int32": (fj.moe_dispatch, [f32(2**31, 1), i32(3)], ValueError, ["x", str(2**31), str(BIG)]),
+    # combine
+    "combine T": (fj.moe_combine, [f32(9, 4), i32(3, 2), f32(4, 2)], ValueError, ["pairs_by_token", "T = 4", "(3, 2)"]),
+    "combine K": (fj.moe_combine, [f32(9, 4), i32(3, 2), f32(3, 1)], ValueError, ["pairs_by_token", "K = 1", "(3, 2)"]),
+    "combine rank": (
+        fj.moe_combine,
+        [f32(4), i32(3, 2), f32(3, 2)],
+        ValueError,
+        ["packed_down", "[..., R, H]", "(4,)"],
+    ),
+    "combine leads": (fj.moe_combine, [f32(2, 9, 4), i32(3, 3, 2), f32(3, 3, 2)], ValueError, ["leading", "(3, 3, 2)"]),
+    "combine lead ranks": (fj.moe_combine, [f32(9, 4), i32(3, 3, 2), f32(3, 3, 2)], ValueError, ["leading"]),
+    "combine int rows": (fj.moe_combine, [i32(9, 4), i32(3, 2), f32(3, 2)], TypeError, ["packed_down", "int32"]),
+    "combine weights": (fj.moe_combine, [f32(9, 4), i32(3, 2), i32(3, 2)], TypeError, ["pair_weights", "floating"]),
+    "combine pairs": (fj.moe_combine, [f32(9, 4), f32(3, 2), f32(3, 2)], TypeError, ["pairs_by_token", "float32"]),
+    "dispatch idx": (fj.moe_dispatch, [f32(9, 4), of(bool, 3)], TypeError, ["packed_token_idx", "bool"]),
+    "dispatch f64": (fj.moe_dispatch, [of("float64", 9, 4), i32(3)], TypeError, ["x", "float64"]),
+    "dispatch pairs": (
+        lambda x, i, p: fj.moe_dispatch(x, i, pairs_by_token=p),
+        [f32(9, 4), i32(18), i32(8, 2)],
+        ValueError,
+        ["pairs_by_token", "T = 9", "(8, 2)"],
+    ),
+    "slots": (fj.weighted_sum_batched, [f32(3, 2, 4), f32(3, 3)], ValueError, ["weights", "K = 2", "(3, 3)"]),
+    "slots rank": (fj.weighted_sum_batched, [f32(3, 2), f32(3, 2)], ValueError, ["slots", "[..., T, K, H]"]),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.usefixtures("x64")
+def test_named_error_at_trace_time(name):
+    f, args, error, words = CASES[name]
+    with pytest.raises(error) as info:
+        jax.eval_shape(f, *args)
+    for word in words:
+        assert word in str(info.value), str(info.value)
+
+
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_unknown_implementation_lists_the_choices(op):
+    with pytest.raises(ValueError, match=r"None, 'xla', 'triton', 'pallas'; got 'cuda'"):
+        op.results(*op.args(rng(op), SMALL, "float32"), size=SMALL, implementation="cuda")
+
+
+@pytest.mark.parametrize("args", [(-1, 4, 4), (4, 0, 4), (4, 4, 0), (2**31, 4, 4), (4, 4, 2**30)])
+def test_max_aligned_rows_ranges(args):
+    with pytest.raises(ValueError, match="max_aligned_rows"):
+        fj.max_aligned_rows(*args)
+    with pytest.raises(TypeError, match="num_pairs"):
+        fj.max_aligned_rows(1.5, 4, 4)
+
+
+def test_sizes_may_be_numpy_integers():
+    assert fj.route_topk_softmax(jnp.zeros((2, 3)), np.int64(2)).expert_ids.shape == (2, 2)

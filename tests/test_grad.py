@@ -1,0 +1,192 @@
+"""Derivatives: forward, reverse, of second order, against finite differences, the oracles and a dense layer."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import layer
+import numpy as np
+import oracle
+import pytest
+from cases import (
+    DTYPES,
+    FLOAT_OPS,
+    SMALL,
+    Size,
+    combine_args,
+    combine_repeated_args,
+    dispatch_pairs_args,
+    finite_args,
+    rng,
+    weighted_sum_args,
+)
+from jax.test_util import check_grads
+
+import ferrum_jax
+
+
+def as_function_of_floats(op, args, size, implementation):
+    def f(*floats):
+        given = iter(floats)
+        full = [next(given) if i in op.floats else a for i, a in enumerate(args)]
+        return op.float_results(*full, size=size, implementation=implementation)
+
+    return f, [jnp.asarray(args[i]) for i in op.floats]
+
+
+@pytest.mark.parametrize("op", FLOAT_OPS, ids=str)
+def test_both_modes_to_second_order(op, implementation):
+    f, floats = as_function_of_floats(op, finite_args(op, rng(op), SMALL), SMALL, implementation)
+    check_grads(f, floats, order=2, modes=("fwd", "rev"), atol=1e-2, rtol=1e-2, eps=1e-2)
+
+
+@pytest.mark.parametrize("op", FLOAT_OPS, ids=str)
+@pytest.mark.parametrize("size", [Size(0, 4, 2, 3), Size(1, 1, 1, 1)], ids=str)
+def test_empty_and_single(op, size, implementation):
+    f, floats = as_function_of_floats(op, finite_args(op, rng(op), size), size, implementation)
+    gradient = jax.grad(lambda *a: sum(jnp.sum(r) for r in f(*a)), argnums=tuple(range(len(floats))))(*floats)
+    for g, x in zip(gradient, floats, strict=True):
+        assert (g.shape, g.dtype) == (x.shape, x.dtype)
+        assert bool(jnp.all(jnp.isfinite(g)))
+
+
+@pytest.mark.parametrize("op", FLOAT_OPS, ids=str)
+def test_linearize_agrees_with_jvp_and_transpose(op, implementation):
+    f, floats = as_function_of_floats(op, finite_args(op, rng(op), SMALL), SMALL, implementation)
+    tangents = [jnp.asarray(rng(op, i).normal(size=x.shape).astype(np.float32)) for i, x in enumerate(floats)]
+    out, linear = jax.linearize(f, *floats)
+    (jvp,) = jax.jvp(f, floats, tangents)[1]
+    np.testing.assert_allclose(linear(*tangents)[0], jvp, rtol=1e-6)
+    cotangents = jax.linear_transpose(linear, *floats)(out)
+    sides = sum(jnp.vdot(c, t) for c, t in zip(cotangents, tangents, strict=True)), jnp.vdot(out[0], jvp)
+    np.testing.assert_allclose(*sides, rtol=1e-4, atol=1e-5)
+
+
+def vjp(f, primal_floats, g):
+    return jax.vjp(f, *primal_floats)[1](g)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("unique_rows", [True, False])
+@pytest.mark.parametrize("size", [SMALL, Size(7, 8, 2, 130), Size(9, 257, 10, 20)], ids=str)
+def test_combine_against_oracle_with_garbage(size, unique_rows, dtype, implementation):
+    """Rows that no pair names hold NaN, which must reach no gradient; in low precision each sum is cast once."""
+    make = combine_args if unique_rows else combine_repeated_args
+    y, pairs, weights = make(rng("grad", size), size, dtype)
+    g = jnp.asarray(rng("g").normal(size=(size.T, size.H)).astype(np.float32)).astype(dtype)
+    f = functools.partial(ferrum_jax.moe_combine, unique_rows=unique_rows, implementation=implementation)
+    got = vjp(lambda y, w: f(y, pairs, w), (jnp.asarray(y), jnp.asarray(weights)), g)
+    oracle.assert_matches(got, oracle.moe_combine_grads(y, pairs, weights, g))
+    assert [x.dtype for x in got] == [y.dtype, weights.dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_pairs", [True, False])
+def test_dispatch_against_oracle(with_pairs, dtype, implementation):
+    size = Size(7, 8, 3, 70)
+    x, tokens, pairs = dispatch_pairs_args(rng("dispatch"), size, dtype)
+    g = jnp.asarray(rng("g").normal(size=(len(tokens), size.H)).astype(np.float32)).astype(dtype)
+    g = g.at[tokens == size.T].set(jnp.nan)  # nobody reads these rows of the result
+    f = lambda x: ferrum_jax.moe_dispatch(  # noqa: E731
+        x, tokens, pairs_by_token=pairs if with_pairs else None, implementation=implementation
+    )
+    oracle.assert_matches(vjp(f, (jnp.asarray(x),), g), oracle.moe_dispatch_grad(x, tokens, g))
+
+
+def test_many_rows_of_one_token(implementation):
+    """The fixed-order sum at its worst, 1,000 rows to one token, and to tokens on either side of none."""
+    tokens = np.array([3] * 1000 + [0, 5, 5, 6, -1, 7, 2**31 - 1], np.int32)
+    g = rng("many").normal(size=(len(tokens), 5)).astype(np.float32)
+    x = np.zeros((7, 5), np.float32)
+    got = vjp(lambda x: ferrum_jax.moe_dispatch(x, tokens, implementation=implementation), (jnp.asarray(x),), g)
+    oracle.assert_matches(got, oracle.moe_dispatch_grad(x, tokens, g))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weighted_sum_against_oracle(dtype, implementation):
+    size = Size(7, 8, 3, 70)
+    slots, weights = weighted_sum_args(rng("slots"), size, dtype)
+    g = jnp.asarray(rng("g").normal(size=(size.T, size.H)).astype(np.float32)).astype(dtype)
+    f = functools.partial(ferrum_jax.weighted_sum_batched, implementation=implementation)
+    pairs = np.arange(size.T * size.K).reshape(size.T, size.K)
+    (drows, rows_size), dweights = oracle.moe_combine_grads(slots.reshape(-1, size.H), pairs, weights, g)
+    got = vjp(f, (jnp.asarray(slots), jnp.asarray(weights)), g)
+    oracle.assert_matches(got, ((drows.reshape(slots.shape), rows_size.reshape(slots.shape)), dweights))
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_routing_of_masked_rows(norm, implementation):
+    """Some -inf: finite gradient, 0 at the masked experts. All -inf: gradient 0. NaN or +inf: confined to its row."""
+    x = jnp.array(
+        [
+            [1.0, -jnp.inf, 0.5, 2.0],
+            [-jnp.inf] * 4,
+            [0.0, 1.0, jnp.nan, 2.0],
+            [1.0, 2.0, jnp.inf, 0.0],
+            [3.0, 1.0, 0.0, 2.0],
+        ]
+    )
+    f = lambda x: ferrum_jax.route_topk_softmax(x, 4, norm_topk_prob=norm, implementation=implementation)  # noqa: E731
+    gradient = jax.grad(lambda x: jnp.sum(f(x).expert_weights ** 2 * jnp.arange(1.0, 5)[None]))(x)
+    assert bool(jnp.all(jnp.isfinite(gradient[jnp.array([0, 1, 4])])))
+    assert float(gradient[0, 1]) == 0
+    np.testing.assert_array_equal(gradient[1], np.zeros(4))
+    hessian = jax.hessian(lambda x: jnp.sum(f(x).expert_weights[:, 0]))(x[:2])
+    assert bool(jnp.all(jnp.isfinite(hessian)))
+
+
+def test_routing_gradient_is_the_softmax_gradient(implementation):
+    x = jnp.asarray(rng("soft").normal(size=(6, 9)).astype(np.float32))
+    route = functools.partial(ferrum_jax.route_topk_softmax, implementation=implementation)
+    ids = route(x, 4).expert_ids
+    g = jnp.asarray(rng("g").normal(size=ids.shape).astype(np.float32))
+    for norm in (True, False):
+
+        def plain(x, norm=norm):
+            p = jnp.take_along_axis(jax.nn.softmax(x, axis=-1), ids, axis=-1)
+            return p / p.sum(-1, keepdims=True) if norm else p
+
+        want = jax.vjp(plain, x)[1](g)[0]
+        got = jax.vjp(lambda x, norm=norm: route(x, 4, norm_topk_prob=norm).expert_weights, x)[1](g)[0]
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("flow", [layer.packed, layer.pair_ids])
+def test_layer_gradient_and_hessian(flow, implementation):
+    size = Size(5, 4, 2, 3)
+    args = layer.init(jax.random.key(0), size)
+    loss = lambda f: lambda *a: jnp.sum(jnp.sin(f(*a, top_k=size.K)))  # noqa: E731
+    ours, dense = loss(functools.partial(flow, implementation=implementation)), loss(layer.dense)
+    np.testing.assert_allclose(ours(*args), dense(*args), rtol=1e-5)
+    for got, want in zip(*(jax.grad(f, argnums=(0, 1, 2, 3))(*args) for f in (ours, dense)), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+    for got, want in zip(*(jax.hessian(f, argnums=(0, 1))(*args) for f in (ours, dense)), strict=True):
+        for g, w in zip(got, want, strict=True):
+            np.testing.assert_allclose(g, w, rtol=1e-3, atol=1e-4)
+
+
+def test_grad_of_grad(implementation):
+    size = Size(4, 5, 2, 3)
+    args = layer.init(jax.random.key(1), size)
+
+    def norm_of_gradient(flow):
+        return lambda *a: sum(jnp.sum(g**2) for g in jax.grad(lambda *b: jnp.sum(flow(*b, top_k=2) ** 2), (0, 1))(*a))
+
+    got = jax.grad(norm_of_gradient(functools.partial(layer.packed, implementation=implementation)), (0, 1))(*args)
+    for g, w in zip(got, jax.grad(norm_of_gradient(layer.dense), (0, 1))(*args), strict=True):
+        np.testing.assert_allclose(g, w, rtol=2e-3, atol=1e-3)
+
+
+def test_bfloat16_layer_gradient(implementation):
+    size = Size(6, 4, 2, 8)
+    args = [a.astype(jnp.bfloat16) for a in layer.init(jax.random.key(2), size)]
+    run = functools.partial(layer.packed, top_k=2, implementation=implementation)
+    got = jax.grad(lambda *a: jnp.sum(run(*a).astype(jnp.float32)), (0, 1, 2, 3))(*args)
+    wide = [a.astype(jnp.float32) for a in args]
+    choices = [ferrum_jax.route_topk_softmax(x @ router, 2).expert_ids for x, router, *_ in (args, wide)]
+    np.testing.assert_array_equal(*choices)  # else the two gradients are of different functions
+    want = jax.grad(lambda *a: jnp.sum(layer.packed(*a, top_k=2)), (0, 1, 2, 3))(*wide)
+    for g, w in zip(got, want, strict=True):
+        assert g.dtype == jnp.bfloat16
+        scale = float(jnp.max(jnp.abs(w)))
+        np.testing.assert_allclose(g.astype(jnp.float32) / scale, w / scale, atol=0.05)

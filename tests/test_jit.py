@@ -1,0 +1,65 @@
+"""jit and eager calls: the same results, one equation, one compilation a shape."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import OPS, SMALL, rng
+
+import ferrum_jax
+
+PRIMITIVES = {
+    "route_topk_softmax": "ferrum_route_topk_softmax",
+    "moe_build_pairs_by_token": "ferrum_moe_build_pairs_by_token",
+    "moe_align_block_size": "ferrum_moe_align_block_size",
+    "moe_align_block_size_pair_ids": "ferrum_moe_align_block_size",
+    "moe_plan": "ferrum_moe_plan",
+    "moe_dispatch": "ferrum_moe_dispatch",
+    "moe_combine": "ferrum_moe_combine",
+    "weighted_sum_batched": "ferrum_weighted_sum_batched",
+}
+
+
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_jit_equals_eager(op, implementation):
+    args = op.args(rng(op), SMALL, "float32")
+    eager = op.results(*args, size=SMALL, implementation=implementation)
+    jitted = jax.jit(lambda *a: op.results(*a, size=SMALL, implementation=implementation))(*args)
+    for a, b in zip(eager, jitted, strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_one_equation(op):
+    jaxpr = jax.make_jaxpr(lambda *a: op.results(*a, size=SMALL))(*op.args(rng(op), SMALL, "float32"))
+    assert [e.primitive.name for e in jaxpr.eqns] == [PRIMITIVES[op.name.split("-")[0]]]
+
+
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_eager_compiles_once_a_shape(op):
+    args = op.args(rng(op), SMALL, "float32")
+    op.results(*args, size=SMALL)
+    with jax.log_compiles(), pytest.MonkeyPatch.context() as patch:
+        compiled = []
+        patch.setattr("logging.Logger.handle", lambda self, record: compiled.append(record.getMessage()))
+        for _ in range(3):
+            op.results(*args, size=SMALL)
+    assert not [m for m in compiled if "ompil" in m]
+
+
+def test_weakly_typed_inputs_give_strong_results():
+    weak = jnp.broadcast_to(jnp.asarray(2.0), (3, 4))
+    assert jax.typeof(weak).weak_type
+    ids, weights = ferrum_jax.route_topk_softmax(weak, 2)
+    rows = ferrum_jax.moe_combine(weak, ids, weights)
+    assert not any(jax.typeof(x).weak_type for x in (ids, weights, rows))
+    tangent = jax.jvp(lambda x: ferrum_jax.route_topk_softmax(x, 2).expert_weights, (weak,), (weak,))[1]
+    assert not jax.typeof(tangent).weak_type
+
+
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_names_show_in_the_compiled_program(op):
+    args = op.args(rng(op), SMALL, "float32")
+    text = jax.jit(lambda *a: op.results(*a, size=SMALL)).lower(*args).as_text(debug_info=True)
+    assert PRIMITIVES[op.name.split("-")[0]] in text

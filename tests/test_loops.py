@@ -1,0 +1,83 @@
+"""Inside control flow: remat, scan, while, cond, custom rules of the caller."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import layer
+import numpy as np
+import pytest
+from cases import FLOAT_OPS, OPS, SMALL, Size, finite_args, rng
+
+import ferrum_jax
+
+SIZE = Size(5, 4, 2, 3)
+
+
+@pytest.mark.parametrize("policy", [None, jax.checkpoint_policies.everything_saveable], ids=["recompute", "save"])
+def test_remat_in_scan(policy, implementation):
+    x, *weights = layer.init(jax.random.key(0), SIZE)
+    run = functools.partial(layer.packed, top_k=2, implementation=implementation)
+
+    def layers(x, *weights):
+        step = jax.checkpoint(lambda x, w: (x + run(x, *w), None), policy=policy)
+        return jnp.sum(jax.lax.scan(step, x, [jnp.stack([w, 0.5 * w, -w]) for w in weights])[0] ** 2)
+
+    def unrolled(x, *weights):
+        for s in (1.0, 0.5, -1.0):
+            x = x + layer.packed(x, *(s * w for w in weights), top_k=2)
+        return jnp.sum(x**2)
+
+    every = (0, 1, 2, 3)
+    for g, w in zip(*(jax.jit(jax.grad(f, every))(x, *weights) for f in (layers, unrolled)), strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_scan_over_slices(op, implementation):
+    slices = [finite_args(op, rng(op, i), SMALL) for i in range(3)]
+    f = functools.partial(op.results, size=SMALL, implementation=implementation)
+    stacked = tuple(np.stack(a) for a in zip(*slices, strict=True))
+    got = jax.lax.scan(lambda c, a: (c, f(*a)), None, stacked)[1]
+    for result, *parts in zip(got, *(f(*s) for s in slices), strict=True):
+        np.testing.assert_allclose(result, np.stack(parts), rtol=1e-6)
+
+
+@pytest.mark.parametrize("op", FLOAT_OPS, ids=str)
+def test_forward_over_reverse_in_cond_and_remat(op, implementation):
+    args = finite_args(op, rng(op), SMALL)
+
+    def loss(x, flag):
+        run = jax.checkpoint(lambda x: op.float_results(x, *args[1:], size=SMALL, implementation=implementation)[0])
+        return jnp.sum(jax.lax.cond(flag, run, lambda x: 0 * run(x), x) ** 2)
+
+    x = jnp.asarray(args[0])
+    direction = jnp.asarray(rng("d").normal(size=x.shape).astype(np.float32))
+    gradient, hvp = jax.jvp(lambda x: jax.grad(loss)(x, True), (x,), (direction,))
+    plain = lambda x: jnp.sum(op.float_results(x, *args[1:], size=SMALL)[0] ** 2)  # noqa: E731
+    want = jax.jvp(jax.grad(plain), (x,), (direction,))
+    np.testing.assert_allclose(gradient, want[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(hvp, want[1], rtol=1e-4, atol=1e-5)
+
+
+def test_tables_in_a_differentiated_loop(implementation):
+    """Integer ops inside scan under grad: their tangents are none, whatever the loop makes of them."""
+    x, router, *_ = layer.init(jax.random.key(5), SIZE)
+
+    def loss(x):
+        def step(carry, _):
+            x, last = carry
+            ids, weights = ferrum_jax.route_topk_softmax(x @ router, 2, implementation=implementation)
+            plan = ferrum_jax.moe_plan(ids + 0 * last[:, :2], SIZE.E, 2, implementation=implementation)
+            rows = ferrum_jax.moe_dispatch(x, plan.packed_token_idx, implementation=implementation)
+            out = ferrum_jax.moe_combine(rows, plan.pairs_by_token, weights, implementation=implementation)
+            return (jnp.tanh(out) + x, ids), plan.total_tokens_post_pad
+
+        (x, _), totals = jax.lax.scan(step, (x, jnp.zeros((SIZE.T, 2), jnp.int32)), None, length=3)
+        return jnp.sum(x), totals
+
+    gradient, totals = jax.grad(loss, has_aux=True)(x)
+    assert totals.shape == (3,)
+    # Every row of the unweighted layer is its own token and the weights add up to 1, so each step is x + tanh(x).
+    want = jax.grad(lambda x: jnp.sum(functools.reduce(lambda x, _: x + jnp.tanh(x), range(3), x)))(x)
+    np.testing.assert_allclose(gradient, want, rtol=1e-4)

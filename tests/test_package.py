@@ -1,0 +1,55 @@
+"""What a user meets first: the import, the names, the documents."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ferrum_jax
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(code):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    return done.stdout.strip()
+
+
+def test_import_is_light_and_starts_no_backend():
+    loaded = run(
+        "import sys, jax, ferrum_jax\n"
+        "heavy = [m for m in sys.modules if m.split('.')[0] in ('triton', 'jax_triton', 'torch') or 'pallas' in m]\n"
+        "import jax._src.xla_bridge as bridge\n"
+        "print(heavy, bridge.backends_are_initialized())"
+    )
+    assert loaded == "[] False"
+
+
+def test_import_adds_less_than_100_ms_to_jax():
+    times = [
+        float(run("import time, jax; t = time.perf_counter(); import ferrum_jax; print(time.perf_counter() - t)"))
+        for _ in range(3)
+    ]
+    assert min(times) < 0.1, times
+
+
+def test_every_public_name_is_documented():
+    for name in ferrum_jax.__all__:
+        assert getattr(ferrum_jax, name).__doc__, name
+    for name in (n for n in ferrum_jax.__all__ if n[0].islower()):
+        assert ">>> " in getattr(ferrum_jax, name).__doc__, name
+
+
+def test_only_primitive_touches_jax_internals():
+    for path in (ROOT / "ferrum_jax").rglob("*.py"):
+        text = path.read_text()
+        assert "jax._src" not in text, path
+        if path.name != "_primitive.py":
+            assert not re.search(r"jax\.(extend|interpreters)", text), path
+
+
+@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL))
+def test_readme_code_runs(block):
+    run(block)

@@ -1,0 +1,175 @@
+"""Meshes: shard_map with check_vma, Explicit and Auto axes; values and gradients equal the unsharded ones."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import layer
+import numpy as np
+import pytest
+from cases import FLOAT_OPS, OPS, SMALL, Size, finite_args, rng
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import ferrum_jax
+
+DEVICES = 4
+
+
+@pytest.fixture(params=[AxisType.Explicit, AxisType.Auto], ids=lambda t: t.name)
+def mesh(request):
+    return jax.make_mesh((DEVICES,), ("d",), axis_types=(request.param,))
+
+
+def place(mesh, specs, args):
+    return [jax.device_put(a, NamedSharding(mesh, s)) for s, a in zip(specs, args, strict=True)]
+
+
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_shard_map_over_a_batch(op, mesh, implementation):
+    """The first operand differs between devices, the others do not: they vary over fewer axes."""
+    slices = [finite_args(op, rng(op, i), SMALL) for i in range(DEVICES)]
+    args = [np.stack([s[0] for s in slices]), *slices[0][1:]]
+    f = functools.partial(op.results, size=SMALL, implementation=implementation)
+    local = lambda x, *rest: [r[None] for r in f(x[0], *rest)]  # noqa: E731
+    specs = (P("d"), *(P() for _ in args[1:]))
+    got = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P("d"), check_vma=True))(
+        *place(mesh, specs, args)
+    )
+    for result, *parts in zip(got, *(f(s[0], *args[1:]) for s in slices), strict=True):
+        np.testing.assert_allclose(result, np.stack(parts), rtol=1e-6)
+
+
+@pytest.mark.parametrize("op", FLOAT_OPS, ids=str)
+def test_gradient_through_shard_map(op, mesh, implementation):
+    """Operands that every device shares get the sum of all devices' gradients."""
+    slices = [finite_args(op, rng(op, i), SMALL) for i in range(DEVICES)]
+    args = [np.stack([s[0] for s in slices]), *slices[0][1:]]
+
+    def local(x, *rest):
+        (result,) = op.float_results(x[0], *rest, size=SMALL, implementation=implementation)
+        return jax.lax.psum(jnp.sum(jnp.sin(result)), "d")
+
+    specs = (P("d"), *(P() for _ in args[1:]))
+    sharded = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=True)
+
+    def unsharded(x, *rest):
+        results = (op.float_results(row, *rest, size=SMALL) for row in x)
+        return sum(jnp.sum(jnp.sin(r)) for (r,) in results)
+
+    gradient = jax.jit(jax.grad(sharded, op.floats))(*place(mesh, specs, args))
+    for got, want in zip(gradient, jax.jit(jax.grad(unsharded, op.floats))(*args), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_explicit_mesh(op, implementation):
+    """Any operand axis sharded: the same values, eagerly and under jit, in and out of set_mesh."""
+    mesh = jax.make_mesh((DEVICES,), ("d",))
+    size = Size(8, 8, 4, 4)
+    args = finite_args(op, rng(op), size)
+    f = functools.partial(op.results, size=size, implementation=implementation)
+    want = f(*args)
+    for axis in range(max(a.ndim for a in args)):
+        spec = [P(*(["d" if i == axis else None for i in range(a.ndim)])) for a in args]
+        spec = [s if axis < a.ndim and a.shape[axis] % DEVICES == 0 else P() for s, a in zip(spec, args, strict=True)]
+        placed = place(mesh, spec, args)
+        with jax.set_mesh(mesh):
+            under = jax.jit(f)(*placed)
+        for results in (under, f(*placed)):
+            for got, w in zip(results, want, strict=True):
+                np.testing.assert_allclose(got, w, rtol=1e-6)
+
+
+def test_explicit_mesh_propagates_shardings():
+    mesh = jax.make_mesh((2, 2), ("t", "h"))
+    with jax.set_mesh(mesh):
+        rows = jax.device_put(jnp.ones((8, 4)), P(None, "h"))
+        pairs = jax.device_put(jnp.zeros((6, 2), jnp.int32), P("t"))
+        weights = jax.device_put(jnp.ones((6, 2)), P("t"))
+        out = ferrum_jax.moe_combine(rows, pairs, weights)
+        assert jax.typeof(out).sharding.spec == P("t", "h")
+        logits = jax.device_put(jnp.ones((8, 6)), P("t", "h"))
+        assert jax.typeof(ferrum_jax.route_topk_softmax(logits, 2).expert_ids).sharding.spec == P("t", None)
+        batched = jax.device_put(jnp.ones((2, 8, 6)), P("h", "t"))
+        assert jax.typeof(ferrum_jax.route_topk_softmax(batched, 2).expert_weights).sharding.spec == P("h", "t", None)
+        both = jax.device_put(jnp.ones((8, 4)), P(None, "t"))  # one mesh axis cannot shard two axes of the result
+        assert jax.typeof(ferrum_jax.moe_combine(both, pairs, weights)).sharding.spec == P("t", None)
+
+
+@pytest.mark.parametrize("op", FLOAT_OPS, ids=str)
+@pytest.mark.parametrize("axis", [0, 1])
+def test_gradient_in_an_explicit_mesh(op, axis, implementation):
+    mesh = jax.make_mesh((DEVICES,), ("d",))
+    size = Size(8, 8, 4, 4)
+    args = finite_args(op, rng(op), size)
+
+    def loss(*a):
+        (result,) = op.float_results(*a, size=size, implementation=implementation)
+        return jnp.sum(jnp.sin(result))
+
+    want = jax.grad(loss, op.floats)(*args)
+    spec = P("d") if axis == 0 else P(None, "d")
+    with jax.set_mesh(mesh):
+        placed = [jax.device_put(a, spec if a.ndim > axis and a.shape[axis] % DEVICES == 0 else P()) for a in args]
+        for got, w in zip(jax.jit(jax.grad(loss, op.floats))(*placed), want, strict=True):
+            np.testing.assert_allclose(got, w, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("spec", [P("d"), P(None, "d"), P()], ids=str)
+def test_vmap_in_an_explicit_mesh(spec):
+    mesh = jax.make_mesh((DEVICES,), ("d",))
+    x = rng("v").normal(size=(4, 8, 6)).astype(np.float32)
+    f = jax.vmap(lambda x: ferrum_jax.route_topk_softmax(x, 3).expert_weights)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(x, spec)
+        np.testing.assert_allclose(jax.jit(f)(placed), f(x), rtol=1e-6)
+        gradient = jax.jit(jax.grad(lambda x: jnp.sum(f(x)[..., 0])))(placed)
+    np.testing.assert_allclose(gradient, jax.grad(lambda x: jnp.sum(f(x)[..., 0]))(x), rtol=1e-5, atol=1e-7)
+
+
+def test_layer_gradient_with_tokens_sharded(mesh, implementation):
+    """Data parallel: tokens sharded, weights shared, inside shard_map with check_vma."""
+    size = Size(8, 4, 2, 3)
+    args = layer.init(jax.random.key(3), size)
+    run = functools.partial(layer.packed, top_k=2, implementation=implementation)
+    local = lambda *a: jax.lax.psum(jnp.sum(jnp.sin(run(*a))), "d")  # noqa: E731
+    specs, every = (P("d"), P(), P(), P()), (0, 1, 2, 3)
+    sharded = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=True)
+    got = jax.jit(jax.grad(sharded, every))(*place(mesh, specs, args))
+    want = jax.grad(lambda *a: jnp.sum(jnp.sin(layer.packed(*a, top_k=2))), every)(*args)
+    for g, w in zip(got, want, strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-5)
+
+
+def test_layer_gradient_in_an_explicit_mesh(implementation):
+    mesh = jax.make_mesh((DEVICES,), ("d",))
+    size = Size(8, 4, 2, 4)
+    x, router, *_ = layer.init(jax.random.key(4), size)
+
+    def loss(x, router):
+        ids, weights = ferrum_jax.route_topk_softmax(x @ router, 2, implementation=implementation)
+        pairs, tokens, _ = ferrum_jax.moe_build_pairs_by_token(ids, size.E, implementation=implementation)
+        rows = jnp.tanh(ferrum_jax.moe_dispatch(x, tokens, pairs_by_token=pairs, implementation=implementation))
+        out = ferrum_jax.moe_combine(rows, pairs, weights, unique_rows=True, implementation=implementation)
+        return jnp.sum(jnp.sin(out))
+
+    want = jax.grad(loss, (0, 1))(x, router)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(x, P("d")), jax.device_put(router, P())
+        got = jax.jit(jax.grad(loss, (0, 1)))(*placed)
+    for g, w in zip(got, want, strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-6)
+
+
+def test_partly_manual_mesh():
+    """shard_map over one axis while the other stays Explicit or Auto."""
+    x = rng("partly").normal(size=(4, 8, 6)).astype(np.float32)
+    want = ferrum_jax.route_topk_softmax(x, 2).expert_weights
+    for kind in (AxisType.Explicit, AxisType.Auto):
+        mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(kind, kind))
+        f = lambda x: ferrum_jax.route_topk_softmax(x, 2).expert_weights  # noqa: E731
+        with jax.set_mesh(mesh):
+            placed = jax.device_put(x, P("a", "b"))
+            part = jax.shard_map(f, in_specs=P("a"), out_specs=P("a"), axis_names={"a"}, check_vma=True)
+            np.testing.assert_allclose(jax.jit(part)(placed), want, rtol=1e-6)

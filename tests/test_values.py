@@ -1,0 +1,94 @@
+"""Results against the oracles: every op, size and dtype, with hostile values."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from cases import DTYPES, OPS, SIZES, SMALL, Size, rng
+
+import ferrum_jax
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize(
+    ("op", "dtype"), [(op, d) for op in OPS for d in (DTYPES if op.floats else ["int32"])], ids=str
+)
+def test_matches_oracle(op, dtype, size, implementation):
+    args = op.args(rng(op, size), size, dtype)
+    got = jax.jit(lambda *a: op.results(*a, size=size, implementation=implementation))(*args)
+    oracle.assert_matches(got, op.oracle(*args, size=size))
+    assert not any(jax.typeof(r).weak_type for r in got)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int16", "uint16", "uint32", "int64", "uint64"])
+@pytest.mark.usefixtures("x64")
+def test_ids_of_any_integer_dtype(dtype, implementation):
+    info = np.iinfo(dtype)
+    hostile = [
+        v for v in (-1, 6, 2**31 - 1, -(2**31), 2**31, 2**32 + 1, info.max, info.min) if info.min <= v <= info.max
+    ]
+    ids = np.array([*range(6), *hostile, 1, 1], dtype=dtype)[:, None]
+    want = np.where((ids >= 0) & (ids < 6), ids, -1)
+    got = ferrum_jax.moe_plan(ids, 6, 2, implementation=implementation)
+    oracle.assert_matches(got, oracle.moe_plan(want, num_experts=6, block_size=2))
+    x = jnp.arange(12, dtype=jnp.float32).reshape(6, 2)
+    rows = ferrum_jax.moe_dispatch(x, ids[:, 0], implementation=implementation)
+    oracle.assert_matches([rows], oracle.moe_dispatch(x, want[:, 0]))
+
+
+def test_more_experts_than_the_dtype_of_the_ids_can_name(implementation):
+    ids = np.array([[0, 255], [7, 255]], np.uint8)
+    got = ferrum_jax.moe_build_pairs_by_token(ids, 4096, implementation=implementation)
+    oracle.assert_matches(got, oracle.moe_build_pairs_by_token(ids, num_experts=4096))
+
+
+@pytest.mark.parametrize("size", [Size(400, 64, 4, 1, 16), Size(300, 5, 1, 1, 128), Size(2, 70_000, 3, 1, 2)], ids=str)
+def test_larger_tables(size, implementation):
+    for op in OPS:
+        if not op.floats:
+            args = op.args(rng(op, size), size, "int32")
+            got = op.results(*args, size=size, implementation=implementation)
+            oracle.assert_matches(got, op.oracle(*args, size=size))
+
+
+def test_tables_too_wide_for_one_word_per_pair(implementation):
+    ids = rng("wide").integers(-1, 2**30 + 1, size=(6, 3)).astype(np.int32)
+    ids[0] = 2**30 - 1
+    got = ferrum_jax.moe_build_pairs_by_token(ids % 40_000_000, 40_000_000, implementation=implementation)
+    order = np.argsort((ids % 40_000_000).reshape(-1), kind="stable")
+    np.testing.assert_array_equal(got.packed_token_idx, order // 3)
+
+
+def test_ids_are_distinct_and_in_range_for_any_bits(implementation):
+    bits = rng("bits").integers(0, 2**32, size=(200, 33), dtype=np.uint32)
+    bits[:50] |= 0x7F800000
+    ids, _ = ferrum_jax.route_topk_softmax(bits.view(np.float32), 33, implementation=implementation)
+    np.testing.assert_array_equal(np.sort(ids, axis=1), np.tile(np.arange(33), (200, 1)))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_x64_changes_nothing(op, implementation):
+    args = op.args(rng(op), SMALL, "bfloat16")
+    got = op.results(*args, size=SMALL, implementation=implementation)
+    oracle.assert_matches(got, op.oracle(*args, size=SMALL))
+
+
+def test_weights_of_any_float_dtype(implementation):
+    slots, weights = np.ones((3, 2, 4), np.float32), rng("w").random((3, 2)).astype(np.float32)
+    for dtype in ("bfloat16", "float16"):
+        low = jnp.asarray(weights).astype(dtype)
+        got = ferrum_jax.weighted_sum_batched(slots, low, implementation=implementation)
+        oracle.assert_matches([got], oracle.weighted_sum_batched(slots, low))
+
+
+def test_aligned_rows_are_enough_and_not_a_block_too_many():
+    for num_pairs, num_experts, block in [(0, 5, 4), (1, 1, 1), (7, 3, 4), (256, 128, 16), (9, 9, 2), (30, 4, 7)]:
+        busy = min(num_experts, num_pairs)
+        counts = np.ones(busy, int)
+        counts[:1] += num_pairs - busy  # the worst case: every expert has one row, and one has all the rest
+        worst = max(sum(-(-c // block) for c in counts) * block, 0)
+        bound = ferrum_jax.max_aligned_rows(num_pairs, num_experts, block)
+        assert worst <= bound <= worst + block
+        assert bound % block == 0
