@@ -1,0 +1,305 @@
+"""`python -m ferrum_jax`: what is installed, what would run here, and one Mixture-of-Experts layer, timed and checked.
+
+The layer runs in both data flows: rows packed by expert, added back with `moe_combine`; and rows in pair order, added
+back with `weighted_sum_batched`. Its results are compared with NumPy in float64.
+"""
+
+import argparse
+import functools
+import importlib.metadata
+import importlib.resources
+import platform
+import statistics
+import sys
+import textwrap
+import timeit
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Ops are called through the package, so that what is checked is what a user's import finds.
+import ferrum_jax
+
+
+class Layer(NamedTuple):
+    name: str
+    num_experts: int
+    top_k: int
+    hidden: int
+    expert_width: int
+    tokens: int
+    block_size: int
+    dtype: Any
+
+
+QWEN3_30B = Layer("the shape of Qwen3-30B-A3B", 128, 8, 2048, 768, 4096, 128, jnp.bfloat16)
+SMALL = Layer("a small layer for a CPU", 32, 4, 256, 128, 512, 16, jnp.float32)
+FLOWS = {"packed rows": False, "pair ids": True}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m ferrum_jax", description="What would run here, and does it work?")
+    parser.add_argument("command", nargs="?", choices=("info", "demo"), help="one part only; default: both")
+    command = parser.parse_args(argv).command
+    layer = SMALL if jax.default_backend() == "cpu" else QWEN3_30B
+    if command != "demo":
+        info(layer)
+    return 0 if command == "info" else demo(layer)
+
+
+def _table(title: str, rows: Iterable[Sequence[str]]) -> None:
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    print(title)
+    for row in rows:
+        print(("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))).rstrip())
+    print()
+
+
+# ---- info
+
+
+def info(layer: Layer) -> None:
+    """Print versions, devices, and which implementation of each op would run on them."""
+    own = [("python", platform.python_version()), ("ferrum_jax", ferrum_jax.__version__)]
+    others = [(name, _version(name)) for name in ("jax", "jaxlib", "triton", "jax_triton")]
+    _table("Here", own + others + [(str(d), d.device_kind) for d in jax.devices()])
+    rows = [row for op, args in _calls(layer).items() for row in _which(op, args)]
+    _table(f"Implementations, for {layer.name}", [("op", "runs", "not", "because"), *rows])
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _calls(layer: Layer) -> dict[str, tuple[Any, ...]]:
+    """Every op of the library, with arguments as the layer gives them."""
+    _, e, k, h, _, t, block, dtype = layer
+    x, rows, slots = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((t, h), (t * k, h), (t, k, h)))
+    ids, index = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((t, k), (t * k,)))
+    logits, weights = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((t, e), (t, k)))
+    return {
+        "route_topk_softmax": (logits, k),
+        "moe_build_pairs_by_token": (ids, e),
+        "moe_align_block_size": (ids, e, block),
+        "moe_align_block_size_pair_ids": (ids, e, block),
+        "moe_plan": (ids, e, block),
+        "moe_dispatch": (x, index),
+        "moe_combine": (rows, ids, weights),
+        "weighted_sum_batched": (slots, weights),
+    }
+
+
+def _which(op: str, args: tuple[Any, ...]) -> Iterable[tuple[str, ...]]:
+    taken, passed_over = ferrum_jax.which(getattr(ferrum_jax, op), *args)
+    for reason in dict.fromkeys(passed_over.values()):
+        others = ", ".join(name for name in passed_over if passed_over[name] == reason)
+        for line in textwrap.wrap(reason, 64):
+            yield op, taken, others, line
+            op = taken = others = ""
+
+
+# ---- demo
+
+
+def demo(layer: Layer) -> int:
+    """Run the layer in both flows, time it and check it; the exit status."""
+    source, text = _text()
+    inputs = _inputs(layer, text)
+    ran, times = zip(*(_run(layer, pair_ids, inputs) for pair_ids in FLOWS.values()), strict=True)
+    _print_layer(layer, f"pairs of bytes of {source}, {len(text)} bytes", ran[0].plan)
+    names = [name for name in times[0] | times[1] if name != WHOLE] + [WHOLE]
+    cells = ((name, *(f"{t[name] * 1e3:11.3f}" if name in t else "" for t in times)) for name in names)
+    header = ("step", *(f"{flow:>11}" for flow in FLOWS))
+    _table("Milliseconds a call, with its dispatch (compiled and warm; median of 9)", [header, *cells])
+    return _report([check for flow, r in zip(FLOWS, ran, strict=True) for check in _check(flow, inputs, r)])
+
+
+def _print_layer(layer: Layer, tokens: str, plan: ferrum_jax.MoePlan, lines: int = 16) -> None:
+    name, e, k, h, f, t, block, dtype = layer
+    load, slots = np.diff(np.asarray(plan.expert_offsets)), int(plan.total_tokens_post_pad)
+    facts = (
+        ("shape", f"T={t} E={e} K={k} H={h} F={f}, blocks of {block}, {jnp.dtype(dtype).name}: {name}"),
+        ("tokens", tokens),
+        ("imbalance", f"{load.max() / load.mean():.2f} (pairs of the busiest expert / mean of all)"),
+        ("unused", f"{np.sum(load == 0)} of {e} experts"),
+        ("padding", f"{1 - load.sum() / slots:.1%} of the {slots} slots in live blocks"),
+    )
+    _table("Layer", facts)
+    order = np.argsort(-load, kind="stable")
+    shown = order if e <= 2 * lines else [*order[:lines], *order[-lines:]]
+    bars = [f"{e:4} {load[e]:6} {'#' * -(-32 * int(load[e]) // int(load.max())):<32}" for e in shown]
+    title = "Load: expert, its pairs" if len(bars) == e else f"Load: the {lines} busiest and {lines} idlest experts"
+    _table(title, zip(bars[: len(bars) // 2], bars[len(bars) // 2 :], strict=True))
+
+
+# ---- inputs: tokens of real text, because only uneven inputs make uneven routing
+
+
+def _text() -> tuple[str, bytes]:
+    """What text comes with the package, and the text: its metadata's README or licence, else its source."""
+    texts = {}
+    try:
+        installed = importlib.metadata.distribution("ferrum_jax")
+        texts["the README in the package's metadata"] = installed.metadata.json.get("description")
+        for name in ("licenses/LICENSE", "LICENSE"):
+            texts[f"{name} in the package's metadata"] = installed.read_text(name)
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    sources = (file for file in importlib.resources.files("ferrum_jax").iterdir() if file.name.endswith(".py"))
+    texts["the package's own source"] = "".join(f.read_text("utf-8") for f in sorted(sources, key=lambda f: f.name))
+    return next((source, text.encode()) for source, text in texts.items() if text and text.strip())
+
+
+def _inputs(layer: Layer, text: bytes) -> tuple[jax.Array, ...]:
+    """x[T, H], router[H, E], gate_up[E, H, 2F], down[E, F, H]."""
+    _, e, _, h, f, t, _, dtype = layer
+    x = jnp.asarray(_embed(text, t, h), dtype)
+    shapes = (h, e), (e, h, 2 * f), (e, f, h)
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    return x, *(jax.random.normal(k, s, dtype) / s[-2] ** 0.5 for k, s in zip(keys, shapes, strict=True))
+
+
+def _embed(text: bytes, tokens: int, hidden: int, window: int = 4) -> np.ndarray:
+    """A token is a pair of bytes, mixed with the ones before it; short text repeats."""
+    pairs = np.resize(np.frombuffer(text, np.uint8), (tokens, 2))
+    first, second = np.random.default_rng(0).standard_normal((2, 256, hidden), np.float32)
+    own = first[pairs[:, 0]] + second[pairs[:, 1]]
+    mixed = sum(np.roll(own, back, axis=0) / 2**back for back in range(window))
+    return mixed / np.sqrt(np.mean(mixed**2, axis=1, keepdims=True))
+
+
+# ---- the layer
+
+
+class Ran(NamedTuple):
+    logits: jax.Array
+    routing: ferrum_jax.RouterOutput
+    plan: ferrum_jax.MoePlan
+    out: jax.Array
+
+
+Call = Callable[..., Any]
+WHOLE = "the whole layer, one jit"
+
+
+def _moe(layer: Layer, pair_ids: bool, call: Call, inputs: tuple[jax.Array, ...]) -> Ran:
+    """The layer. `call(name, function, *args)` runs a step."""
+    x, router, gate_up, down = inputs
+    route = functools.partial(ferrum_jax.route_topk_softmax, top_k=layer.top_k)
+    sizes = {"num_experts": layer.num_experts, "block_size": layer.block_size}
+    logits = call("router product", _product, x, router)
+    routing = call("route_topk_softmax", route, logits)
+    plan = call("moe_plan", functools.partial(ferrum_jax.moe_plan, **sizes, pair_ids=pair_ids), routing.expert_ids)
+    rows, slots, weights = x, plan.sorted_token_ids, routing.expert_weights
+    if pair_ids:
+        slots = slots // layer.top_k  # padding holds P, and P // K is T: no token, so a zero row
+    else:
+        rows = call("moe_dispatch to packed rows", ferrum_jax.moe_dispatch, x, plan.packed_token_idx)
+    blocks = call("moe_dispatch to blocks", ferrum_jax.moe_dispatch, rows, slots)
+    blocks = call("expert products", _experts, blocks, plan.block_ids, gate_up, down)
+    rows = call("moe_dispatch from blocks", _from_blocks, blocks, plan.sorted_token_ids, plan.packed_token_idx)
+    if pair_ids:
+        out = call("weighted_sum_batched", ferrum_jax.weighted_sum_batched, rows.reshape(*weights.shape, -1), weights)
+    else:
+        combine = functools.partial(ferrum_jax.moe_combine, unique_rows=True)
+        out = call("moe_combine", combine, rows, plan.pairs_by_token, weights)
+    return Ran(logits, routing, plan, out)
+
+
+def _product(x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.matmul(x, y, preferred_element_type=jnp.float32)
+
+
+def _experts(rows: jax.Array, block_ids: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
+    owner = jnp.maximum(block_ids, 0)  # a block without owner holds zero rows: any weights will do
+    gate, up = jnp.split(_product(rows.reshape(owner.size, -1, rows.shape[-1]), gate_up[owner]), 2, axis=-1)
+    return _product((jax.nn.silu(gate) * up).astype(rows.dtype), down[owner]).astype(rows.dtype).reshape(rows.shape)
+
+
+def _from_blocks(rows: jax.Array, ids: jax.Array, like: jax.Array) -> jax.Array:
+    """Each slot's row to the place that the slot's id names, in a table with as many places as `like`."""
+    slot_of = jnp.full_like(like, ids.size).at[ids].set(jnp.arange(ids.size, dtype=ids.dtype), mode="drop")
+    return ferrum_jax.moe_dispatch(rows, slot_of)
+
+
+def _run(layer: Layer, pair_ids: bool, inputs: tuple[jax.Array, ...]) -> tuple[Ran, dict[str, float]]:
+    """What the layer under one jit gives, and the times of its steps and of the whole."""
+    times: dict[str, float] = {}
+
+    def timed(name: str, function: Call, *args: Any) -> Any:
+        compiled = jax.jit(function)
+        result = jax.block_until_ready(compiled(*args))
+        seconds = timeit.repeat(lambda: jax.block_until_ready(compiled(*args)), number=1, repeat=9)
+        times[name] = statistics.median(seconds)
+        return result
+
+    _moe(layer, pair_ids, timed, inputs)
+    plain = functools.partial(_moe, layer, pair_ids, lambda name, function, *args: function(*args))
+    return timed(WHOLE, plain, inputs), times
+
+
+# ---- checks: a name, the largest error, and the largest of error over bound
+
+
+def _check(flow: str, inputs: tuple[jax.Array, ...], ran: Ran) -> list[tuple[str, float, float]]:
+    # From this run's own logits: those of another program may round otherwise, and so choose otherwise.
+    logits, top_k = _f64(ran.logits), ran.routing.expert_ids.shape[-1]
+    ids = np.argsort(-logits, axis=1, kind="stable")[:, :top_k]
+    weights = np.exp(np.take_along_axis(logits, ids, 1))
+    weights /= weights.sum(1, keepdims=True)
+    return [
+        _compare(f"{flow}: expert ids", ran.routing.expert_ids.astype(jnp.float32), ids, np.zeros(ids.shape)),
+        _compare(f"{flow}: expert weights", ran.routing.expert_weights, weights, weights),
+        _compare(f"{flow}: layer", ran.out, *_dense(inputs, ids, weights)),
+    ]
+
+
+def _dense(inputs: tuple[jax.Array, ...], ids: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The layer expert by expert, and how large the terms of each element are.
+
+    The F terms under a row round independently of each other, so their errors add up like the root of the sum of their
+    squares. The sum of their magnitudes is some 30 times the row: in bfloat16 that would let any row pass.
+    """
+    x, (gate_up, down) = _f64(inputs[0]), inputs[2:]
+    out, size = np.zeros(x.shape), np.zeros(x.shape)
+    for expert in range(len(down)):
+        token, choice = np.nonzero(ids == expert)
+        gate, up = np.split(x[token] @ _f64(gate_up[expert]), 2, axis=1)
+        hidden, matrix, weight = gate / (1 + np.exp(-gate)) * up, _f64(down[expert]), weights[token, choice, None]
+        row = hidden @ matrix
+        out[token] += weight * row
+        size[token] += weight * (np.abs(row) + np.sqrt(hidden**2 @ matrix**2))
+    return out, size
+
+
+def _f64(x: jax.Array) -> np.ndarray:
+    return np.asarray(x.astype(jnp.float32)).astype(np.float64)
+
+
+def _compare(name: str, got: jax.Array, want: np.ndarray, size: np.ndarray) -> tuple[str, float, float]:
+    """The bound: eps^(2/3) * size + tiny. Results that are exact have size 0."""
+    kind, error = jnp.finfo(got.dtype), np.abs(_f64(got) - want)
+    return name, error.max(), (error / (float(kind.eps) ** (2 / 3) * size + float(kind.tiny))).max()
+
+
+def _report(checks: Sequence[tuple[str, float, float]]) -> int:
+    """Print the checks; the exit status. A NaN fails."""
+    rows = [
+        (name, "ok" if ratio <= 1 else "FAILED", f"largest error {error:.2g}", f"{ratio:.2g} of its bound")
+        for name, error, ratio in checks
+    ]
+    _table("Checks, against NumPy in float64", rows)
+    failed = [f"{name}, {error}, {ratio}" for name, result, error, ratio in rows if result == "FAILED"]
+    print("FAILED: " + "; ".join(failed) if failed else "All checks passed.")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""`python -m ferrum_jax` in a process of its own, as a user runs it."""
+
+import importlib.metadata
+import inspect
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import ferrum_jax
+from ferrum_jax import __main__ as program
+
+OPS = [
+    name for name in ferrum_jax.__all__ if "implementation" in inspect.signature(getattr(ferrum_jax, name)).parameters
+]
+BROKEN = """
+import sys
+import ferrum_jax
+from ferrum_jax import __main__ as program
+program.SMALL = program.SMALL._replace(num_experts=8, hidden=32, expert_width=32, tokens=48)
+right = ferrum_jax.{op}
+ferrum_jax.{op} = lambda *args, **kwargs: right(*args, **kwargs) * {factor}
+sys.exit(program.main(["demo"]))
+"""
+
+
+def run(*args):
+    return subprocess.run(
+        [sys.executable, *args],
+        cwd=pathlib.Path(ferrum_jax.__file__).parents[1],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def line(output, start):
+    found = [text.strip() for text in output.splitlines() if text.strip().startswith(start)]
+    assert found, f"no line starts with {start!r}:\n{output}"
+    return found[0]
+
+
+def test_everything():
+    ended = run("-m", "ferrum_jax")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    out = ended.stdout
+    for op in OPS:
+        assert line(out, f"{op} ").split()[1] == "xla"
+    for name in ("python", "ferrum_jax", "jax", "jaxlib", "triton", "jax_triton", "tokens", "imbalance", "padding"):
+        assert len(line(out, f"{name} ").split()) > 1
+    for flow in ("packed rows", "pair ids"):
+        assert all(" ok " in line(out, f"{flow}: {part}") for part in ("expert ids", "expert weights", "layer"))
+    assert [float(ms) > 0 for ms in line(out, program.WHOLE).removeprefix(program.WHOLE).split()] == [True, True]
+    assert line(out, "Load:")
+    assert out.count("#") > program.SMALL.num_experts
+    assert out.endswith("All checks passed.\n")
+    assert len(out.splitlines()) <= 70
+    assert max(map(len, out.splitlines())) <= 120
+
+
+@pytest.mark.parametrize(
+    ("op", "factor", "right", "wrong"),
+    [
+        ("moe_combine", "1.001", "pair ids: layer", "packed rows: layer"),
+        ("moe_combine", "float('nan')", "pair ids: layer", "packed rows: layer"),
+        ("weighted_sum_batched", "1.001", "packed rows: layer", "pair ids: layer"),
+    ],
+)
+def test_a_failed_check_is_the_exit_status(op, factor, right, wrong):
+    ended = run("-c", BROKEN.format(op=op, factor=factor))
+    assert ended.returncode == 1, ended.stdout + ended.stderr
+    assert " ok " in line(ended.stdout, right)
+    assert " FAILED " in line(ended.stdout, wrong)
+    last = ended.stdout.splitlines()[-1]
+    assert last.startswith(f"FAILED: {wrong}, largest error ")
+    assert right not in last
+    assert "of its bound" in last
+
+
+@pytest.mark.parametrize(
+    ("command", "there", "not_there"), [("info", "because", "Checks"), ("demo", "Checks", "because")]
+)
+def test_one_part(command, there, not_there, capsys, monkeypatch):
+    monkeypatch.setattr(program, "demo", lambda layer: print("Checks") or 0)
+    monkeypatch.setattr(program, "info", lambda layer: print("because"))
+    assert program.main([command]) == 0
+    printed = capsys.readouterr().out
+    assert there in printed
+    assert not_there not in printed
+
+
+class Installed:
+    def __init__(self, metadata, files):
+        self.metadata, self.read_text = metadata, files.get
+
+
+@pytest.mark.parametrize(
+    ("installed", "name", "text"),
+    [
+        (Installed({"Description": "Read."}, {"LICENSE": "Take it."}), "the README in the package's metadata", "Read"),
+        (Installed({}, {"LICENSE": "Take it."}), "LICENSE in the package's metadata", "Take it."),
+        (Installed({}, {"licenses/LICENSE": "Take it."}), "licenses/LICENSE in the package's metadata", "Take it."),
+        (Installed({"Description": "\n"}, {}), "the package's own source", "moe_combine"),
+        (None, "the package's own source", "moe_combine"),
+    ],
+)
+def test_there_is_always_a_text(installed, name, text, monkeypatch):
+    def distribution(package):
+        if installed is None:
+            raise importlib.metadata.PackageNotFoundError(package)
+        return installed
+
+    monkeypatch.setattr(importlib.metadata, "distribution", distribution)
+    found, words = program._text()
+    assert found == name
+    assert text.encode() in words
