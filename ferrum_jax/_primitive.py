@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import AbstractMesh, AxisType
@@ -128,7 +129,7 @@ def _lower(op: Op, platform: str | None, ctx: Any, *operands: Any, implementatio
 
 
 def _local(avals: Sequence[Any]) -> list[Any]:
-    return [jax.core.ShapedArray(a.shape, a.dtype) for a in avals]
+    return [ShapedArray(a.shape, a.dtype) for a in avals]
 
 
 def _with_leading_axes(op: Op) -> Callable[..., tuple[Array, ...]]:
