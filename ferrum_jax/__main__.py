@@ -147,7 +147,8 @@ def _text() -> tuple[str, bytes]:
     texts = {}
     try:
         installed = importlib.metadata.distribution("ferrum_jax")
-        texts["the README in the package's metadata"] = installed.metadata.json.get("description")
+        if "Description" in installed.metadata:
+            texts["the README in the package's metadata"] = installed.metadata["Description"]
         for name in ("licenses/LICENSE", "LICENSE"):
             texts[f"{name} in the package's metadata"] = installed.read_text(name)
     except importlib.metadata.PackageNotFoundError:
