@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
@@ -78,12 +79,20 @@ def define(
 
 
 def _eager(primitive: Primitive, *operands: Array, **params: Any) -> list[Array]:
-    return _compiled(primitive, tuple(sorted(params.items())))(*operands)
+    with jax.disable_jit(False):  # under disable_jit too: an equation by itself has no other way to run
+        return _compiled(primitive, tuple(sorted(params.items())))(*operands)
 
 
 @functools.cache
 def _compiled(primitive: Primitive, params: tuple[tuple[str, Any], ...]) -> Callable[..., list[Array]]:
-    return jax.jit(functools.partial(primitive.bind, **dict(params)))
+    def run(*operands: Array) -> list[Array]:
+        return primitive.bind(*operands, **dict(params))
+
+    run.__name__ = primitive.name
+    # JAX's mark of its own eager calls. With it jax_debug_nans names the op instead of running it again, eagerly,
+    # which for a primitive that runs by jit has no end.
+    run._apply_primitive = True  # type: ignore[attr-defined]
+    return jax.jit(run)
 
 
 # ---- shapes
@@ -111,7 +120,7 @@ def _lower(op: Op, platform: str | None, ctx: Any, *operands: Any, implementatio
     platform = platform or "/".join(p for p in ctx.module_context.platforms if p != "cuda")
     choice = kernels.choose(op.name, implementation, ctx.avals_in, params, platform)
     empty = any(0 in aval.shape for aval in (*ctx.avals_in, *ctx.avals_out))
-    run = (None if empty else kernels.load(choice.implementation, op.name)) or _with_leading_axes(op)
+    run = (None if empty else kernels.load(choice.implementation, op.name, ctx.avals_out)) or _with_leading_axes(op)
     mesh = ctx.avals_out[0].sharding.mesh
     if AxisType.Explicit in mesh.axis_types:
         axes = tuple(n for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Explicit)
@@ -222,7 +231,7 @@ def which(
     Args:
       op_function: a function of this library, such as `moe_combine`.
       *args, **kwargs: its arguments; arrays may be `jax.ShapeDtypeStruct`s.
-      platform: "cpu", "cuda", "tpu", ...; default: that of JAX's default backend.
+      platform: "cpu", "cuda" (or "gpu"), "tpu", ...; default: that of JAX's default backend.
       device_kind: the GPU's name, such as "NVIDIA H200"; default: the abstract mesh's device, else the live GPU,
         else a compute capability 9.0 GPU.
 
@@ -231,26 +240,37 @@ def which(
 
     Raises:
       ValueError: `op_function` runs no op of this library, or more than one.
+      NotImplementedError: the call asks for an implementation that cannot run there.
 
     >>> import jax, jax.numpy as jnp, ferrum_jax
     >>> ferrum_jax.which(ferrum_jax.route_topk_softmax, jnp.zeros((16, 128)), 8, platform="cpu").implementation
     'xla'
     """
-    arrays = [x for x in (*args, *kwargs.values()) if hasattr(x, "shape")]
+    is_array = lambda x: isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct)  # noqa: E731
+    arrays = [x for x in (*args, *kwargs.values()) if is_array(x)]
 
     def call(*arrays: Any) -> Any:
         given = iter(arrays)
-        fill = lambda x: next(given) if hasattr(x, "shape") else x  # noqa: E731
+        fill = lambda x: next(given) if is_array(x) else x  # noqa: E731
         filled = [fill(x) for x in args]
         return op_function(*filled, **{k: fill(v) for k, v in kwargs.items()})
 
-    equations = [e for e in jax.make_jaxpr(call)(*arrays).eqns if e.primitive in _ops]
+    equations = _equations(jax.make_jaxpr(call)(*arrays).jaxpr)
     if len(equations) != 1:
         found = ", ".join(e.primitive.name for e in equations) or "none"
         raise ValueError(f"which: {op_function} must run one op of ferrum_jax; it runs {found}")
     (equation,) = equations
-    if platform is None:
-        platform = "cuda" if jax.default_backend() == "gpu" else jax.default_backend()
+    platform = platform or jax.default_backend()
+    platform = "cuda" if platform == "gpu" else platform
     params = dict(equation.params)
     asked, avals = params.pop("implementation"), [v.aval for v in equation.invars]
     return kernels.choose(_ops[equation.primitive].name, asked, avals, params, platform, device_kind)
+
+
+def _equations(jaxpr: Any) -> list[Any]:
+    """The ops' equations, also those inside jit."""
+    found = []
+    for equation in jaxpr.eqns:
+        inner = [p.jaxpr for p in equation.params.values() if hasattr(p, "jaxpr")]
+        found += [equation] if equation.primitive in _ops else [e for j in inner for e in _equations(j)]
+    return found

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 INT32_MAX = 2**31 - 1
@@ -75,7 +76,14 @@ def canonical(op: str, signature: Signature, args: tuple[Any, ...]) -> list[jax.
 
 
 def _as_kind(op: str, term: Term, arg: Any) -> jax.Array:
-    array = jnp.asarray(arg)
+    try:
+        array = arg if isinstance(arg, jax.Array) else np.asarray(arg)
+        dtype = array.dtype
+        if term.kind == "ids" and isinstance(array, np.ndarray) and np.issubdtype(dtype, np.integer):
+            array = _narrow(array, np)  # in NumPy, because JAX would cut 64 bits down to 32 first
+        array = array if isinstance(array, jax.Array) else jnp.asarray(array)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise TypeError(f"{op}: {term.name} must be an array, {term}; got {type(arg).__name__}: {error}") from error
     dtype = array.dtype
     if term.kind == "rows":
         if dtype.name not in ROW_DTYPES:
@@ -87,15 +95,15 @@ def _as_kind(op: str, term: Term, arg: Any) -> jax.Array:
         return array.astype(jnp.float32)
     if not jnp.issubdtype(dtype, jnp.integer):
         raise TypeError(f"{op}: {term.name} must hold integers; got {dtype}")
-    return _narrow(array)
+    return _narrow(array, jnp)
 
 
-def _narrow(ids: jax.Array) -> jax.Array:
+def _narrow(ids: Any, xp: Any) -> Any:
     """int32 ids; a value that int32 cannot hold becomes -1, "none", and never another id by wrapping."""
-    if ids.dtype == jnp.int32 or ids.dtype.itemsize < 4:
-        return ids.astype(jnp.int32)
-    fits = (ids >= 0) & (ids <= jnp.asarray(INT32_MAX, ids.dtype))
-    return jnp.where(fits, ids.astype(jnp.int32), -1)
+    if ids.dtype == xp.int32 or ids.dtype.itemsize < 4:
+        return ids.astype(xp.int32)
+    fits = (ids >= 0) & (ids <= xp.asarray(INT32_MAX, ids.dtype))
+    return xp.where(fits, ids.astype(xp.int32), xp.int32(-1))
 
 
 def sizes(op: str, terms: tuple[Term, ...], arrays: Any) -> dict[str, int]:
@@ -113,7 +121,7 @@ def sizes(op: str, terms: tuple[Term, ...], arrays: Any) -> dict[str, int]:
                 raise ValueError(
                     f"{op}: {term.name} must be {term} with {dim} = {known}, as in {source}; got shape {shape}"
                 )
-            if dim != "H" and size > INT32_MAX:
+            if dim != "H" and isinstance(size, int) and size > INT32_MAX:
                 raise ValueError(f"{op}: {term.name} has {size} entries along {dim}; int32 ids allow {INT32_MAX}")
         lead = own if lead is None else lead
         if len(own) != len(lead) or any(a != b and 1 not in (a, b) for a, b in zip(own, lead, strict=True)):
@@ -133,6 +141,9 @@ def results(op: str, signature: Signature, avals: tuple[Any, ...], derive: Calla
     terms = signature.operands[: len(avals)]
     size: dict[str, Any] = sizes(op, terms, avals)
     size |= derive(size)
+    for term, aval in zip(terms, avals, strict=True):
+        if aval.sharding.spec.reduced or aval.sharding.spec.unreduced:
+            raise ValueError(f"{op}: {term.name} is {aval.sharding.spec}: jax.sharding.reshard it first")
     base = next((a for a in avals if not a.sharding.mesh.empty), avals[0])
     rows = next((a.dtype for t, a in zip(terms, avals, strict=True) if t.kind == "rows"), None)
     dtypes = {"rows": rows, "weights": jnp.dtype("float32"), "ids": jnp.dtype("int32")}

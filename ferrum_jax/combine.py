@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ._primitive import define
+from .tables import counting_sort
 
 
 def moe_dispatch(
@@ -166,29 +167,27 @@ def _row_dot_meaning(rows: jax.Array, g: jax.Array, pairs: jax.Array, *, unique_
 def _add_rows(terms: jax.Array, dest: jax.Array, num_rows: int) -> jax.Array:
     """out[r] = the sum of the terms whose dest is r, in a fixed order: a pairwise tree over each destination's terms.
 
-    A scatter-add would leave the order to atomics on a GPU. The tree's depth is the logarithm of the most terms that
-    any destination has, found at run time.
+    Terms a b c d e of one destination, side by side after the sort, become (a+b) . (c+d) . e, then (a+b+c+d) . . . e,
+    then their sum in the first place. A scatter-add would leave the order to atomics on a GPU. The tree's depth is the
+    logarithm of the most terms that any destination has, found at run time.
     """
-    count = terms.shape[0]
-    if count == 0:
+    if terms.shape[0] == 0 or num_rows == 0:
         return jnp.zeros((num_rows, *terms.shape[1:]), terms.dtype)
-    valid = (dest >= 0) & (dest < num_rows)
-    index = jnp.arange(count, dtype=jnp.int32)
-    dest, order = lax.sort((jnp.where(valid, dest, num_rows), index), num_keys=1, is_stable=True)
-    first = jnp.searchsorted(dest, dest, method="scan_unrolled").astype(jnp.int32)
-    end = jnp.searchsorted(dest, dest, side="right", method="scan_unrolled").astype(jnp.int32)
-    longest = jnp.max(jnp.where(dest < num_rows, end - first, 0))
+    order, offsets = counting_sort(dest, num_rows)
+    counts = jnp.diff(offsets)
+    index = jnp.arange(terms.shape[0], dtype=jnp.int32)
+    dest = dest[order]  # one that is no row takes the bounds of some row: its sums are in nobody's place
+    first = offsets.at[dest].get(mode="clip", wrap_negative_indices=False)
+    end = jnp.where(index < offsets[-1], offsets.at[dest + 1].get(mode="clip", wrap_negative_indices=False), 0)
 
     def add_neighbours(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         step, sums = state
         pair_up = ((index - first) % (2 * step) == 0) & (index + step < end)
         return 2 * step, sums + jnp.where(pair_up[:, None], sums.at[index + step].get(mode="clip"), 0)
 
-    state = jnp.int32(1), terms[order]
-    _, sums = lax.while_loop(lambda state: state[0] < longest, add_neighbours, state)
-    start = jnp.searchsorted(dest, jnp.arange(num_rows, dtype=jnp.int32), method="scan_unrolled")
-    found = dest.at[start].get(mode="clip") == jnp.arange(num_rows, dtype=jnp.int32)
-    return jnp.where(found[:, None], sums.at[start].get(mode="clip"), 0)
+    longest = jnp.max(counts)
+    _, sums = lax.while_loop(lambda state: state[0] < longest, add_neighbours, (jnp.ones_like(longest), terms[order]))
+    return jnp.where(counts[:, None] > 0, sums.at[offsets[:-1]].get(mode="clip"), 0)
 
 
 # ---- the family: every op with the transposes by which it is differentiated

@@ -203,38 +203,35 @@ def _table_sizes(size: dict[str, int], num_experts: int, block_size: int = 1, pa
 
 
 def _pairs_meaning(expert_ids: jax.Array, *, num_experts: int) -> tuple[jax.Array, ...]:
-    return _pack(expert_ids, *_sort_by_expert(expert_ids, num_experts))
+    return _pack(expert_ids, *counting_sort(expert_ids.reshape(-1), num_experts))
 
 
 def _aligned_meaning(
     expert_ids: jax.Array, *, num_experts: int, block_size: int, pair_ids: bool
 ) -> tuple[jax.Array, ...]:
-    return _fill_blocks(*_sort_by_expert(expert_ids, num_experts), block_size, pair_ids)
+    return _fill_blocks(*counting_sort(expert_ids.reshape(-1), num_experts), block_size, pair_ids)
 
 
 def _plan_meaning(expert_ids: jax.Array, *, num_experts: int, block_size: int, pair_ids: bool) -> tuple[jax.Array, ...]:
-    order, offsets = _sort_by_expert(expert_ids, num_experts)
+    order, offsets = counting_sort(expert_ids.reshape(-1), num_experts)
     return *_pack(expert_ids, order, offsets), *_fill_blocks(order, offsets, block_size, pair_ids)
 
 
-def _sort_by_expert(expert_ids: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array]:
-    """The pair at each packed row (those without an expert last), and each expert's first row."""
-    ids = expert_ids.reshape(-1)
-    pair = jnp.arange(ids.size, dtype=jnp.int32)
-    expert = jnp.where((ids >= 0) & (ids < num_experts), ids, num_experts)
+def counting_sort(ids: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """(order[P], offsets[count+1]) of a flat array of ids: id i stands at the entries order[offsets[i]:offsets[i+1]].
+
+    Stable; entries outside [0, count) come last.
+    """
+    entry = jnp.arange(ids.size, dtype=jnp.int32)
+    key = jnp.where((ids >= 0) & (ids < count), ids, count)
     bits = ids.size.bit_length()
-    if (num_experts + 1) << bits <= INT32_MAX:
-        # Expert and pair share one integer: a sort of single words is several times faster than one of pairs of words.
-        packed = lax.sort(expert << bits | pair)
-        expert, order = packed >> bits, packed & ((1 << bits) - 1)
+    if (count + 1) << bits <= INT32_MAX:
+        # Key and entry share one integer: a sort of single words is several times faster than one of pairs of words.
+        order = lax.sort(key << bits | entry) & ((1 << bits) - 1)
     else:
-        expert, order = lax.sort((expert, pair), num_keys=1, is_stable=True)
-    return order, _first_at_least(expert, num_experts + 1)
-
-
-def _first_at_least(ascending: jax.Array, count: int) -> jax.Array:
-    """For each of 0 ... count-1, the index of the first entry that is at least that."""
-    return jnp.searchsorted(ascending, jnp.arange(count, dtype=jnp.int32), method="scan_unrolled").astype(jnp.int32)
+        order = lax.sort((key, entry), num_keys=1, is_stable=True)[1]
+    # Counts come from a scatter: a binary search of the sorted keys, unrolled into its users, compiles for minutes.
+    return order, jnp.cumsum(jnp.zeros(count + 2, jnp.int32).at[key + 1].add(1)[:-1], dtype=jnp.int32)
 
 
 def _pack(expert_ids: jax.Array, order: jax.Array, offsets: jax.Array) -> tuple[jax.Array, ...]:
@@ -249,11 +246,13 @@ def _fill_blocks(order: jax.Array, offsets: jax.Array, block_size: int, pair_ids
     num_pairs, num_experts = order.size, offsets.size - 1
     num_blocks = max_aligned_rows(num_pairs, num_experts, block_size) // block_size
     counts = jnp.diff(offsets)
-    last = jnp.cumsum(-(-counts // block_size), dtype=jnp.int32)
+    blocks = -(-counts // block_size)
+    last = jnp.cumsum(blocks, dtype=jnp.int32)
     block = jnp.arange(num_blocks, dtype=jnp.int32)
-    owner = jnp.searchsorted(last, block, side="right", method="scan_unrolled").astype(jnp.int32)
-    live = owner < num_experts
-    first = jnp.where(owner > 0, last.at[owner - 1].get(mode="clip"), 0)
+    # A block's owner is the number of experts whose blocks end at or before it.
+    owner = jnp.cumsum(jnp.zeros(num_blocks + 1, jnp.int32).at[last].add(1), dtype=jnp.int32)[:-1]
+    live = block < last[-1]
+    first = (last - blocks).at[owner].get(mode="clip")
     position = ((block - first) * block_size)[:, None] + jnp.arange(block_size, dtype=jnp.int32)[None]
     row = offsets.at[owner].get(mode="clip")[:, None] + position
     filled = live[:, None] & (position < counts.at[owner].get(mode="clip")[:, None])

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import OPS, SMALL, rng
+from jax.sharding import PartitionSpec as P
 
 import ferrum_jax as fj
 
@@ -76,6 +77,20 @@ def test_named_error_at_trace_time(name):
 def test_unknown_implementation_lists_the_choices(op):
     with pytest.raises(ValueError, match=r"None, 'xla', 'triton', 'pallas'; got 'cuda'"):
         op.results(*op.args(rng(op), SMALL, "float32"), size=SMALL, implementation="cuda")
+
+
+@pytest.mark.parametrize("wrong", [None, "rows", [[1.0], [2.0, 3.0]]])
+def test_what_is_no_array_is_named(wrong):
+    with pytest.raises(TypeError, match=r"moe_combine: packed_down must be an array, \[..., R, H\]; got"):
+        fj.moe_combine(wrong, np.zeros((3, 2), np.int32), np.zeros((3, 2), np.float32))
+
+
+def test_a_reduced_operand_is_refused_with_the_remedy():
+    mesh = jax.make_mesh((4,), ("d",))
+    with jax.set_mesh(mesh):
+        rows = jax.device_put(jnp.ones((8, 4)), jax.sharding.NamedSharding(mesh, P(None, None, reduced={"d"})))
+        with pytest.raises(ValueError, match=r"packed_down is .*reshard"):
+            jax.jit(fj.moe_combine)(rows, jnp.zeros((3, 2), jnp.int32), jnp.zeros((3, 2)))
 
 
 @pytest.mark.parametrize("args", [(-1, 4, 4), (4, 0, 4), (4, 4, 0), (2**31, 4, 4), (4, 4, 2**30)])

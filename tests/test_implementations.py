@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from cases import OPS, SMALL, rng
 
@@ -39,6 +40,12 @@ def test_which_takes_arrays_by_keyword():
     x, tokens, pairs = op.args(rng(op), SMALL, "bfloat16")
     choice = ferrum_jax.which(ferrum_jax.moe_dispatch, x, tokens, pairs_by_token=pairs, platform="cpu")
     assert choice.implementation == "xla"
+
+
+def test_which_sees_through_jit_and_numpy_scalars():
+    choice = ferrum_jax.which(jax.jit(ferrum_jax.weighted_sum_batched), jnp.ones((2, 3, 4)), jnp.ones((2, 3)))
+    assert choice.implementation == "xla"
+    assert ferrum_jax.which(ferrum_jax.route_topk_softmax, jnp.ones((2, 4)), np.int64(2)).implementation == "xla"
 
 
 def test_which_of_something_else():

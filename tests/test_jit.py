@@ -1,5 +1,7 @@
 """jit and eager calls: the same results, one equation, one compilation a shape."""
 
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,6 +48,27 @@ def test_eager_compiles_once_a_shape(op):
         for _ in range(3):
             op.results(*args, size=SMALL)
     assert not [m for m in compiled if "ompil" in m]
+
+
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_without_jit(op):
+    args = op.args(rng(op), SMALL, "float32")
+    with jax.disable_jit():
+        got = op.results(*args, size=SMALL)
+    for a, b in zip(got, op.results(*args, size=SMALL), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_debug_nans_ends_in_its_error():
+    with jax.debug_nans(True), pytest.raises(FloatingPointError):
+        ferrum_jax.route_topk_softmax(np.array([[1.0, np.nan]], np.float32), 1)
+
+
+def test_large_tables_compile_in_seconds():
+    ids = jax.ShapeDtypeStruct((8192, 10), jnp.int32)
+    start = time.perf_counter()
+    jax.jit(lambda ids: ferrum_jax.moe_plan(ids, 512, 64)).lower(ids).compile()
+    assert time.perf_counter() - start < 20  # a search of the sorted ids, fused into its users, took over a minute
 
 
 def test_weakly_typed_inputs_give_strong_results():

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import ferrum_jax
 
-DEVICES = 4
+DEVICES = min(4, jax.device_count())
 
 
 @pytest.fixture(params=[AxisType.Explicit, AxisType.Auto], ids=lambda t: t.name)
@@ -169,7 +169,18 @@ def test_partly_manual_mesh():
     for kind in (AxisType.Explicit, AxisType.Auto):
         mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(kind, kind))
         f = lambda x: ferrum_jax.route_topk_softmax(x, 2).expert_weights  # noqa: E731
+
+        def sum_of_squares(x):  # tables, and the backward that sorts
+            ids, weights = ferrum_jax.route_topk_softmax(x, 2)
+            plan = ferrum_jax.moe_plan(ids, 6, 2)
+            rows = ferrum_jax.moe_dispatch(x, plan.packed_token_idx)
+            out = ferrum_jax.moe_combine(rows, plan.pairs_by_token, weights)
+            return jnp.sum(out**2)
+
         with jax.set_mesh(mesh):
             placed = jax.device_put(x, P("a", "b"))
             part = jax.shard_map(f, in_specs=P("a"), out_specs=P("a"), axis_names={"a"}, check_vma=True)
             np.testing.assert_allclose(jax.jit(part)(placed), want, rtol=1e-6)
+            total = lambda x: jax.lax.psum(sum_of_squares(x), "a")  # noqa: E731
+            part = jax.shard_map(total, in_specs=P("a"), out_specs=P(), axis_names={"a"}, check_vma=True)
+            np.testing.assert_allclose(jax.jit(jax.grad(part))(placed), jax.grad(sum_of_squares)(x), rtol=1e-5)

@@ -37,6 +37,18 @@ def test_ids_of_any_integer_dtype(dtype, implementation):
     oracle.assert_matches([rows], oracle.moe_dispatch(x, want[:, 0]))
 
 
+def test_numpy_ids_of_64_bits_do_not_wrap_without_x64():
+    """JAX would cut them down to 32 bits: 2^32 + 1 would be expert 1."""
+    ids = np.array([[2**32 + 1, 1], [-(2**32) + 1, -(2**63)]])
+    for given in (ids, ids.tolist()):
+        assert ferrum_jax.moe_build_pairs_by_token(given, 6).pairs_by_token.tolist() == [[-1, 0], [-1, -1]]
+    assert ferrum_jax.moe_dispatch(jnp.ones((3, 1)), np.array([2**32 + 1, 2, 2**63], np.uint64)).tolist() == [
+        [0],
+        [1],
+        [0],
+    ]
+
+
 def test_more_experts_than_the_dtype_of_the_ids_can_name(implementation):
     ids = np.array([[0, 255], [7, 255]], np.uint8)
     got = ferrum_jax.moe_build_pairs_by_token(ids, 4096, implementation=implementation)
