@@ -2,6 +2,7 @@
 
 from ._primitive import which
 from .combine import moe_combine, moe_dispatch, weighted_sum_batched
+from .kernels import export_checks, interpret_kernels
 from .routing import RouterOutput, route_topk_softmax
 from .tables import (
     MoePlan,
@@ -21,6 +22,8 @@ __all__ = [
     "MoeRouting",
     "RouterOutput",
     "TokenPairs",
+    "export_checks",
+    "interpret_kernels",
     "max_aligned_rows",
     "moe_align_block_size",
     "moe_align_block_size_pair_ids",

@@ -39,7 +39,6 @@ SIZES = (
     Size(2, 4096, 64, 7, 3),
 )
 DTYPES = ("float32", "bfloat16", "float16")
-IMPLEMENTATIONS = ("xla",)
 
 
 class Op(NamedTuple):

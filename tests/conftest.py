@@ -6,10 +6,12 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 
 import jax
 import pytest
-from cases import IMPLEMENTATIONS
+
+import ferrum_jax
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_default_matmul_precision", "highest")  # the tests' own products, on a GPU
 
 
 def on_gpu(config):
@@ -26,9 +28,22 @@ def pytest_xdist_auto_num_workers(config):
     return 0 if on_gpu(config) else None
 
 
-@pytest.fixture(params=IMPLEMENTATIONS)
+@pytest.fixture(
+    params=[
+        "xla",
+        "triton-interpreted",
+        pytest.param("xla-gpu", marks=pytest.mark.gpu),
+        pytest.param("triton-gpu", marks=pytest.mark.gpu),
+    ]
+)
 def implementation(request):
-    return request.param
+    """Each implementation: kernels are interpreted on a CPU, and with `-m gpu` all three run on the GPU."""
+    name, _, where = request.param.partition("-")
+    if where == "interpreted":
+        with ferrum_jax.interpret_kernels():
+            yield name
+    else:
+        yield name
 
 
 @pytest.fixture

@@ -1,13 +1,33 @@
 """Which kernel serves which op, and the choice between implementations."""
 
+import contextlib
+import functools
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
+
 IMPLEMENTATIONS = ("xla", "triton", "pallas")
 
-# backend -> op -> the file under kernels/<backend>/ that holds a function of the op's name
-KERNELS: Mapping[str, Mapping[str, str]] = {"triton": {}, "pallas": {}}
+# backend -> file under kernels/<backend>/ -> the ops that it has a wrapper of the same name for
+KERNELS: Mapping[str, Mapping[str, Sequence[str]]] = {
+    "triton": {
+        "routing": ("route_topk_softmax",),
+        "tables": ("moe_build_pairs_by_token", "moe_align_block_size", "moe_plan"),
+        "combine": (
+            "moe_dispatch",
+            "moe_collect",
+            "moe_combine",
+            "moe_spread",
+            "moe_row_dot",
+            "weighted_sum_batched",
+            "slot_scale",
+            "slot_dot",
+        ),
+    },
+    "pallas": {},
+}
 
 
 class Choice(NamedTuple):
@@ -26,7 +46,7 @@ def choose(
     device_kind: str | None = None,
 ) -> Choice:
     """The implementation that runs `op` on these shapes; NotImplementedError if one was asked for that cannot."""
-    reasons = {name: _refusal(name, op, platform) for name in KERNELS}
+    reasons = {name: _refusal(name, op, operands, params, platform) for name in KERNELS}
     if asked and reasons.get(asked):
         raise NotImplementedError(f"{op}: implementation={asked!r} cannot be used: {reasons[asked]}")
     able = [name for name, reason in reasons.items() if not reason]
@@ -35,16 +55,80 @@ def choose(
     return Choice(taken, others)
 
 
-def load(implementation: str, op: str) -> Callable[..., Any] | None:
-    """The kernel wrapper of `op`; None where the jnp meaning is the implementation."""
+def load(implementation: str, op: str, results: Sequence[Any]) -> Callable[..., Any] | None:
+    """The kernel wrapper of `op`, interpreted where kernels are; None where the jnp meaning is the implementation."""
     if implementation == "xla":
         return None
-    return getattr(importlib.import_module(f"{__name__}.{implementation}.{KERNELS[implementation][op]}"), op)
+    backend, family = importlib.import_module(f"{__name__}.{implementation}"), _family(implementation, op)
+    if not _interpreting.value:
+        return getattr(importlib.import_module(f"{backend.__name__}.{family}"), op)
+    wrapper = getattr(backend.interpreted(family), op)
+    shapes = [jax.ShapeDtypeStruct(r.shape, r.dtype) for r in results]
+    return lambda *operands, **params: jax.pure_callback(functools.partial(wrapper, **params), tuple(shapes), *operands)
 
 
-def _refusal(backend: str, op: str, platform: str) -> str | None:
-    if platform != "cuda":
-        return f"it runs on NVIDIA GPUs, and this is lowered for {platform}"
-    if op not in KERNELS[backend]:
+def _refusal(backend: str, op: str, operands: Sequence[Any], params: Mapping[str, Any], platform: str) -> str | None:
+    if platform != "cuda" and not _interpreting.value:
+        return f"it runs on NVIDIA GPUs, and this is lowered for {platform} (see ferrum_jax.interpret_kernels)"
+    family = _family(backend, op)
+    if family is None:
         return f"{op} has no {backend} kernel"
-    return None
+    if backend == "triton":
+        for package in ["triton"] if _interpreting.value else ["triton", "jax_triton"]:
+            try:
+                importlib.import_module(package)
+            except Exception as error:  # jax-triton 0.3 fails in its own ways where JAX's CUDA plugin is not installed
+                return f"{package} cannot be imported ({error}): pip install 'ferrum_jax[cuda]'"
+    refuse = getattr(importlib.import_module(f"{__name__}.{backend}.{family}"), "refuse", None)
+    return refuse(operands, params) if refuse else None
+
+
+def _family(backend: str, op: str) -> str | None:
+    return next((file for file, ops in KERNELS[backend].items() if op in ops), None)
+
+
+_interpreting = jax.make_user_context(False)
+
+
+def interpret_kernels() -> contextlib.AbstractContextManager[Any]:
+    """In this context the GPU kernels run on the CPU, interpreted, under the normal API: eager, jit, vmap, grad.
+
+    For debugging and testing on a machine without a GPU what will run on one. Slow: a tenth of a second and more a
+    call. `implementation=None` takes a kernel wherever there is one. What was compiled outside is not used inside, nor
+    the other way round.
+
+    Returns:
+      A context manager.
+
+    Raises:
+      NotImplementedError: inside, by an op whose asked implementation has no kernel, or whose package is not installed.
+
+    The interpreter is Triton's, https://triton-lang.org; NumPy does the work.
+
+    >>> import jax.numpy as jnp, ferrum_jax
+    >>> with ferrum_jax.interpret_kernels():
+    ...     ids, _ = ferrum_jax.route_topk_softmax(jnp.array([[1.0, 3.0, 2.0]]), 2, implementation="triton")
+    >>> ids.tolist()
+    [[1, 2]]
+    """
+    return _interpreting(True)
+
+
+def export_checks() -> list[Any]:
+    """For `jax.export.export(..., disabled_checks=export_checks())`: the custom calls that the kernels are.
+
+    JAX promises no stability for them across its versions: load what is exported with the versions that exported it.
+    An exported Triton kernel is machine code of one GPU architecture: the one it was lowered for.
+
+    Returns:
+      A list of `jax.export.DisabledSafetyCheck`.
+
+    >>> import jax, jax.numpy as jnp, ferrum_jax
+    >>> f = jax.jit(lambda x: ferrum_jax.route_topk_softmax(x, 2, implementation="xla"))
+    >>> jax.export.export(f, platforms=("cpu", "cuda"), disabled_checks=export_checks())(jnp.zeros((4, 8))).platforms
+    ('cpu', 'cuda')
+    """
+    from jax import export
+
+    calls = ("triton_kernel_call", "triton_kernel_call_ffi")
+    return [export.DisabledSafetyCheck.custom_call(name) for name in calls]

@@ -1,0 +1,150 @@
+"""The one launcher of the Triton kernels: both generations of jax-triton, the target GPU, and Triton's interpreter."""
+
+import contextlib
+import functools
+import importlib.util
+import inspect
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
+from typing import Any
+
+import jax
+import numpy as np
+
+# Compute capability by the GPU's name, for a GPU that is named but not there. Longer names before the shorter ones
+# that they contain.
+_CAPABILITIES = {
+    "B300": 103, "B200": 100, "GH200": 90, "H200": 90, "H100": 90, "H800": 90, "H20": 90,
+    "L40": 89, "L4": 89, "RTX 40": 89, "RTX 50": 120, "RTX PRO": 120, "A100": 80, "A30": 80, "A10": 86, "T4": 75,
+}  # fmt: skip
+
+
+def launch(
+    kernel: Any,
+    *operands: Any,
+    out: Sequence[tuple[tuple[int, ...], Any]],
+    grid: int,
+    num_warps: int,
+    **constants: Any,
+) -> tuple[jax.Array, ...]:
+    """Run `grid` programs of `kernel(*operands, *outputs, **constants)`.
+
+    `out` holds the outputs' shapes and dtypes. What the kernel does not write of them is garbage.
+    """
+    if grid > 2**31 - 1:
+        raise NotImplementedError(f"{kernel.__name__}: {grid} programs; a CUDA grid has at most {2**31 - 1}")
+    import jax_triton
+
+    shapes = tuple(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in out)
+    options: dict[str, Any] = {"out_shape": shapes}
+    if "out_type" in inspect.signature(jax_triton.triton_call).parameters:  # jax-triton 0.4
+        moved = sum(x.size * x.dtype.itemsize for x in (*operands, *shapes))
+        options = {"out_type": shapes, "cost_estimate": {"bytes_accessed": moved}}
+    return tuple(
+        jax_triton.triton_call(
+            *operands,
+            kernel=kernel,
+            name=f"ferrum_{kernel.__name__}",
+            grid=(grid,),
+            num_warps=num_warps,
+            compute_capability=_compute_capability(),
+            **options,
+            **constants,
+        )
+    )
+
+
+def _compute_capability() -> int:
+    """That of the GPU which the mesh names; without a name, of the one that is here; without one, Hopper's."""
+    with contextlib.suppress(RuntimeError):  # no CUDA backend on this host
+        here = jax.local_devices(backend="cuda")[0]
+        kind = _named_device()
+        if kind is None or kind == here.device_kind:
+            return int(here.compute_capability.replace(".", ""))
+    return next((c for name, c in _CAPABILITIES.items() if name in (_named_device() or "")), 90)
+
+
+def _named_device() -> str | None:
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.device_kind if device else None
+
+
+# ---- the interpreter: a second copy of Triton and of the kernel files, because Triton decides at import whether it
+# interprets, and a process that does so cannot compile
+
+
+@functools.cache
+def interpreted(family: str) -> ModuleType:
+    """A copy of a kernel file whose wrappers take and return NumPy arrays, and run in Triton's interpreter."""
+    spec = importlib.util.find_spec(f"{__name__}.{family}")
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    with _second_triton():
+        spec.loader.exec_module(module)  # type: ignore[union-attr]
+    vars(module).update(launch=_interpret, jnp=np)
+    return module
+
+
+_second: dict[str, ModuleType] = {}
+_importing = threading.Lock()
+
+
+@contextlib.contextmanager
+def _second_triton() -> Iterator[None]:
+    """In here `import triton` finds the copy that interprets. The compiled library is common to both copies."""
+
+    def swap(modules: dict[str, ModuleType]) -> dict[str, ModuleType]:
+        names = [n for n in sys.modules if n.split(".")[0] == "triton" and not n.startswith("triton._C")]
+        taken = {name: sys.modules.pop(name) for name in names}
+        sys.modules.update(modules)
+        return taken
+
+    with _importing:
+        flag, first = os.environ.get("TRITON_INTERPRET"), swap(_second)
+        os.environ["TRITON_INTERPRET"] = "1"
+        try:
+            yield
+        finally:
+            _second.update(swap(first))
+            del os.environ["TRITON_INTERPRET"]
+            os.environ.update({} if flag is None else {"TRITON_INTERPRET": flag})
+
+
+def _interpret(
+    kernel: Any,
+    *operands: Any,
+    out: Sequence[tuple[tuple[int, ...], Any]],
+    grid: int,
+    num_warps: int,
+    **constants: Any,
+) -> tuple[np.ndarray, ...]:
+    """`launch`, interpreted. What a kernel leaves unwritten shows: outputs are poisoned first."""
+    outputs = [np.full(shape, _poison(dtype), dtype) for shape, dtype in out]
+    tensors = [_Tensor(np.require(x, requirements="C")) for x in operands]
+    kernel[(grid,)](*tensors, *map(_Tensor, outputs), num_warps=num_warps, **constants)
+    return tuple(outputs)
+
+
+def _poison(dtype: Any) -> float:
+    return -0x5A5A5A5B if np.dtype(dtype).kind == "i" else np.nan
+
+
+class _Tensor:
+    """As much of a torch tensor as the interpreter asks for, over the memory of a NumPy array."""
+
+    _names = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int32": "i32"}  # noqa: RUF012
+
+    def __init__(self, array: np.ndarray):
+        self.array, self.dtype = array, self._names[array.dtype.name]
+
+    def data_ptr(self) -> int:
+        return self.array.ctypes.data
+
+    def _itself(self, *_: Any, **__: Any) -> "_Tensor":
+        return self
+
+    untyped_storage: Callable[..., Any] = _itself
+    cpu = new_empty = set_ = copy_ = storage_offset = size = stride = _itself

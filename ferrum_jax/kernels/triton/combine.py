@@ -1,0 +1,295 @@
+"""Combine: rows to the experts and back. Four kernels serve the whole family, each bound by the bytes of its rows."""
+
+import math
+
+import jax.numpy as jnp
+import triton
+import triton.language as tl
+
+from . import launch
+
+
+@triton.jit
+def gather_sum(
+    rows, index, pairs, weights, out,
+    N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, H: tl.constexpr, SHARED: tl.constexpr,
+    KIND: tl.constexpr, REPEAT: tl.constexpr, WEIGHTED: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, UNROLL: tl.constexpr, TOTAL: tl.constexpr,
+):  # fmt: skip
+    # out[n] = sum over k of weights[n,k] * rows[index[n,k]]: a program owns ROWS output rows by COLS columns of them.
+    # A thread loads 16 bytes of each of its rows, all K of them before the first is used where K is small, adds in
+    # float32 and stores once. KIND says which row: that in the "table", that of the "slots" in order, the one that is
+    # "repeated", or the token of the pair that `invert` found to be the row's "owner".
+    chunks: tl.constexpr = (H + COLS - 1) // COLS
+    n = tl.program_id(0).to(tl.int64) // chunks * ROWS + tl.arange(0, ROWS)
+    col = (tl.program_id(0) % chunks * COLS + tl.arange(0, COLS))[None, :]
+    base = rows if SHARED else rows + (n // N)[:, None] * R * H
+    sums = tl.zeros([ROWS, COLS], tl.float32)
+    for start in range(0, K, UNROLL):
+        for j in tl.static_range(UNROLL):
+            at = n * K + start + j
+            valid = (n < TOTAL) & (start + j < K)
+            if KIND == "table":
+                row = tl.load(index + at, mask=valid, other=-1).to(tl.int64)
+                valid = (row >= 0) & (row < R)
+            elif KIND == "slots":
+                row = n % N * K + start + j
+            elif KIND == "repeated":
+                row = n % N // REPEAT
+            else:
+                pair = tl.load(index + at, mask=valid, other=-1).to(tl.int64)
+                row = pair // REPEAT
+                at = n // N * R * REPEAT + pair
+                named = tl.load(pairs + at, mask=(pair >= 0) & (pair < R * REPEAT), other=-1)
+                valid = named == n % N
+            term = tl.load(base + row[:, None] * H + col, mask=valid[:, None] & (col < H), other=0.0).to(tl.float32)
+            sums += term * tl.load(weights + at, mask=valid, other=0.0)[:, None] if WEIGHTED else term
+    tl.store(out + n[:, None] * H + col, sums.to(out.dtype.element_ty), mask=(n < TOTAL)[:, None] & (col < H))
+
+
+@triton.jit
+def row_dot(
+    rows, index, g, out,
+    N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, H: tl.constexpr,
+    SHARED_ROWS: tl.constexpr, SHARED_G: tl.constexpr, TABLE: tl.constexpr, CHOICES: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    # out[n,k] = <rows[index[n,k]], g[n]>: a program owns CHOICES choices of one token and walks along H, COLS columns
+    # at a time: 16 bytes a thread of each row, once. Rows outside [0, R) are not read; their result is 0.
+    groups: tl.constexpr = (K + CHOICES - 1) // CHOICES
+    n = tl.program_id(0).to(tl.int64) // groups
+    k = tl.program_id(0) % groups * CHOICES + tl.arange(0, CHOICES)
+    row = (n % N) * K + k
+    valid = k < K
+    if TABLE:
+        row = tl.load(index + n * K + k, mask=valid, other=-1).to(tl.int64)
+        valid = valid & (row >= 0) & (row < R)
+    rows = rows if SHARED_ROWS else rows + n // N * R * H
+    g += (n % N if SHARED_G else n) * H
+    sums = tl.zeros([CHOICES, COLS], tl.float32)
+    for start in range(0, H, COLS):
+        col = start + tl.arange(0, COLS)
+        own = tl.load(g + col, mask=col < H, other=0.0).to(tl.float32)
+        term = tl.load(rows + row[:, None] * H + col[None, :], mask=valid[:, None] & (col < H)[None, :], other=0.0)
+        sums += tl.where(valid[:, None], term.to(tl.float32) * own[None, :], 0.0)
+    tl.store(out + n * K + k, tl.sum(sums, 1), mask=k < K)
+
+
+@triton.jit
+def invert(index, owner, PAIRS: tl.constexpr, R: tl.constexpr, TOTAL: tl.constexpr, TILE: tl.constexpr):
+    # The pair that names each row. A program takes TILE pairs, reads 4 bytes of each and writes 4 where its row is.
+    # A row that no pair names keeps whatever the memory held: who reads it asks that pair whether it names the row.
+    pair = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    row = tl.load(index + pair, mask=pair < TOTAL, other=-1)
+    tl.store(owner + pair // PAIRS * R + row, (pair % PAIRS).to(tl.int32), mask=(row >= 0) & (row < R))
+
+
+@triton.jit
+def first_at_least(ascending, value, LENGTH: tl.constexpr, STEPS: tl.constexpr):
+    low, high = value * 0, value * 0 + LENGTH
+    for _ in range(STEPS):
+        middle = (low + high) // 2
+        below = tl.load(ascending + middle, mask=low < high, other=0) < value
+        low, high = tl.where((low < high) & below, middle + 1, low), tl.where(below, high, middle)
+    return low
+
+
+@triton.jit
+def segment_sum(
+    rows, weights, order, dest, out,
+    N: tl.constexpr, P: tl.constexpr, K: tl.constexpr, R: tl.constexpr, H: tl.constexpr,
+    SHARED: tl.constexpr, WEIGHTED: tl.constexpr, STEPS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    # out[r] = sum of the terms whose destination is r, in ascending order of the terms: a program owns COLS columns of
+    # one output row, finds its terms in the sorted destinations by halving, and reads each term's columns once.
+    chunks: tl.constexpr = (H + COLS - 1) // COLS
+    n = tl.program_id(0).to(tl.int64) // chunks
+    slice_id, r = n // R, n % R
+    col = tl.program_id(0) % chunks * COLS + tl.arange(0, COLS)
+    rows = rows if SHARED else rows + slice_id * N * H
+    dest, order, weights = dest + slice_id * P, order + slice_id * P, weights + slice_id * P
+    sums = tl.zeros([COLS], tl.float32)
+    i, stop = first_at_least(dest, r, P, STEPS), first_at_least(dest, r + 1, P, STEPS)
+    while i < stop:
+        term = tl.load(order + i).to(tl.int64)
+        value = tl.load(rows + term // K * H + col, mask=col < H, other=0.0).to(tl.float32)
+        sums += value * tl.load(weights + term) if WEIGHTED else value
+        i += 1
+    tl.store(out + n * H + col, sums.to(out.dtype.element_ty), mask=col < H)
+
+
+# ---- wrappers: leading axes become one; rows that the whole batch shares are not copied
+
+
+def _leads(*operands):
+    """The broadcast leading axes of operands, each given with its count of trailing axes."""
+    leads = (x.shape[: x.ndim - trailing] for x, trailing in operands)
+    return tuple(next((n for n in sizes if n != 1), 1) for sizes in zip(*leads, strict=True))
+
+
+def _small(x, lead):
+    """Ids or weights over all the leading axes; they are small, so a copy is cheap."""
+    trailing = x.shape[len(lead) :]
+    return jnp.broadcast_to(x, (*lead, *trailing))
+
+
+def _large(x, lead):
+    """Rows over all the leading axes, and whether one copy serves them all."""
+    own = x.shape[: len(lead)]
+    shared = math.prod(own) == 1
+    return (x, shared) if shared or own == lead else (_small(x, lead), False)
+
+
+def _blocks(width, itemsize, rows=1):
+    """Columns and rows of a program's tile: 16 bytes a thread, 128 threads, narrow rows side by side."""
+    cols = min(triton.next_power_of_2(width), 128 * 16 // itemsize)
+    return max(1, min(triton.next_power_of_2(rows), 128 * 16 // itemsize // cols)), cols
+
+
+def _gather(rows, index, weights, lead, n, k, kind, repeat=1, pairs=None):
+    """gather_sum of `n` output rows a slice, of `k` terms each. Tables that are None are not read."""
+    *_, num_rows, width = rows.shape
+    rows, shared = _large(rows, lead)
+    total = math.prod(lead) * n
+    tile_rows, cols = _blocks(width, rows.dtype.itemsize, total)
+    return launch(
+        gather_sum,
+        rows,
+        *(rows if table is None else table for table in (index, pairs, weights)),
+        out=[((*lead, n, width), rows.dtype)],
+        grid=triton.cdiv(total, tile_rows) * triton.cdiv(width, cols),
+        num_warps=4,
+        N=n,
+        K=k,
+        R=num_rows,
+        H=width,
+        SHARED=shared,
+        KIND=kind,
+        REPEAT=repeat,
+        WEIGHTED=weights is not None,
+        ROWS=tile_rows,
+        COLS=cols,
+        UNROLL=k if k <= 16 else 8,
+        TOTAL=total,
+    )
+
+
+def _sorted_sum(rows, weights, dest, lead, num_rows, top_k):
+    """Each row r of the result is the sum of the terms with dest r, found by a stable sort of the destinations."""
+    dest = jnp.where((dest >= 0) & (dest < num_rows), dest, num_rows)
+    order = jnp.argsort(dest, axis=-1, stable=True)
+    dest, order = jnp.take_along_axis(dest, order, axis=-1), order.astype(jnp.int32)
+    rows, shared = _large(rows, lead)
+    *_, n, width = rows.shape
+    _, cols = _blocks(width, rows.dtype.itemsize)
+    return launch(
+        segment_sum,
+        rows,
+        rows if weights is None else weights,
+        order,
+        dest,
+        out=[((*lead, num_rows, width), rows.dtype)],
+        grid=math.prod(lead) * num_rows * triton.cdiv(width, cols),
+        num_warps=4,
+        N=n,
+        P=dest.shape[-1],
+        K=top_k,
+        R=num_rows,
+        H=width,
+        SHARED=shared,
+        WEIGHTED=weights is not None,
+        STEPS=dest.shape[-1].bit_length() + 1,
+        COLS=cols,
+    )
+
+
+def _dot(rows, index, g, lead, num_tokens, top_k):
+    *_, num_rows, width = rows.shape
+    rows, shared_rows = _large(rows, lead)
+    g, shared_g = _large(g, lead)
+    choices = min(triton.next_power_of_2(top_k), 8)
+    return launch(
+        row_dot,
+        rows,
+        rows if index is None else index,
+        g,
+        out=[((*lead, num_tokens, top_k), jnp.float32)],
+        grid=math.prod(lead) * num_tokens * triton.cdiv(top_k, choices),
+        num_warps=4,
+        N=num_tokens,
+        K=top_k,
+        R=num_rows,
+        H=width,
+        SHARED_ROWS=shared_rows,
+        SHARED_G=shared_g,
+        TABLE=index is not None,
+        CHOICES=choices,
+        COLS=_blocks(width, rows.dtype.itemsize)[1],
+    )
+
+
+def moe_dispatch(x, packed_token_idx, pairs_by_token=None):
+    lead = _leads((x, 2), (packed_token_idx, 1))
+    return _gather(x, _small(packed_token_idx, lead), None, lead, packed_token_idx.shape[-1], 1, "table")
+
+
+def moe_collect(rows, packed_token_idx, pairs_by_token=None, *, num_tokens):
+    if pairs_by_token is None:
+        lead = _leads((rows, 2), (packed_token_idx, 1))
+        return _sorted_sum(rows, None, _small(packed_token_idx, lead), lead, num_tokens, 1)
+    lead = _leads((rows, 2), (pairs_by_token, 2))
+    return _gather(rows, _small(pairs_by_token, lead), None, lead, num_tokens, pairs_by_token.shape[-1], "table")
+
+
+def moe_combine(packed_down, pair_weights, pairs_by_token, *, unique_rows):
+    lead = _leads((packed_down, 2), (pair_weights, 2), (pairs_by_token, 2))
+    index, weights = _small(pairs_by_token, lead), _small(pair_weights, lead)
+    return _gather(packed_down, index, weights, lead, *index.shape[-2:], "table")
+
+
+def moe_spread(g, pair_weights, pairs_by_token, *, num_rows, unique_rows):
+    lead = _leads((g, 2), (pair_weights, 2), (pairs_by_token, 2))
+    index, weights = _small(pairs_by_token, lead), _small(pair_weights, lead)
+    num_tokens, top_k = index.shape[-2:]
+    if not unique_rows:
+        flat = (*lead, num_tokens * top_k)
+        return _sorted_sum(g, jnp.reshape(weights, flat), jnp.reshape(index, flat), lead, num_rows, top_k)
+    # Inverting the table first (4 bytes a row) lets every row be written once, instead of zeroed and then written.
+    total = math.prod(index.shape)
+    (owner,) = launch(
+        invert,
+        index,
+        out=[((*lead, num_rows), jnp.int32)],
+        grid=triton.cdiv(total, 1024),
+        num_warps=4,
+        PAIRS=num_tokens * top_k,
+        R=num_rows,
+        TOTAL=total,
+        TILE=1024,
+    )
+    return _gather(g, owner, weights, lead, num_rows, 1, "owner", top_k, index)
+
+
+def moe_row_dot(packed_down, g, pairs_by_token, *, unique_rows):
+    lead = _leads((packed_down, 2), (g, 2), (pairs_by_token, 2))
+    return _dot(packed_down, _small(pairs_by_token, lead), g, lead, *pairs_by_token.shape[-2:])
+
+
+def weighted_sum_batched(slots, weights):
+    lead = _leads((slots, 3), (weights, 2))
+    *_, num_tokens, top_k, width = slots.shape
+    rows = jnp.reshape(slots, (*slots.shape[: len(lead)], num_tokens * top_k, width))
+    return _gather(rows, None, _small(weights, lead), lead, num_tokens, top_k, "slots")
+
+
+def slot_scale(g, weights):
+    lead = _leads((g, 2), (weights, 2))
+    num_tokens, top_k = weights.shape[-2:]
+    (out,) = _gather(g, None, _small(weights, lead), lead, num_tokens * top_k, 1, "repeated", top_k)
+    return (jnp.reshape(out, (*lead, num_tokens, top_k, g.shape[-1])),)
+
+
+def slot_dot(slots, g):
+    lead = _leads((slots, 3), (g, 2))
+    *_, num_tokens, top_k, width = slots.shape
+    rows = jnp.reshape(slots, (*slots.shape[: len(lead)], num_tokens * top_k, width))
+    return _dot(rows, None, g, lead, num_tokens, top_k)

@@ -1,0 +1,99 @@
+"""Sizes that only a GPU runs in a test's time. `pytest -m gpu` also runs every test that takes an implementation."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ferrum_jax
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(params=["xla", "triton"])
+def name(request):
+    return request.param
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "k"), [(1024, 128, 8), (65536, 256, 8), (2**17, 384, 8), (4096, 4096, 64)]
+)
+def test_tables(tokens, experts, k, name):
+    ids = np.random.default_rng(tokens).integers(-1, experts + 1, size=(tokens, k)).astype(np.int32)
+    ids[: tokens // 2, 0] = 3
+    flat, pair = ids.reshape(-1), np.arange(ids.size)
+    live = (flat >= 0) & (flat < experts)
+    order = np.argsort(np.where(live, flat, experts), kind="stable")
+    counts = np.bincount(flat[live], minlength=experts)
+    rows = np.empty(ids.size, np.int64)
+    rows[order] = pair
+    blocks = -(-counts // 64)
+    sizes = {"num_experts": experts, "block_size": 64, "implementation": name}
+    for pair_ids in (False, True):
+        plan = jax.jit(functools.partial(ferrum_jax.moe_plan, **sizes, pair_ids=pair_ids))(ids)
+        np.testing.assert_array_equal(plan.pairs_by_token.reshape(-1), np.where(live, rows, -1))
+        np.testing.assert_array_equal(plan.packed_token_idx, np.where(pair < live.sum(), order // k, tokens))
+        np.testing.assert_array_equal(plan.expert_offsets, np.cumsum([0, *counts]))
+        slots = np.full(plan.sorted_token_ids.shape, ids.size)
+        starts = np.repeat(np.cumsum(blocks) - blocks, counts) * 64
+        inside = np.arange(live.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        slots[starts + inside] = order[: live.sum()] if pair_ids else np.arange(live.sum())
+        np.testing.assert_array_equal(plan.sorted_token_ids, slots)
+        owners = np.full(plan.block_ids.shape, -1)
+        owners[: blocks.sum()] = np.repeat(np.arange(experts), blocks)
+        np.testing.assert_array_equal(plan.block_ids, owners)
+        assert int(plan.total_tokens_post_pad) == blocks.sum() * 64
+
+
+@pytest.mark.parametrize(("tokens", "experts", "k"), [(65536, 256, 8), (8192, 512, 10), (2048, 4096, 64)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_routing(tokens, experts, k, dtype, name):
+    x = jax.random.normal(jax.random.key(tokens), (tokens, experts)).astype(dtype)
+    ids, weights = jax.jit(lambda x: ferrum_jax.route_topk_softmax(x, k, implementation=name))(x)
+    wide = np.asarray(x.astype(jnp.float32))
+    order = np.argsort(-wide, axis=1, kind="stable")[:, :k]
+    np.testing.assert_array_equal(ids, order)
+    chosen = np.take_along_axis(wide.astype(np.float64), order, axis=1)
+    want = np.exp(chosen - chosen.max(1, keepdims=True))
+    np.testing.assert_allclose(weights, want / want.sum(1, keepdims=True), rtol=1e-5)
+
+
+def test_rows_beyond_32_bit_offsets(name):
+    """R * H of 2^31 and more: the last rows are as far away as they seem."""
+    rows, width = 2**19 + 8, 4096
+    y = jax.random.normal(jax.random.key(0), (rows, width), jnp.bfloat16)
+    pairs = jnp.array([[rows - 1, 0], [rows, 5], [rows - 2, rows - 3]], jnp.int32)
+    weights = jnp.array([[1.0, 2.0], [3.0, 4.0], [0.5, 0.25]])
+    g = jnp.ones((3, width), jnp.bfloat16)
+    combine = lambda y, w: ferrum_jax.moe_combine(y, pairs, w, unique_rows=True, implementation=name)  # noqa: E731
+    out, vjp = jax.vjp(combine, y, weights)
+    few = y[jnp.array([rows - 1, 0, 5, rows - 2, rows - 3])].astype(jnp.float32)
+    want = jnp.stack([few[0] + 2 * few[1], 4 * few[2], 0.5 * few[3] + 0.25 * few[4]])
+    np.testing.assert_allclose(out.astype(jnp.float32), want, rtol=0.01, atol=0.02)
+    dy, dw = vjp(g)
+    assert float(dy[-1, 0]) == 1
+    assert float(dy[0, -1]) == 2
+    assert float(jnp.sum(dy.astype(jnp.float32)[-4:])) == width * 1.75
+    np.testing.assert_allclose(dw[2], few[3:].sum(1), rtol=1e-3, atol=0.5)
+    assert float(dw[1, 0]) == 0
+    tokens = jnp.array([rows - 1, rows, -1, 1], jnp.int32)
+    np.testing.assert_array_equal(ferrum_jax.moe_dispatch(y, tokens, implementation=name)[0], y[-1])
+
+
+@pytest.mark.parametrize("unique_rows", [True, False])
+def test_gradients_are_the_same_bits_every_time(unique_rows, name):
+    tokens, k, width = 4096, 8, 256
+    keys = jax.random.split(jax.random.key(1), 3)
+    y, g = (jax.random.normal(key, (n, width)) for key, n in ((keys[0], tokens * k), (keys[1], tokens)))
+    pairs = jax.random.randint(keys[2], (tokens, k), 0, 500 if not unique_rows else tokens * k)
+    if unique_rows:
+        pairs = jax.random.permutation(keys[2], tokens * k).reshape(tokens, k).astype(jnp.int32)
+    weights = jnp.ones((tokens, k))
+    combine = lambda y, w: ferrum_jax.moe_combine(y, pairs, w, unique_rows=unique_rows, implementation=name)  # noqa: E731
+    backward = jax.jit(lambda y, w, g: jax.vjp(combine, y, w)[1](g))
+    first = backward(y, weights, g)
+    for _ in range(5):
+        for a, b in zip(first, backward(y, weights, g), strict=True):
+            np.testing.assert_array_equal(a, b)

@@ -1,0 +1,150 @@
+"""The kernels without a GPU: compiled to machine code, exported, and interpreted against xla bit for bit."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import OPS, SMALL, rng
+from compiled import for_h200, needs_plugin
+from jax import export
+from shapes import MODELS
+
+import ferrum_jax
+
+of = jax.ShapeDtypeStruct
+
+
+def programs(model, tokens, implementation):
+    """Enough ops to launch every kernel: name -> (function, arguments, launches, whether it moves rows)."""
+    experts, k, width = MODELS[model]
+    ids, weights = of((tokens, k), jnp.int32), of((tokens, k), jnp.float32)
+    x, rows = of((tokens, width), jnp.bfloat16), of((tokens * k, width), jnp.bfloat16)
+    slots = of((tokens, k, width), jnp.bfloat16)
+    as_asked = {"implementation": implementation}
+    combine = functools.partial(ferrum_jax.moe_combine, **as_asked)
+
+    def combine_vjp(rows, ids, weights, g, unique_rows):
+        return jax.vjp(lambda y, w: combine(y, ids, w, unique_rows=unique_rows), rows, weights)[1](g)
+
+    def weighted_vjp(slots, weights, g):
+        return jax.vjp(functools.partial(ferrum_jax.weighted_sum_batched, **as_asked), slots, weights)[1](g)
+
+    route = functools.partial(ferrum_jax.route_topk_softmax, top_k=k, **as_asked)
+    tables = {"num_experts": experts, "block_size": 64, **as_asked}
+    few = tokens * k <= 8192
+    return {
+        "route": (route, [of((tokens, experts), jnp.bfloat16)], 1, False),
+        "plan": (functools.partial(ferrum_jax.moe_plan, **tables), [ids], 1 if few else 3, False),
+        "combine": (combine, [rows, ids, weights], 1, True),
+        "combine vjp": (functools.partial(combine_vjp, unique_rows=True), [rows, ids, weights, x], 3, True),
+        "combine vjp, repeated": (functools.partial(combine_vjp, unique_rows=False), [rows, ids, weights, x], 2, True),
+        "weighted sum vjp": (weighted_vjp, [slots, weights, x], 2, True),
+    }
+
+
+@needs_plugin
+@pytest.mark.parametrize("tokens", [128, 8192])
+@pytest.mark.parametrize("model", MODELS)
+def test_triton_compiles_for_an_h200_without_spills(model, tokens):
+    for name, (f, args, launches, wide) in programs(model, tokens, "triton").items():
+        program = for_h200(f, *args)
+        assert len(program.launches) == launches, name
+        for code in program.codes:
+            assert code.spilled == 0, (name, code.name, code.registers)
+            if wide and code.name != "ferrum_invert":
+                assert re.search(r"LDG\.E[\w.]*\.128", code.sass), (name, code.name)
+
+
+@needs_plugin
+@pytest.mark.parametrize("op", OPS, ids=str)
+def test_the_asked_implementation_is_what_is_lowered(op):
+    args = op.args(rng(op), SMALL, "bfloat16")
+    launches = {
+        name: for_h200(lambda *a, name=name: op.results(*a, size=SMALL, implementation=name), *args).launches
+        for name in ("xla", "triton")
+    }
+    assert not launches["xla"]
+    assert len(launches["triton"]) == 1
+    assert launches["triton"][0].startswith("triton_kernel_call")
+
+
+@needs_plugin
+def test_one_module_for_cpu_and_cuda():
+    def layer(logits, x):
+        ids, weights = ferrum_jax.route_topk_softmax(logits, 2)
+        plan = ferrum_jax.moe_plan(ids, 6, 4)
+        rows = ferrum_jax.moe_dispatch(x, plan.packed_token_idx, pairs_by_token=plan.pairs_by_token)
+        return ferrum_jax.moe_combine(rows, plan.pairs_by_token, weights, unique_rows=True)
+
+    args = rng("l").normal(size=(5, 6)).astype(np.float32), rng("x").normal(size=(5, 8)).astype(np.float32)
+    both = export.export(jax.jit(layer), platforms=("cpu", "cuda"), disabled_checks=ferrum_jax.export_checks())(*args)
+    assert "triton_kernel_call" in both.mlir_module()
+    stored = export.deserialize(both.serialize())
+    np.testing.assert_allclose(stored.call(*args), args[1], rtol=1e-6)
+
+
+@needs_plugin
+def test_one_process_interprets_and_compiles():
+    x = jnp.asarray(rng("both").normal(size=(4, 8)).astype(np.float32))
+    route = functools.partial(ferrum_jax.route_topk_softmax, top_k=2, implementation="triton")
+    for _ in range(2):
+        with ferrum_jax.interpret_kernels():
+            ids = jax.jit(route)(x).expert_ids
+        np.testing.assert_array_equal(ids, ferrum_jax.route_topk_softmax(x, 2).expert_ids)
+        assert len(for_h200(route, x).launches) == 1
+
+
+def test_interpretation_ends_with_its_context():
+    x = jnp.ones((2, 4))
+    f = jax.jit(lambda x: ferrum_jax.route_topk_softmax(x, 2, implementation="triton"))
+    with ferrum_jax.interpret_kernels():
+        assert ferrum_jax.which(ferrum_jax.route_topk_softmax, x, 2).implementation == "triton"
+        f(x)
+    assert ferrum_jax.which(ferrum_jax.route_topk_softmax, x, 2).implementation == "xla"
+    with pytest.raises(NotImplementedError, match="interpret_kernels"):
+        f(x)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_ids_and_tables_equal_xla_bit_for_bit(seed):
+    """Fifty random cases a seed, batched into few calls: shapes differ between calls, hostile values inside one."""
+    r = rng("equal", seed)
+    experts, tokens, block = (int(r.integers(1, most)) for most in (9, 10, 9))
+    k = int(r.integers(1, min(experts, 9) + 1))
+    bits = r.integers(0, 2**32, size=(50, tokens, experts), dtype=np.uint32)
+    bits[::3] = bits[::3] & 0x3 | 0x3F800000  # many ties
+    bits[1::3] |= 0x7F800000  # infinities and NaN
+    ids = r.integers(-2, experts + 2, size=(50, tokens, k)).astype(np.int32)
+
+    def every(bits, ids):
+        x = jax.lax.bitcast_convert_type(bits, jnp.float32)
+        return ferrum_jax.route_topk_softmax(x, k).expert_ids, *ferrum_jax.moe_plan(ids, experts, block)
+
+    want = jax.jit(every)(bits, ids)
+    with ferrum_jax.interpret_kernels():
+        got = jax.jit(every)(bits, ids)
+    for g, w in zip(got, want, strict=True):
+        np.testing.assert_array_equal(g, w)
+
+
+def test_three_launches_equal_one(monkeypatch):
+    """Above 8,192 pairs the counts come through memory: here with tiles of 16 pairs, so that there are many."""
+    from ferrum_jax.kernels import triton
+
+    tables = triton.interpreted("tables")
+    monkeypatch.setattr(tables, "TILE", 16)
+    ids = rng("tiles").integers(-1, 8, size=(3, 150, 2)).astype(np.int32)
+    for pair_ids in (False, True):
+        got = tables.moe_plan(ids, num_experts=7, block_size=4, pair_ids=pair_ids)
+        for g, w in zip(got, ferrum_jax.moe_plan(ids, 7, 4, pair_ids=pair_ids), strict=True):
+            np.testing.assert_array_equal(g, w)
+
+
+def test_more_experts_than_registers_hold_is_refused_by_name():
+    with ferrum_jax.interpret_kernels(), pytest.raises(NotImplementedError, match=r"524288 at most; got 1000000"):
+        ferrum_jax.moe_build_pairs_by_token(np.zeros((2, 1), np.int32), 1_000_000, implementation="triton")
+    with ferrum_jax.interpret_kernels():
+        ferrum_jax.moe_build_pairs_by_token(np.zeros((2, 1), np.int32), 1_000_000)
