@@ -31,7 +31,7 @@ def pytest_xdist_auto_num_workers(config):
 @pytest.fixture(
     params=[
         "xla",
-        "triton-interpreted",
+        pytest.param("triton-interpreted", marks=pytest.mark.interpreted),
         pytest.param("xla-gpu", marks=pytest.mark.gpu),
         pytest.param("triton-gpu", marks=pytest.mark.gpu),
     ]

@@ -46,8 +46,7 @@ def programs(model, tokens, implementation):
 
 
 @needs_plugin
-@pytest.mark.parametrize("tokens", [128, 8192])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("model", "tokens"), [*((m, 8192) for m in MODELS), ("qwen3", 128), ("wide", 128)])
 def test_triton_compiles_for_an_h200_without_spills(model, tokens):
     for name, (f, args, launches, wide) in programs(model, tokens, "triton").items():
         program = for_h200(f, *args)
@@ -108,6 +107,7 @@ def test_interpretation_ends_with_its_context():
         f(x)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("seed", range(10))
 def test_ids_and_tables_equal_xla_bit_for_bit(seed):
     """Fifty random cases a seed, batched into few calls: shapes differ between calls, hostile values inside one."""
