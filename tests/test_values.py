@@ -29,7 +29,7 @@ def test_ids_of_any_integer_dtype(dtype, implementation):
         v for v in (-1, 6, 2**31 - 1, -(2**31), 2**31, 2**32 + 1, info.max, info.min) if info.min <= v <= info.max
     ]
     ids = np.array([*range(6), *hostile, 1, 1], dtype=dtype)[:, None]
-    want = np.where((ids >= 0) & (ids < 6), ids, -1)
+    want = np.where((ids >= 0) & (ids < 6), ids.astype(np.int64), -1)
     got = ferrum_jax.moe_plan(ids, 6, 2, implementation=implementation)
     oracle.assert_matches(got, oracle.moe_plan(want, num_experts=6, block_size=2))
     x = jnp.arange(12, dtype=jnp.float32).reshape(6, 2)
