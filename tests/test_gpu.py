@@ -47,6 +47,18 @@ def test_tables(tokens, experts, k, name):
         assert int(plan.total_tokens_post_pad) == blocks.sum() * 64
 
 
+def test_tables_of_millions_of_experts(name):
+    """So many that an expert and a place in its tile no longer share 32 bits."""
+    ids = np.random.default_rng(3).integers(-1, 3_000_000, size=(700, 3)).astype(np.int32)
+    ids[::7] = 2_999_999
+    got = jax.jit(lambda ids: ferrum_jax.moe_build_pairs_by_token(ids, 3_000_000, implementation=name))(ids)
+    order = np.argsort(np.where(ids < 0, 2**31 - 1, ids).reshape(-1), kind="stable")
+    live = (ids >= 0).sum()
+    np.testing.assert_array_equal(got.packed_token_idx, np.where(np.arange(ids.size) < live, order // 3, 700))
+    counts = np.bincount(ids[ids >= 0], minlength=3_000_000)
+    np.testing.assert_array_equal(got.expert_offsets, np.cumsum([0, *counts]))
+
+
 @pytest.mark.parametrize(("tokens", "experts", "k"), [(65536, 256, 8), (8192, 512, 10), (2048, 4096, 64)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_routing(tokens, experts, k, dtype, name):

@@ -52,9 +52,7 @@ def test_triton_compiles_for_an_h200_without_spills(model, tokens):
         program = for_h200(f, *args)
         assert len(program.launches) == launches, name
         for code in program.codes:
-            # 4,096 counters a program: under Triton 3.6 `place` spills 24 to 112 bytes a thread there.
-            if (model, code.name.removeprefix("ferrum_")) != ("wide", "place"):
-                assert code.spilled == 0, (name, code.name, code.registers)
+            assert code.spilled == 0, (name, code.name, code.registers)
             if wide and code.name != "ferrum_invert":
                 assert re.search(r"LDG\.E[\w.]*\.128", code.sass), (name, code.name)
 
@@ -145,8 +143,31 @@ def test_three_launches_equal_one(monkeypatch):
             np.testing.assert_array_equal(g, w)
 
 
-def test_more_experts_than_registers_hold_is_refused_by_name():
-    with ferrum_jax.interpret_kernels(), pytest.raises(NotImplementedError, match=r"524288 at most; got 1000000"):
-        ferrum_jax.moe_build_pairs_by_token(np.zeros((2, 1), np.int32), 1_000_000, implementation="triton")
+def test_experts_are_counted_in_portions(monkeypatch):
+    """More experts than a program counts at a time: here 16, in one launch and in three."""
+    from ferrum_jax.kernels import triton
+
+    tables = triton.interpreted("tables")
+    monkeypatch.setattr(tables, "TILE", 16)
+    monkeypatch.setattr(tables, "BINS", 16)
+    for tokens in (20, 90):
+        ids = rng("portions", tokens).integers(-1, 71, size=(2, tokens, 2)).astype(np.int32)
+        for pair_ids in (False, True):
+            got = tables.moe_plan(ids, num_experts=70, block_size=3, pair_ids=pair_ids)
+            for g, w in zip(got, ferrum_jax.moe_plan(ids, 70, 3, pair_ids=pair_ids), strict=True):
+                np.testing.assert_array_equal(g, w)
+
+
+def test_devices_share_the_interpreter():
+    """JAX calls back from a thread per device, and Triton's interpreter has one state."""
+    x = rng("threads").normal(size=(4, 16, 8)).astype(np.float32)
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("d")
+    route = jax.jit(
+        jax.shard_map(lambda x: ferrum_jax.route_topk_softmax(x, 8), mesh=mesh, in_specs=spec, out_specs=spec)
+    )
+    want = route(x)
     with ferrum_jax.interpret_kernels():
-        ferrum_jax.moe_build_pairs_by_token(np.zeros((2, 1), np.int32), 1_000_000)
+        for _ in range(3):
+            for g, w in zip(route(x), want, strict=True):
+                np.testing.assert_allclose(g, w, rtol=1e-6)

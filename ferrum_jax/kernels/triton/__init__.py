@@ -7,6 +7,7 @@ import inspect
 import os
 import sys
 import threading
+import types
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
@@ -85,11 +86,24 @@ def interpreted(family: str) -> ModuleType:
     with _second_triton():
         spec.loader.exec_module(module)  # type: ignore[union-attr]
     vars(module).update(launch=_interpret, jnp=np)
+    _patch_language_once()
     return module
 
 
+def _patch_language_once() -> None:
+    """Triton's interpreter patches its language anew for every call of a helper, which takes milliseconds.
+
+    The second copy of the language serves nothing but the interpreter, so it is patched once, for good.
+    """
+    interpreter, language = _second["triton.runtime.interpreter"], _second["triton.language"]
+    if not hasattr(interpreter, "_patch_lang") or not hasattr(interpreter, "_LangPatchScope"):
+        return  # another generation of it: slower, and as right
+    patch, interpreter._patch_lang = interpreter._patch_lang, lambda function: interpreter._LangPatchScope()
+    patch(types.SimpleNamespace(__globals__={"tl": language, "core": language.core}))
+
+
 _second: dict[str, ModuleType] = {}
-_importing = threading.Lock()
+_importing, _interpreter = threading.Lock(), threading.Lock()
 
 
 @contextlib.contextmanager
@@ -124,7 +138,8 @@ def _interpret(
     """`launch`, interpreted. What a kernel leaves unwritten shows: outputs are poisoned first."""
     outputs = [np.full(shape, _poison(dtype), dtype) for shape, dtype in out]
     tensors = [_Tensor(np.require(x, requirements="C")) for x in operands]
-    kernel[(grid,)](*tensors, *map(_Tensor, outputs), num_warps=num_warps, **constants)
+    with _interpreter:  # which keeps the program's number in a global, and JAX calls from a thread per device
+        kernel[(grid,)](*tensors, *map(_Tensor, outputs), num_warps=num_warps, **constants)
     return tuple(outputs)
 
 

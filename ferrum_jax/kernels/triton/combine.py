@@ -227,8 +227,8 @@ def _dot(rows, index, g, lead, num_tokens, top_k):
     )
 
 
-def moe_dispatch(x, packed_token_idx, pairs_by_token=None):
-    lead = _leads((x, 2), (packed_token_idx, 1))
+def moe_dispatch(x, packed_token_idx, *pairs_by_token):
+    lead = _leads((x, 2), (packed_token_idx, 1), *((table, 2) for table in pairs_by_token))
     return _gather(x, _small(packed_token_idx, lead), None, lead, packed_token_idx.shape[-1], 1, "table")
 
 
@@ -236,7 +236,7 @@ def moe_collect(rows, packed_token_idx, pairs_by_token=None, *, num_tokens):
     if pairs_by_token is None:
         lead = _leads((rows, 2), (packed_token_idx, 1))
         return _sorted_sum(rows, None, _small(packed_token_idx, lead), lead, num_tokens, 1)
-    lead = _leads((rows, 2), (pairs_by_token, 2))
+    lead = _leads((rows, 2), (packed_token_idx, 1), (pairs_by_token, 2))
     return _gather(rows, _small(pairs_by_token, lead), None, lead, num_tokens, pairs_by_token.shape[-1], "table")
 
 
