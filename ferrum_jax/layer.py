@@ -11,7 +11,7 @@ from ._signature import as_int
 from .combine import moe_combine, moe_dispatch, weighted_sum_batched
 from .grouped import grouped_matmul
 from .routing import RouterOutput, route_topk_softmax
-from .tables import moe_align_block_size_pair_ids, moe_plan
+from .tables import expert_of_row, moe_align_block_size_pair_ids, moe_plan
 
 _OP = "moe_mlp"
 
@@ -50,21 +50,21 @@ def moe_mlp(
 ) -> jax.Array:
     """A Mixture-of-Experts layer: each token through its experts' gated MLPs, weighted and added.
 
-    out[t] = sum over k of weight[t,k] * (act(gate, up) @ w_down[e] + b_down[e]), e = id[t,k], and gate, up the halves of
-    x[t] @ w_gate_up[e] + b_gate_up[e]. Products and sums are in float32, rows between them in x's dtype; the
-    activation is in float32, and is computed again for the gradient instead of stored. Gradients to x, logits or weights
-    of the router, matrices and biases are exact, with the ids held constant; an expert without tokens gets 0. Memory
-    grows with T*K rows, never with T*K*E or with a copy of matrices.
+    out[t] = sum over k of weight[t,k] * (act(gate, up) @ w_down[e] + b_down[e]), where e = id[t,k], and gate and up are
+    the halves of x[t] @ w_gate_up[e] + b_gate_up[e]. Products and sums are in float32, rows between them in x's dtype;
+    the activation is in float32, and is computed again for the gradient instead of stored. Gradients to x, the router's
+    logits or weights, matrices and biases are exact, with the ids held constant; an expert without tokens gets 0.
+    Memory grows with T*K rows, never with T*K*E or with a copy of matrices.
 
     Args:
       x: [..., T, H] float16, bfloat16 or float32. Leading axes are more tokens: the matrices serve all.
-      router_logits: [..., T, E] float16, bfloat16 or float32, routed by `route_topk_softmax`; None with `router_output`.
+      router_logits: [..., T, E] float16, bfloat16 or float32, for `route_topk_softmax`; None with `router_output`.
       w_gate_up: [E, H, 2F] of x's dtype, gate then up.
       w_down: [E, F, H] of x's dtype.
       top_k: K, experts per token; needed with `router_logits`.
       norm_topk_prob: as in `route_topk_softmax`; of no effect with `router_output`.
-      router_output: expert_ids[..., T, K] and expert_weights[..., T, K] made elsewhere. An id outside [0, E) is no expert:
-        the pair adds nothing, whatever its weight.
+      router_output: expert_ids[..., T, K] and expert_weights[..., T, K] made elsewhere. An id outside [0, E) is no
+        expert: the pair adds nothing, whatever its weight.
       activation: "silu", "gelu" (exact), "gelu_tanh", "relu", "relu2" (squared), each times up; "swiglu_oai", that of
         gpt-oss: (up + 1) * gate * sigmoid(1.702 * gate), gate clamped above at 7 and up to [-7, 7]; or a function of
         (gate, up), float32 [P, F] each, to [P, F].
@@ -114,14 +114,14 @@ def moe_mlp(
     if flow not in FLOWS:
         raise ValueError(f"{_OP}: flow must be None, 'packed' or 'pair_ids'; got {flow!r}")
     block_size = _block_size(ids.size, num_experts) if block_size is None else as_int(_OP, "block_size", block_size)
-    run = {"implementation": implementation}
+    run: dict[str, Any] = {"implementation": implementation}
+    plan = None
     if flow == "packed":
-        routing = moe_plan(ids, num_experts, block_size, **run)
-        rows = moe_dispatch(x, routing.packed_token_idx, pairs_by_token=routing.pairs_by_token, **run)
-        choices, place = 1, routing.pairs_by_token.reshape(-1)
+        plan = routing = moe_plan(ids, num_experts, block_size, **run)
+        rows, choices = moe_dispatch(x, plan.packed_token_idx, pairs_by_token=plan.pairs_by_token, **run), 1
     else:
         routing = moe_align_block_size_pair_ids(ids, num_experts, block_size, **run)
-        rows, choices, place = x, ids.shape[-1], None
+        rows, choices = x, ids.shape[-1]
 
     # Kept for the gradient: the product. Computed again from it: the activation's many float32 intermediates.
     @jax.checkpoint
@@ -135,17 +135,15 @@ def moe_mlp(
     def bias_rows(bias: jax.Array | None) -> jax.Array | None:
         if bias is None:
             return None
-        owner = ids.reshape(-1)
-        if place is not None:
-            owner = jnp.full_like(owner, -1).at[place].set(owner, mode="drop", wrap_negative_indices=False)
+        owner = expert_of_row(plan.packed_token_idx, plan.expert_offsets) if plan else ids.reshape(-1)
         return moe_dispatch(bias, owner, **run)
 
     rows = grouped_matmul(rows, w_gate_up, routing, top_k=choices, **run)
     rows = grouped_matmul(activate(rows, bias_rows(b_gate_up)), w_down, routing, **run)
     if b_down is not None:
         rows = _plus(rows, bias_rows(b_down)).astype(x.dtype)
-    if flow == "packed":
-        out = moe_combine(rows, routing.pairs_by_token, weights, unique_rows=True, **run)
+    if plan:
+        out = moe_combine(rows, plan.pairs_by_token, weights, unique_rows=True, **run)
     else:
         weights = jnp.where((ids >= 0) & (ids < num_experts), weights, 0)
         out = weighted_sum_batched(rows.reshape(*ids.shape, x.shape[-1]), weights, **run)
