@@ -2,7 +2,9 @@
 
 from ._primitive import which
 from .combine import moe_combine, moe_dispatch, weighted_sum_batched
+from .grouped import grouped_matmul
 from .kernels import export_checks, interpret_kernels
+from .layer import moe_mlp
 from .routing import RouterOutput, route_topk_softmax
 from .tables import (
     MoePlan,
@@ -23,6 +25,7 @@ __all__ = [
     "RouterOutput",
     "TokenPairs",
     "export_checks",
+    "grouped_matmul",
     "interpret_kernels",
     "max_aligned_rows",
     "moe_align_block_size",
@@ -30,6 +33,7 @@ __all__ = [
     "moe_build_pairs_by_token",
     "moe_combine",
     "moe_dispatch",
+    "moe_mlp",
     "moe_plan",
     "route_topk_softmax",
     "weighted_sum_batched",

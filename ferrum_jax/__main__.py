@@ -1,7 +1,8 @@
 """`python -m ferrum_jax`: what is installed, what would run here, and one Mixture-of-Experts layer, timed and checked.
 
-The layer runs in both data flows: rows packed by expert, added back with `moe_combine`; and rows in pair order, added
-back with `weighted_sum_batched`. Its results are compared with NumPy in float64.
+The layer is `moe_mlp` in both data flows: rows packed by expert, added back with `moe_combine`; and rows in pair order,
+added back with `weighted_sum_batched`. Beside it stands the same layer through `jax.lax.ragged_dot`. All results are
+compared with NumPy in float64. `python -m ferrum_jax grouped` times `grouped_matmul` against `ragged_dot` alone.
 """
 
 import argparse
@@ -37,13 +38,15 @@ class Layer(NamedTuple):
 
 QWEN3_30B = Layer("the shape of Qwen3-30B-A3B", 128, 8, 2048, 768, 4096, 128, jnp.bfloat16)
 SMALL = Layer("a small layer for a CPU", 32, 4, 256, 128, 512, 16, jnp.float32)
-FLOWS = {"packed rows": False, "pair ids": True}
+FLOWS = {"packed rows": "packed", "pair ids": "pair_ids", "ragged_dot": None}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ferrum_jax", description="What would run here, and does it work?")
-    parser.add_argument("command", nargs="?", choices=("info", "demo"), help="one part only; default: both")
+    parser.add_argument("command", nargs="?", choices=("info", "demo", "grouped"), help="one part; default: info, demo")
     command = parser.parse_args(argv).command
+    if command == "grouped":
+        return grouped()
     layer = SMALL if jax.default_backend() == "cpu" else QWEN3_30B
     if command != "demo":
         info(layer)
@@ -80,8 +83,8 @@ def _version(name: str) -> str:
 
 def _calls(layer: Layer) -> dict[str, tuple[Any, ...]]:
     """Every op of the library, with arguments as the layer gives them."""
-    _, e, k, h, _, t, block, dtype = layer
-    x, rows, slots = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((t, h), (t * k, h), (t, k, h)))
+    _, e, k, h, f, t, block, dtype = layer
+    x, rows, slots, w = (jax.ShapeDtypeStruct(s, dtype) for s in ((t, h), (t * k, h), (t, k, h), (e, h, 2 * f)))
     ids, index = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((t, k), (t * k,)))
     logits, weights = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((t, e), (t, k)))
     return {
@@ -93,6 +96,7 @@ def _calls(layer: Layer) -> dict[str, tuple[Any, ...]]:
         "moe_dispatch": (x, index),
         "moe_combine": (rows, ids, weights),
         "weighted_sum_batched": (slots, weights),
+        "grouped_matmul": (rows, w, jax.eval_shape(functools.partial(ferrum_jax.moe_plan, ids), e, block)),
     }
 
 
@@ -112,8 +116,8 @@ def demo(layer: Layer) -> int:
     """Run the layer in both flows, time it and check it; the exit status."""
     source, text = _text()
     inputs = _inputs(layer, text)
-    ran, times = zip(*(_run(layer, pair_ids, inputs) for pair_ids in FLOWS.values()), strict=True)
-    _print_layer(layer, f"pairs of bytes of {source}, {len(text)} bytes", ran[0].plan)
+    ran, times = zip(*(_run(layer, flow, inputs) for flow in FLOWS.values()), strict=True)
+    _print_layer(layer, f"pairs of bytes of {source}, {len(text)} bytes", ran[0].routing.expert_ids)
     names = [name for name in times[0] | times[1] if name != WHOLE] + [WHOLE]
     cells = ((name, *(f"{t[name] * 1e3:11.3f}" if name in t else "" for t in times)) for name in names)
     header = ("step", *(f"{flow:>11}" for flow in FLOWS))
@@ -121,8 +125,9 @@ def demo(layer: Layer) -> int:
     return _report([check for flow, r in zip(FLOWS, ran, strict=True) for check in _check(flow, inputs, r)])
 
 
-def _print_layer(layer: Layer, tokens: str, plan: ferrum_jax.MoePlan, lines: int = 16) -> None:
+def _print_layer(layer: Layer, tokens: str, ids: jax.Array, lines: int = 16) -> None:
     name, e, k, h, f, t, block, dtype = layer
+    plan = ferrum_jax.moe_plan(ids, e, block)
     load, slots = np.diff(np.asarray(plan.expert_offsets)), int(plan.total_tokens_post_pad)
     facts = (
         ("shape", f"T={t} E={e} K={k} H={h} F={f}, blocks of {block}, {jnp.dtype(dtype).name}: {name}"),
@@ -182,68 +187,110 @@ def _embed(text: bytes, tokens: int, hidden: int, window: int = 4) -> np.ndarray
 class Ran(NamedTuple):
     logits: jax.Array
     routing: ferrum_jax.RouterOutput
-    plan: ferrum_jax.MoePlan
     out: jax.Array
 
 
-Call = Callable[..., Any]
 WHOLE = "the whole layer, one jit"
 
 
-def _moe(layer: Layer, pair_ids: bool, call: Call, inputs: tuple[jax.Array, ...]) -> Ran:
-    """The layer. `call(name, function, *args)` runs a step."""
+def _moe(layer: Layer, flow: str | None, inputs: tuple[jax.Array, ...]) -> Ran:
     x, router, gate_up, down = inputs
-    route = functools.partial(ferrum_jax.route_topk_softmax, top_k=layer.top_k)
-    sizes = {"num_experts": layer.num_experts, "block_size": layer.block_size}
-    logits = call("router product", _product, x, router)
-    routing = call("route_topk_softmax", route, logits)
-    plan = call("moe_plan", functools.partial(ferrum_jax.moe_plan, **sizes, pair_ids=pair_ids), routing.expert_ids)
-    rows, slots, weights = x, plan.sorted_token_ids, routing.expert_weights
-    if pair_ids:
-        slots = slots // layer.top_k  # padding holds P, and P // K is T: no token, so a zero row
-    else:
-        rows = call("moe_dispatch to packed rows", ferrum_jax.moe_dispatch, x, plan.packed_token_idx)
-    blocks = call("moe_dispatch to blocks", ferrum_jax.moe_dispatch, rows, slots)
-    blocks = call("expert products", _experts, blocks, plan.block_ids, gate_up, down)
-    rows = call("moe_dispatch from blocks", _from_blocks, blocks, plan.sorted_token_ids, plan.packed_token_idx)
-    if pair_ids:
-        out = call("weighted_sum_batched", ferrum_jax.weighted_sum_batched, rows.reshape(*weights.shape, -1), weights)
-    else:
-        combine = functools.partial(ferrum_jax.moe_combine, unique_rows=True)
-        out = call("moe_combine", combine, rows, plan.pairs_by_token, weights)
-    return Ran(logits, routing, plan, out)
+    logits = _product(x, router)
+    routing = ferrum_jax.route_topk_softmax(logits, layer.top_k)
+    if flow is None:
+        return Ran(logits, *_ragged(layer, logits, inputs))
+    out = ferrum_jax.moe_mlp(x, None, gate_up, down, router_output=routing, flow=flow, block_size=layer.block_size)
+    return Ran(logits, routing, out)
+
+
+def _ragged(
+    layer: Layer, logits: jax.Array, inputs: tuple[jax.Array, ...]
+) -> tuple[ferrum_jax.RouterOutput, jax.Array]:
+    """The layer without this library's ops, as it is often written: softmax, top_k, argsort, ragged_dot."""
+    x, _, gate_up, down = inputs
+    weights, ids = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), layer.top_k)
+    weights /= weights.sum(-1, keepdims=True)
+    order = jnp.argsort(ids.reshape(-1))
+    counts = jnp.zeros(layer.num_experts, jnp.int32).at[ids.reshape(-1)].add(1)
+    rows = jax.lax.ragged_dot(x[order // layer.top_k], gate_up, counts)
+    rows = jax.lax.ragged_dot(_activation(rows), down, counts).astype(jnp.float32)
+    out = jnp.zeros(x.shape, jnp.float32).at[order // layer.top_k].add(weights.reshape(-1)[order, None] * rows)
+    return ferrum_jax.RouterOutput(ids, weights), out.astype(x.dtype)
 
 
 def _product(x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.matmul(x, y, preferred_element_type=jnp.float32)
 
 
-def _experts(rows: jax.Array, block_ids: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
-    owner = jnp.maximum(block_ids, 0)  # a block without owner holds zero rows: any weights will do
-    gate, up = jnp.split(_product(rows.reshape(owner.size, -1, rows.shape[-1]), gate_up[owner]), 2, axis=-1)
-    return _product((jax.nn.silu(gate) * up).astype(rows.dtype), down[owner]).astype(rows.dtype).reshape(rows.shape)
+def _activation(rows: jax.Array) -> jax.Array:
+    gate, up = jnp.split(rows.astype(jnp.float32), 2, axis=-1)
+    return (jax.nn.silu(gate) * up).astype(rows.dtype)
 
 
-def _from_blocks(rows: jax.Array, ids: jax.Array, like: jax.Array) -> jax.Array:
-    """Each slot's row to the place that the slot's id names, in a table with as many places as `like`."""
-    slot_of = jnp.full_like(like, ids.size).at[ids].set(jnp.arange(ids.size, dtype=ids.dtype), mode="drop")
-    return ferrum_jax.moe_dispatch(rows, slot_of)
+Call = Callable[..., Any]
 
 
-def _run(layer: Layer, pair_ids: bool, inputs: tuple[jax.Array, ...]) -> tuple[Ran, dict[str, float]]:
+def _steps(layer: Layer, flow: str, call: Call, inputs: tuple[jax.Array, ...]) -> None:
+    """What `moe_mlp` does. `call(name, function, *args)` runs a step."""
+    x, router, gate_up, down = inputs
+    logits = call("router product", _product, x, router)
+    ids, weights = call(
+        "route_topk_softmax", functools.partial(ferrum_jax.route_topk_softmax, top_k=layer.top_k), logits
+    )
+    sizes = {"num_experts": layer.num_experts, "block_size": layer.block_size, "pair_ids": flow == "pair_ids"}
+    plan = call("moe_plan", functools.partial(ferrum_jax.moe_plan, **sizes), ids)
+    rows, product = x, ferrum_jax.grouped_matmul
+    if flow == "packed":
+        rows = call("moe_dispatch", ferrum_jax.moe_dispatch, x, plan.packed_token_idx)
+    first = functools.partial(product, top_k=1 if flow == "packed" else layer.top_k)
+    rows = call("grouped_matmul, gate and up", first, rows, gate_up, plan)
+    rows = call("grouped_matmul, down", product, call("activation", _activation, rows), down, plan)
+    if flow == "packed":
+        combine = functools.partial(ferrum_jax.moe_combine, unique_rows=True)
+        call("moe_combine", combine, rows, plan.pairs_by_token, weights)
+    else:
+        call("weighted_sum_batched", ferrum_jax.weighted_sum_batched, rows.reshape(*ids.shape, -1), weights)
+
+
+def _timed(function: Call, *args: Any) -> tuple[Any, float]:
+    """A function's result under jit, and the median of its times."""
+    compiled = jax.jit(function)
+    result = jax.block_until_ready(compiled(*args))
+    seconds = timeit.repeat(lambda: jax.block_until_ready(compiled(*args)), number=1, repeat=9)
+    return result, statistics.median(seconds)
+
+
+def _run(layer: Layer, flow: str | None, inputs: tuple[jax.Array, ...]) -> tuple[Ran, dict[str, float]]:
     """What the layer under one jit gives, and the times of its steps and of the whole."""
     times: dict[str, float] = {}
 
     def timed(name: str, function: Call, *args: Any) -> Any:
-        compiled = jax.jit(function)
-        result = jax.block_until_ready(compiled(*args))
-        seconds = timeit.repeat(lambda: jax.block_until_ready(compiled(*args)), number=1, repeat=9)
-        times[name] = statistics.median(seconds)
+        result, times[name] = _timed(function, *args)
         return result
 
-    _moe(layer, pair_ids, timed, inputs)
-    plain = functools.partial(_moe, layer, pair_ids, lambda name, function, *args: function(*args))
-    return timed(WHOLE, plain, inputs), times
+    if flow:
+        _steps(layer, flow, timed, inputs)
+    return timed(WHOLE, functools.partial(_moe, layer, flow), inputs), times
+
+
+# ---- the grouped product alone
+
+
+def grouped(rows: int = 1024, width: int = 512) -> int:
+    """Time `grouped_matmul` against `jax.lax.ragged_dot` in float32, with many and with few experts."""
+    lines = []
+    for experts in (128, 8):
+        keys = jax.random.split(jax.random.key(experts), 3)
+        ids = jax.random.randint(keys[0], (rows, 1), 0, experts)
+        plan = ferrum_jax.moe_plan(ids, experts, max(16, rows // experts))
+        x, w = jax.random.normal(keys[1], (rows, width)), jax.random.normal(keys[2], (experts, width, width))
+        ours, seconds = _timed(ferrum_jax.grouped_matmul, x, w, plan)
+        other, ragged = _timed(jax.lax.ragged_dot, x, w, jnp.diff(plan.expert_offsets))
+        cells = (f"{ms:.2f}" for ms in (seconds * 1e3, ragged * 1e3, ragged / seconds))
+        lines.append((str(experts), *cells, f"{jnp.max(jnp.abs(ours - other)):.1e}"))
+    title = f"{rows} rows, {width}x{width}, float32, on {jax.devices()[0].device_kind}: milliseconds, median of 9"
+    _table(title, [("experts", "grouped_matmul", "ragged_dot", "times as fast", "largest difference"), *lines])
+    return 0
 
 
 # ---- checks: a name, the largest error, and the largest of error over bound

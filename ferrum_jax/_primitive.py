@@ -26,6 +26,7 @@ class Op(NamedTuple):
     signature: _signature.Signature
     meaning: Callable[..., Any]
     sizes: Callable[..., dict[str, int]]
+    leading_axes: bool
     primitive: Primitive
 
     def __call__(self, *args: Any, implementation: str | None = None, **params: Any) -> Any:
@@ -47,6 +48,7 @@ def define(
     meaning: Callable[..., Any],
     *,
     sizes: Callable[..., dict[str, int]] = lambda size, **params: {},
+    leading_axes: bool = False,
     transposes: dict[int, Callable[..., Array]] | None = None,
     jvp: Callable[..., Sequence[Any]] | None = None,
 ) -> Op:
@@ -55,6 +57,8 @@ def define(
     name, signature: the equation is named `ferrum_<name>`; see `_signature` for the signature's language.
     meaning(*operands, **params): the result (or a tuple of them) in jnp, of operands *without* leading axes.
     sizes(size, **params): sizes of the results' axes that are no operand's, from those that are.
+    leading_axes: the meaning takes operands with their leading axes, and broadcasts these itself. For a meaning whose
+        vmap would be wasteful.
     transposes: for an op linear in each of some operands (bilinear: two): operand index -> the map
         (cotangent, *operands, **params) -> that operand's cotangent; the operand itself comes as its abstract value.
     jvp(primals, results, tangents, **params): the results' tangents (None: no dependence); `tangents` holds None
@@ -62,7 +66,7 @@ def define(
     """
     primitive = Primitive(f"ferrum_{name}")
     primitive.multiple_results = True
-    op = _ops[primitive] = Op(name, _signature.parse(signature), meaning, sizes, primitive)
+    op = _ops[primitive] = Op(name, _signature.parse(signature), meaning, sizes, leading_axes, primitive)
 
     primitive.def_impl(functools.partial(_eager, primitive))
     primitive.def_abstract_eval(functools.partial(_abstract, op))
@@ -99,7 +103,8 @@ def _compiled(primitive: Primitive, params: tuple[tuple[str, Any], ...]) -> Call
 
 
 def _abstract(op: Op, *avals: Any, implementation: str | None, **params: Any) -> list[Any]:
-    return _signature.results(op.name, op.signature, avals, functools.partial(op.sizes, **params))
+    sizes = functools.partial(op.sizes, **params)
+    return _signature.results(op.name, op.signature, avals, sizes, params.get("dtype"))
 
 
 def _equally_varying(operands: Sequence[Array]) -> list[Array]:
@@ -145,7 +150,7 @@ def _with_leading_axes(op: Op) -> Callable[..., tuple[Array, ...]]:
     """The meaning over leading axes, which broadcast from size 1 without being copied."""
 
     def run(*operands: Array, **params: Any) -> tuple[Array, ...]:
-        if operands[0].ndim == len(op.signature.operands[0].dims):
+        if op.leading_axes or operands[0].ndim == len(op.signature.operands[0].dims):
             results = op.meaning(*operands, **params)
             return results if isinstance(results, tuple) else (results,)
         shared = [x.shape[0] == 1 for x in operands]
@@ -230,7 +235,7 @@ def which(
 
     Args:
       op_function: a function of this library, such as `moe_combine`.
-      *args, **kwargs: its arguments; arrays may be `jax.ShapeDtypeStruct`s.
+      *args, **kwargs: its arguments; arrays, also inside tuples, may be `jax.ShapeDtypeStruct`s.
       platform: "cpu", "cuda" (or "gpu"), "tpu", ...; default: that of JAX's default backend.
       device_kind: the GPU's name, such as "NVIDIA H200"; default: the abstract mesh's device, else the live GPU,
         else a compute capability 9.0 GPU.
@@ -247,15 +252,14 @@ def which(
     'xla'
     """
     is_array = lambda x: isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct)  # noqa: E731
-    arrays = [x for x in (*args, *kwargs.values()) if is_array(x)]
+    leaves, tree = jax.tree.flatten((args, kwargs))
 
     def call(*arrays: Any) -> Any:
         given = iter(arrays)
-        fill = lambda x: next(given) if is_array(x) else x  # noqa: E731
-        filled = [fill(x) for x in args]
-        return op_function(*filled, **{k: fill(v) for k, v in kwargs.items()})
+        args, kwargs = jax.tree.unflatten(tree, [next(given) if is_array(x) else x for x in leaves])
+        return op_function(*args, **kwargs)
 
-    equations = _equations(jax.make_jaxpr(call)(*arrays).jaxpr)
+    equations = _equations(jax.make_jaxpr(call)(*filter(is_array, leaves)).jaxpr)
     if len(equations) != 1:
         found = ", ".join(e.primitive.name for e in equations) or "none"
         raise ValueError(f"which: {op_function} must run one op of ferrum_jax; it runs {found}")

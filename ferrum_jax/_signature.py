@@ -7,7 +7,8 @@ same number on all operands, of equal sizes or of size 1, which broadcasts. From
 call's arguments, the shapes and dtypes of the results, and, in an Explicit mesh, their shardings.
 
 Kinds: `rows` (float16, bfloat16 or float32, one dtype for all of an op's rows), `weights` (any float, used in
-float32), `ids` (any integer, used in int32). Trailing operands may be left out of a call.
+float32), `ids` (any integer, used in int32). A result may also be a `product`: rows of the dtype that the op's
+parameter `dtype` names. Trailing operands may be left out of a call.
 """
 
 import operator
@@ -136,7 +137,9 @@ def sizes(op: str, terms: tuple[Term, ...], arrays: Any) -> dict[str, int]:
 # ---- the results
 
 
-def results(op: str, signature: Signature, avals: tuple[Any, ...], derive: Callable[..., dict[str, int]]) -> list[Any]:
+def results(
+    op: str, signature: Signature, avals: tuple[Any, ...], derive: Callable[..., dict[str, int]], product: str | None
+) -> list[Any]:
     """Abstract values of the results. Each starts from an operand's and keeps what that carries: mesh, varying axes."""
     terms = signature.operands[: len(avals)]
     size: dict[str, Any] = sizes(op, terms, avals)
@@ -147,6 +150,7 @@ def results(op: str, signature: Signature, avals: tuple[Any, ...], derive: Calla
     base = next((a for a in avals if not a.sharding.mesh.empty), avals[0])
     rows = next((a.dtype for t, a in zip(terms, avals, strict=True) if t.kind == "rows"), None)
     dtypes = {"rows": rows, "weights": jnp.dtype("float32"), "ids": jnp.dtype("int32")}
+    dtypes |= {"product": jnp.dtype(product)} if product else {}
     return [
         base.update(
             shape=(*size["..."], *(size[d] for d in term.dims)),

@@ -261,7 +261,15 @@ def _fill_blocks(order: jax.Array, offsets: jax.Array, block_size: int, pair_ids
     return slots, jnp.where(live, owner, -1), last[-1] * block_size
 
 
+def _owner_meaning(packed_token_idx: jax.Array, offsets: jax.Array) -> jax.Array:
+    # The number of experts whose rows end at or before a row.
+    ends = jnp.zeros(packed_token_idx.size + 1, jnp.int32).at[offsets[1:]].add(1, mode="drop")
+    return jnp.cumsum(ends, dtype=jnp.int32)[:-1]
+
+
 _IDS, _PAIRS, _BLOCKS = "expert_ids: ids[T,K]", "ids[T,K], ids[P], ids[O]", "ids[S], ids[B], ids[]"
 _pairs = define("moe_build_pairs_by_token", f"{_IDS} -> {_PAIRS}", _pairs_meaning, sizes=_table_sizes)
 _aligned = define("moe_align_block_size", f"{_IDS} -> {_BLOCKS}", _aligned_meaning, sizes=_table_sizes)
 _plan = define("moe_plan", f"{_IDS} -> {_PAIRS}, {_BLOCKS}", _plan_meaning, sizes=_table_sizes)
+# The expert of each packed row; E past the last live row.
+expert_of_row = define("expert_of_row", "packed_token_idx: ids[P], expert_offsets: ids[O] -> ids[P]", _owner_meaning)

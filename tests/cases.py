@@ -3,6 +3,7 @@
 A test takes an op and a size from here and adds the transformation. Arguments are NumPy arrays of one slice.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -47,6 +48,7 @@ class Op(NamedTuple):
     oracle: Callable[..., Any]  # (*arrays, size) -> pairs of value and magnitude
     args: Callable[[np.random.Generator, Size, str], tuple[np.ndarray, ...]]
     floats: tuple[int, ...] = ()
+    tables: tuple[int, ...] = ()  # operands of one origin, which vmap maps together
 
     def __str__(self):
         return self.name
@@ -121,6 +123,26 @@ def combine_repeated_args(r, size, dtype):
 
 def weighted_sum_args(r, size, dtype):
     return rows(r, (size.T, size.K, size.H), dtype), r.normal(size=(size.T, size.K)).astype(np.float32)
+
+
+def grouped_args(r, size, dtype, pair_ids=False):
+    """Rows that no slot names hold NaN, and so do the matrices of experts without rows."""
+    _, _, _, *tables = oracle.moe_plan(
+        expert_ids(r, size)[0], num_experts=size.E, block_size=size.block, pair_ids=pair_ids
+    )
+    slots, blocks, total = (table.astype(np.int32) for table, _ in tables)
+    num_pairs, top_k = size.T * size.K, size.K if pair_ids else 1
+    lhs = rows(r, (num_pairs // top_k, size.H), dtype)
+    rhs = rows(r, (size.E, size.H, size.H % 13 + 3), dtype)
+    lhs[~np.isin(np.arange(len(lhs)), slots[slots < num_pairs] // top_k)] = np.nan
+    rhs[~np.isin(np.arange(len(rhs)), blocks)] = np.nan
+    slots[slots == num_pairs] = r.choice([-1, num_pairs, 2**31 - 1, -(2**31)], size=(slots == num_pairs).sum())
+    return lhs, rhs, slots, blocks, total
+
+
+def grouped_matmul(lhs, rhs, *tables, top_k=1, implementation=None, **kwargs):
+    routing = ferrum_jax.MoeRouting(*tables)
+    return ferrum_jax.grouped_matmul(lhs, rhs, routing, top_k=top_k, implementation=implementation, **kwargs)
 
 
 OPS = (
@@ -216,6 +238,22 @@ OPS = (
         lambda slots, w, size: oracle.weighted_sum_batched(slots, w),
         weighted_sum_args,
         (0, 1),
+    ),
+    Op(
+        "grouped_matmul",
+        lambda *args, size, implementation: grouped_matmul(*args, implementation=implementation),
+        lambda *args, size: oracle.grouped_matmul(*args, top_k=1),
+        grouped_args,
+        (0, 1),
+        (2, 3, 4),
+    ),
+    Op(
+        "grouped_matmul-pair_ids",
+        lambda *args, size, implementation: grouped_matmul(*args, top_k=size.K, implementation=implementation),
+        lambda *args, size: oracle.grouped_matmul(*args, top_k=size.K),
+        functools.partial(grouped_args, pair_ids=True),
+        (0, 1),
+        (2, 3, 4),
     ),
 )
 FLOAT_OPS = tuple(op for op in OPS if op.floats)

@@ -139,6 +139,37 @@ def moe_dispatch_grad(x, packed_token_idx, g):
     return ((out, size),)
 
 
+def live_slots(sorted_token_ids, block_ids, total_tokens_post_pad, *, num_pairs, num_experts):
+    """(slot value, expert) of every slot that counts."""
+    block_size = len(sorted_token_ids) // max(len(block_ids), 1)
+    for i, s in enumerate(np.asarray(sorted_token_ids)):
+        block = i // block_size
+        expert = int(block_ids[block])
+        if block * block_size < total_tokens_post_pad and 0 <= expert < num_experts and 0 <= s < num_pairs:
+            yield int(s), expert
+
+
+def grouped_matmul(lhs, rhs, *tables, top_k):
+    num_pairs, (num_experts, _, width) = len(lhs) * top_k, rhs.shape
+    out, size = np.zeros((num_pairs, width)), np.zeros((num_pairs, width))
+    for s, e in live_slots(*tables, num_pairs=num_pairs, num_experts=num_experts):
+        row, matrix = f64(lhs[s // top_k]), f64(rhs[e])
+        out[s], size[s] = row @ matrix, np.abs(row) @ np.abs(matrix)
+    return ((out, size),)
+
+
+def grouped_matmul_grads(lhs, rhs, *tables, g, top_k):
+    """Cotangents of lhs and of rhs for the cotangent g of the result."""
+    dlhs, lhs_size, drhs, rhs_size = (np.zeros(x.shape) for x in (lhs, lhs, rhs, rhs))
+    for s, e in live_slots(*tables, num_pairs=len(g), num_experts=len(rhs)):
+        row, matrix, ct = f64(lhs[s // top_k]), f64(rhs[e]), f64(g[s])
+        dlhs[s // top_k] += matrix @ ct
+        lhs_size[s // top_k] += np.abs(matrix) @ np.abs(ct)
+        drhs[e] += np.outer(row, ct)
+        rhs_size[e] += np.abs(np.outer(row, ct))
+    return (dlhs, lhs_size), (drhs, rhs_size)
+
+
 def assert_close(got, want, size, dtype):
     """|error| <= eps^(2/3) * (sum of |terms|) + tiny. NaN and infinities must stand where they should."""
     got, info = f64(got), jnp.finfo(dtype)

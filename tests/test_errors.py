@@ -59,6 +59,61 @@ CASES = {
         ["pairs_by_token", "T = 9", "(8, 2)"],
     ),
     "slots": (fj.weighted_sum_batched, [f32(3, 2, 4), f32(3, 3)], ValueError, ["weights", "K = 2", "(3, 3)"]),
+    # grouped product
+    "routing": (
+        lambda x, w: fj.grouped_matmul(x, w, (1, 2)),
+        [f32(6, 4), f32(3, 4, 5)],
+        TypeError,
+        ["routing", "tuple"],
+    ),
+    "blocks": (
+        lambda x, w, *r: fj.grouped_matmul(x, w, fj.MoeRouting(*r)),
+        [f32(6, 4), f32(3, 4, 5), i32(10), i32(3), i32()],
+        ValueError,
+        ["routing", "10 slots", "3 blocks"],
+    ),
+    "no blocks": (
+        lambda x, w, *r: fj.grouped_matmul(x, w, fj.MoeRouting(*r)),
+        [f32(6, 4), f32(3, 4, 5), i32(10), i32(0), i32()],
+        ValueError,
+        ["routing", "0 blocks"],
+    ),
+    "total": (
+        lambda x, w, *r: fj.grouped_matmul(x, w, fj.MoeRouting(*r)),
+        [f32(6, 4), f32(3, 4, 5), i32(9), i32(3), i32(1)],
+        ValueError,
+        ["total_tokens_post_pad", "(1,)"],
+    ),
+    "rhs H": (
+        lambda x, w, i: fj.grouped_matmul(x, w, fj.moe_plan(i, 3, 2)),
+        [f32(6, 4), f32(3, 5, 4), i32(6, 1)],
+        ValueError,
+        ["rhs", "H = 4", "(3, 5, 4)"],
+    ),
+    "rhs dtype": (
+        lambda x, w, i: fj.grouped_matmul(x, w, fj.moe_plan(i, 3, 2)),
+        [f32(6, 4), of("bfloat16", 3, 4, 5), i32(6, 1)],
+        TypeError,
+        ["rhs", "lhs", "bfloat16"],
+    ),
+    "product top_k": (
+        lambda x, w, i: fj.grouped_matmul(x, w, fj.moe_plan(i, 3, 2), top_k=0),
+        [f32(6, 4), f32(3, 4, 5), i32(6, 1)],
+        ValueError,
+        ["top_k", "got 0"],
+    ),
+    "product past int32": (
+        lambda x, w, i: fj.grouped_matmul(x, w, fj.moe_plan(i, 3, 2), top_k=2**30),
+        [f32(6, 4), f32(3, 4, 5), i32(6, 1)],
+        ValueError,
+        ["lhs", "6 rows", str(BIG)],
+    ),
+    "preferred": (
+        lambda x, w, i: fj.grouped_matmul(x, w, fj.moe_plan(i, 3, 2), preferred_element_type="int32"),
+        [f32(6, 4), f32(3, 4, 5), i32(6, 1)],
+        TypeError,
+        ["preferred_element_type", "int32"],
+    ),
     "slots rank": (fj.weighted_sum_batched, [f32(3, 2), f32(3, 2)], ValueError, ["slots", "[..., T, K, H]"]),
 }
 

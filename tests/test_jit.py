@@ -19,6 +19,7 @@ PRIMITIVES = {
     "moe_dispatch": "ferrum_moe_dispatch",
     "moe_combine": "ferrum_moe_combine",
     "weighted_sum_batched": "ferrum_weighted_sum_batched",
+    "grouped_matmul": "ferrum_grouped_matmul",
 }
 
 

@@ -78,7 +78,8 @@ def test_explicit_mesh(op, implementation):
             under = jax.jit(f)(*placed)
         for results in (under, f(*placed)):
             for got, w in zip(results, want, strict=True):
-                np.testing.assert_allclose(got, w, rtol=1e-6)
+                # A sum along a sharded axis adds in another order.
+                np.testing.assert_allclose(got, w, rtol=1e-6, atol=1e-6 if op.name.startswith("grouped") else 0)
 
 
 def test_explicit_mesh_propagates_shardings():

@@ -13,6 +13,8 @@ from cases import FLOAT_OPS, OPS, SMALL, Size, finite_args, rng
 import ferrum_jax
 
 BATCH = 3
+# The packed form of the grouped product is its pair-id form with top_k = 1.
+MAPPED_OPS, MAPPED_FLOAT_OPS = ([op for op in ops if op.name != "grouped_matmul"] for ops in (OPS, FLOAT_OPS))
 
 
 def stacked(op, mapped, axes, seeds=range(BATCH)):
@@ -28,7 +30,8 @@ def stacked(op, mapped, axes, seeds=range(BATCH)):
 
 def subsets(op):
     count = len(finite_args(op, rng(op), SMALL))
-    return [m for m in itertools.product([True, False], repeat=count) if any(m)]
+    products = itertools.product([True, False], repeat=count)
+    return [m for m in products if any(m) and len({m[i] for i in op.tables}) < 2]
 
 
 def assert_same(got, loop):
@@ -40,7 +43,7 @@ def assert_same(got, loop):
             np.testing.assert_allclose(result, want, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("op", "mapped"), [(op, m) for op in OPS for m in subsets(op)], ids=str)
+@pytest.mark.parametrize(("op", "mapped"), [(op, m) for op in MAPPED_OPS for m in subsets(op)], ids=str)
 def test_every_subset_and_axis(op, mapped, implementation):
     f = functools.partial(op.results, size=SMALL, implementation=implementation)
     ranks = [a.ndim for a in finite_args(op, rng(op), SMALL)]
@@ -53,7 +56,7 @@ def test_every_subset_and_axis(op, mapped, implementation):
         assert_same([jnp.moveaxis(r, -1, 0) for r in last], [f(*s) for s in slices])
 
 
-@pytest.mark.parametrize(("op", "mapped"), [(op, m) for op in OPS for m in subsets(op)], ids=str)
+@pytest.mark.parametrize(("op", "mapped"), [(op, m) for op in MAPPED_OPS for m in subsets(op)], ids=str)
 def test_nested(op, mapped, implementation):
     """The outer map over some operands, the inner one over the others and the first: partly broadcast on both."""
     f = functools.partial(op.results, size=SMALL, implementation=implementation)
@@ -74,7 +77,7 @@ def test_nested(op, mapped, implementation):
     assert_same(got, loops)
 
 
-@pytest.mark.parametrize(("op", "mapped"), [(op, m) for op in FLOAT_OPS for m in subsets(op)], ids=str)
+@pytest.mark.parametrize(("op", "mapped"), [(op, m) for op in MAPPED_FLOAT_OPS for m in subsets(op)], ids=str)
 def test_grad_of_vmap_and_vmap_of_grad(op, mapped, implementation):
     """An unmapped operand's gradient is the sum over the batch."""
     args, slices = stacked(op, mapped, [0] * len(mapped))

@@ -25,6 +25,7 @@ KERNELS: Mapping[str, Mapping[str, Sequence[str]]] = {
             "slot_scale",
             "slot_dot",
         ),
+        "grouped": ("grouped_matmul", "grouped_matmul_transposed", "grouped_outer"),
     },
     "pallas": {},
 }

@@ -1,0 +1,242 @@
+"""Grouped products: one matrix product per expert, fed by the tables.
+
+Everything here is one trilinear form of rows x, expert weights w and rows g over the live slots, L = sum over slots s
+of expert e of <x[s // K] @ w[e], g[s]>. The grouped product is its derivative by g, the transposed one by x (before
+the sum over a token's K choices), the outer one by w; so each of the three has the other two as its transposes.
+"""
+
+import functools
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ._primitive import define
+from ._signature import INT32_MAX, ROW_DTYPES, as_int
+from .tables import MoePlan, MoeRouting
+
+
+def grouped_matmul(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    routing: MoeRouting | MoePlan,
+    *,
+    top_k: int = 1,
+    preferred_element_type: Any = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Multiply each row by its expert's matrix: out[s] = lhs[s // top_k] @ rhs[e] for the slots s of expert e's blocks.
+
+    Packed tables and top_k=1 take rows grouped by expert to rows grouped by expert. Tables of pair ids and top_k=K read
+    the tokens themselves, without a gathered copy, and give rows in pair order. The work is that of the table's live
+    slots, never E times it. Products are added in float32. What no slot names is not read, in the result and in every
+    gradient: such rows, and matrices of experts without rows, may hold NaN; the latter's gradient is 0.
+
+    Args:
+      lhs: [..., M, H] float16, bfloat16 or float32.
+      rhs: [..., E, H, N] of lhs's dtype. A leading axis of size 1 is shared by the batch, not copied.
+      routing: of either kind, [...]; block_size is S / number of blocks. A block counts if it starts before
+        `total_tokens_post_pad` and its expert is in [0, E); a slot in it counts if it is in [0, P). Blocks of one
+        expert stand side by side, experts ascend, and no two slots name one row: what the tables of this library keep.
+        Of other tables the values are unspecified.
+      top_k: rows of the result per row of lhs, >= 1.
+      preferred_element_type: the result's dtype, float16, bfloat16 or float32; default: lhs's. A cotangent is cast to
+        lhs's dtype.
+      implementation: None (the fastest), "xla", "triton" or "pallas".
+
+    Returns:
+      [..., P, N] with P = M * top_k. Rows that no slot names are 0.
+
+    Raises:
+      TypeError: an argument of another dtype, a `routing` that is no table, a `top_k` that is no int.
+      ValueError: ranks or shapes that do not fit, `top_k` < 1, P past int32, an unknown `implementation`.
+      NotImplementedError: the implementation asked for cannot run here; the message says why.
+
+    Blocks of one expert as units of work are from MegaBlocks, https://arxiv.org/abs/2211.15841; gathering rows inside
+    the product from ScatterMoE, https://arxiv.org/abs/2403.08245.
+
+    >>> import jax.numpy as jnp, ferrum_jax
+    >>> routing = ferrum_jax.moe_align_block_size_pair_ids(jnp.array([[1, 0], [1, 2]]), 3, 2)
+    >>> x, w = jnp.array([[1.0], [10.0]]), jnp.array([[[1.0]], [[2.0]], [[3.0]]])
+    >>> grouped_matmul(x, w, routing, top_k=2).tolist()
+    [[2.0], [1.0], [20.0], [30.0]]
+    """
+    op = "grouped_matmul"
+    if not isinstance(routing, MoeRouting | MoePlan):
+        raise TypeError(f"{op}: routing must be a MoeRouting or a MoePlan; got {type(routing).__name__}")
+    tables = routing.sorted_token_ids, routing.block_ids, routing.total_tokens_post_pad
+    slots, blocks = (jnp.shape(t)[-1:] for t in tables[:2])
+    if slots and blocks and (slots[0] % blocks[0] if blocks[0] else slots[0]):
+        raise ValueError(
+            f"{op}: routing must have a whole number of slots in each block; got {slots[0]} slots in {blocks[0]} blocks"
+        )
+    top_k = as_int(op, "top_k", top_k)
+    if jnp.ndim(lhs) > 1 and jnp.shape(lhs)[-2] * top_k > INT32_MAX:
+        raise ValueError(f"{op}: lhs has {jnp.shape(lhs)[-2]} rows and top_k is {top_k}; int32 ids allow {INT32_MAX}")
+    dtype = jnp.dtype(getattr(lhs, "dtype", "float32") if preferred_element_type is None else preferred_element_type)
+    if preferred_element_type is not None and dtype.name not in ROW_DTYPES:
+        raise TypeError(f"{op}: preferred_element_type must be float16, bfloat16 or float32; got {dtype}")
+    return _matmul(lhs, rhs, *tables, top_k=top_k, dtype=dtype.name, implementation=implementation)
+
+
+# ---- meanings, over any leading axes: a batch of products is one product with more blocks
+
+
+def _matmul_meaning(
+    lhs: jax.Array, rhs: jax.Array, slots: jax.Array, blocks: jax.Array, total: jax.Array, *, top_k: int, dtype: str
+) -> jax.Array:
+    return _products(lhs, rhs, (slots, blocks, total), top_k, dtype, False)
+
+
+def _transposed_meaning(
+    g: jax.Array, rhs: jax.Array, slots: jax.Array, blocks: jax.Array, total: jax.Array
+) -> jax.Array:
+    return _products(g, rhs, (slots, blocks, total), 1, g.dtype.name, True)
+
+
+def _products(
+    lhs: jax.Array, rhs: jax.Array, tables: tuple[jax.Array, ...], top_k: int, dtype: str, transposed: bool
+) -> jax.Array:
+    lead, (num_rows, _) = _lead((lhs, 2), (rhs, 3), *_with_ranks(tables)), lhs.shape[-2:]
+    num_pairs, width = num_rows * top_k, rhs.shape[-2 if transposed else -1]
+    if 0 in (num_pairs, *tables[0].shape, *rhs.shape):
+        return jnp.zeros((*lead, num_pairs, width), dtype)
+    lhs, rhs = _flat(lhs, lead), _flat(rhs, lead)
+    count, live = _live_blocks(tables, lead, rhs.shape[1])
+    contract = (((1,), (1 if transposed else 0,)), ((), ()))
+
+    def step(i: jax.Array, out: jax.Array) -> jax.Array:
+        slice_id, expert, slot = live(i)
+        zero = jnp.zeros_like(expert)
+        matrix = lax.dynamic_slice(rhs, (_of(rhs, slice_id), expert, zero, zero), (1, 1, *rhs.shape[2:]))[0, 0]
+        rows = lax.dot_general(
+            _rows(lhs, slice_id, slot, top_k, num_pairs), matrix, contract, "highest", preferred_element_type="float32"
+        )
+        row = jnp.where((slot >= 0) & (slot < num_pairs), slot, num_pairs)
+        return out.at[slice_id, row].set(rows.astype(dtype), mode="drop")
+
+    out = jnp.zeros((_size(lead), num_pairs, width), dtype)
+    return lax.fori_loop(0, count, step, out).reshape(*lead, num_pairs, width)
+
+
+def _outer_meaning(
+    lhs: jax.Array, g: jax.Array, slots: jax.Array, blocks: jax.Array, total: jax.Array, *, top_k: int, num_experts: int
+) -> jax.Array:
+    tables = slots, blocks, total
+    lead, num_pairs = _lead((lhs, 2), (g, 2), *_with_ranks(tables)), g.shape[-2]
+    shape = num_experts, lhs.shape[-1], g.shape[-1]
+    if 0 in (num_pairs, *slots.shape, *shape):
+        return jnp.zeros((*lead, *shape), lhs.dtype)
+    lhs, g = _flat(lhs, lead), _flat(g, lead)
+    count, live = _live_blocks(tables, lead, num_experts)
+
+    def step(i: jax.Array, out: jax.Array) -> jax.Array:
+        slice_id, expert, slot = live(i)
+        rows, columns = (_rows(x, slice_id, slot, k, num_pairs) for x, k in ((lhs, top_k), (g, 1)))
+        term = lax.dot_general(rows, columns, (((0,), (0,)), ((), ())), "highest", preferred_element_type="float32")
+        return out.at[slice_id, expert].add(term, mode="promise_in_bounds")
+
+    out = jnp.zeros((_size(lead), *shape), jnp.float32)
+    return lax.fori_loop(0, count, step, out).astype(lhs.dtype).reshape(*lead, *shape)
+
+
+def _with_ranks(tables: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, int], ...]:
+    return tuple(zip(tables, (1, 1, 0), strict=True))
+
+
+def _lead(*operands: tuple[jax.Array, int]) -> tuple[int, ...]:
+    """The broadcast leading axes of operands, each given with its count of trailing axes."""
+    return jnp.broadcast_shapes(*(x.shape[: x.ndim - rank] for x, rank in operands))
+
+
+def _size(lead: tuple[int, ...]) -> int:
+    return functools.reduce(operator.mul, lead, 1)  # sizes may be symbolic: math.prod takes ints
+
+
+def _flat(x: jax.Array, lead: tuple[int, ...]) -> jax.Array:
+    """One leading axis: that of all slices, or of size 1 where the whole batch shares x, which is then not copied."""
+    own, trailing = x.shape[: len(lead)], x.shape[len(lead) :]
+    if _size(own) == 1:
+        return x.reshape(1, *trailing)
+    return jnp.broadcast_to(x, (*lead, *trailing)).reshape(_size(lead), *trailing)
+
+
+def _of(x: jax.Array, slice_id: jax.Array) -> jax.Array:
+    return jnp.zeros_like(slice_id) if x.shape[0] == 1 else slice_id
+
+
+def _live_blocks(tables: tuple[jax.Array, ...], lead: tuple[int, ...], num_experts: int) -> tuple[jax.Array, Any]:
+    """How many blocks count, in all slices together, and a function from i to the i-th: its slice, expert and slots."""
+    slots, blocks, total = (jnp.broadcast_to(t, (*lead, *t.shape[len(lead) :])) for t in tables)
+    per_slice = blocks.shape[-1]
+    block_size = slots.shape[-1] // max(per_slice, 1)
+    starts = jnp.arange(per_slice, dtype=jnp.int32) * block_size
+    before = lax.broadcast_in_dim(starts, blocks.shape, (blocks.ndim - 1,)) < total[..., None]
+    counts = ((blocks >= 0) & (blocks < num_experts) & before).reshape(-1)
+    # Not flatnonzero: in a module for several platforms XLA's CPU compiler aborts on it (jaxlib 0.11.2).
+    order = jnp.argsort(~counts, stable=True).astype(jnp.int32)
+    blocks, slots = blocks.reshape(-1), slots.reshape(blocks.size, block_size)
+
+    def live(i: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        block = order[i]
+        return block // per_slice, blocks[block], slots[block]
+
+    return jnp.sum(counts, dtype=jnp.int32), live
+
+
+def _rows(x: jax.Array, slice_id: jax.Array, slot: jax.Array, top_k: int, num_pairs: int) -> jax.Array:
+    """A block's rows of x; zero rows at its padding, by selection."""
+    named = (slot >= 0) & (slot < num_pairs)
+    rows = x.at[_of(x, slice_id), jnp.where(named, slot // top_k, 0)].get(mode="promise_in_bounds")
+    return jnp.where(named[:, None], rows, 0)
+
+
+# ---- the family: every op with the transposes by which it is differentiated
+
+
+def _lhs_cotangent(ct: jax.Array, lhs: Any, rhs: jax.Array, *tables: jax.Array, top_k: int, **params: Any) -> jax.Array:
+    rows = _transposed(ct.astype(lhs.dtype), rhs, *tables, **params)
+    if top_k == 1:
+        return rows
+    choices = rows.reshape(*rows.shape[:-2], lhs.shape[-2], top_k, rows.shape[-1])
+    return jnp.sum(choices, axis=-2, dtype=jnp.float32).astype(lhs.dtype)
+
+
+_TABLES = "sorted_token_ids: ids[S], block_ids: ids[B], total_tokens_post_pad: ids[]"
+
+_matmul = define(
+    "grouped_matmul",
+    f"lhs: rows[M,H], rhs: rows[E,H,N], {_TABLES} -> product[P,N]",
+    _matmul_meaning,
+    sizes=lambda size, top_k, dtype: {"P": size["M"] * top_k},
+    leading_axes=True,
+    transposes={
+        0: lambda ct, lhs, rhs, *tables, dtype, **params: _lhs_cotangent(ct, lhs, rhs, *tables, **params),
+        1: lambda ct, lhs, rhs, *tables, dtype, **params: _outer(
+            lhs, ct.astype(rhs.dtype), *tables, num_experts=rhs.shape[-3], **params
+        ),
+    },
+)
+_transposed = define(
+    "grouped_matmul_transposed",
+    f"g: rows[P,N], rhs: rows[E,H,N], {_TABLES} -> rows[P,H]",
+    _transposed_meaning,
+    leading_axes=True,
+    transposes={
+        0: lambda ct, g, rhs, *tables, **params: _matmul(ct, rhs, *tables, top_k=1, dtype=g.dtype.name, **params),
+        1: lambda ct, g, rhs, *tables, **params: _outer(ct, g, *tables, top_k=1, num_experts=rhs.shape[-3], **params),
+    },
+)
+_outer = define(
+    "grouped_outer",
+    f"lhs: rows[M,H], g: rows[P,N], {_TABLES} -> rows[E,H,N]",
+    _outer_meaning,
+    sizes=lambda size, top_k, num_experts: {"E": num_experts},
+    leading_axes=True,
+    transposes={
+        0: lambda ct, lhs, g, *tables, num_experts, **params: _lhs_cotangent(g, lhs, ct, *tables, **params),
+        1: lambda ct, lhs, g, *tables, num_experts, **params: _matmul(lhs, ct, *tables, dtype=g.dtype.name, **params),
+    },
+)

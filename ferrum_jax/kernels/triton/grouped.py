@@ -1,0 +1,275 @@
+"""Grouped products on tensor cores: rows by their expert's matrix, and per expert the product of rows with rows."""
+
+import math
+
+import jax.numpy as jnp
+import triton
+import triton.language as tl
+
+from . import launch
+
+# Triton's interpreter multiplies the bits of bfloat16 as if they were integers: there, widen first.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def dot(a, b, sums):
+    if INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, sums, input_precision="ieee")
+
+
+@triton.jit
+def name_rows(slots, owner, S: tl.constexpr, P: tl.constexpr, TOTAL: tl.constexpr, TILE: tl.constexpr):
+    # The slot that names each row. A program reads 4 bytes of each of TILE slots and writes 4 where the slot's row is.
+    # A row that no slot names keeps whatever the memory held: who reads it asks that slot whether it names the row.
+    slot = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    row = tl.load(slots + slot, mask=slot < TOTAL, other=-1)
+    tl.store(owner + slot // S * P + row, (slot % S).to(tl.int32), mask=(row >= 0) & (row < P))
+
+
+@triton.jit
+def zero_unnamed(
+    part, slots, blocks, live_slots, owner, out,
+    S: tl.constexpr, BLOCK: tl.constexpr, E: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    # Zeros to those of ROWS rows of the result that no live slot names: for most, two reads of 4 bytes and no write.
+    row = part * ROWS + tl.arange(0, ROWS)
+    slot = tl.load(owner + row, mask=row < P, other=-1)
+    known = (slot >= 0) & (slot < S)
+    named = known & (tl.load(slots + slot, mask=known, other=-1) == row) & (slot // BLOCK * BLOCK < live_slots)
+    expert = tl.load(blocks + slot // BLOCK, mask=named, other=-1)
+    zero = (row < P) & ((expert < 0) | (expert >= E))
+    if tl.max(zero.to(tl.int32), 0) > 0:
+        for start in range(0, N, COLS):
+            col = start + tl.arange(0, COLS)[None, :]
+            at = out + row[:, None].to(tl.int64) * N + col
+            tl.store(at, tl.zeros([ROWS, COLS], out.dtype.element_ty), mask=zero[:, None] & (col < N))
+
+
+@triton.jit
+def grouped(
+    lhs, rhs, slots, blocks, total, owner, out,
+    M: tl.constexpr, H: tl.constexpr, N: tl.constexpr, E: tl.constexpr, S: tl.constexpr, P: tl.constexpr,
+    TOP_K: tl.constexpr, BLOCK: tl.constexpr, SHARED_LHS: tl.constexpr, SHARED_RHS: tl.constexpr,
+    TRANSPOSED: tl.constexpr, SWAPPED: tl.constexpr, PARTS: tl.constexpr, TILES: tl.constexpr,
+    PROGRAMS: tl.constexpr, GROUP: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr, TK: tl.constexpr,
+):  # fmt: skip
+    # out[s] = lhs[s // TOP_K] @ rhs[e]: a program owns TM slots of a block by TN columns and walks along H, TK at a
+    # time, gathering rows by slot value. GROUP row tiles go side by side through the column tiles, so that the experts
+    # and the rows which concurrent programs read are few and stay in L2. SWAPPED: with few rows a tile the product is
+    # made transposed, the matrix' columns in the tensor cores' long direction. The last programs zero unnamed rows.
+    slice_id = tl.program_id(0).to(tl.int64) // PROGRAMS
+    program = tl.program_id(0) % PROGRAMS
+    slots, blocks = slots + slice_id * S, blocks + slice_id * (S // BLOCK)
+    out += slice_id * P * N
+    live_slots = tl.load(total + slice_id)
+    columns: tl.constexpr = (N + TN - 1) // TN
+    if program >= TILES * columns:
+        zero_unnamed(
+            program - TILES * columns, slots, blocks, live_slots, owner + slice_id * P, out, S, BLOCK, E, P, N, 128, 64
+        )
+        return
+    first = program // (GROUP * columns) * GROUP
+    across = min(TILES - first, GROUP)
+    tile = first + program % (GROUP * columns) % across
+    block = tile // PARTS
+    if block * BLOCK >= live_slots:
+        return
+    expert = tl.load(blocks + block).to(tl.int64)
+    if (expert < 0) | (expert >= E):
+        return
+    in_block = tile % PARTS * TM + tl.arange(0, TM)
+    slot = tl.load(slots + block * BLOCK + in_block, mask=in_block < BLOCK, other=-1)
+    named = (slot >= 0) & (slot < P)
+    row = tl.where(named, slot // TOP_K, 0).to(tl.int64) + (0 if SHARED_LHS else slice_id * M)
+    col = program % (GROUP * columns) // across * TN + tl.arange(0, TN)
+    k = tl.arange(0, TK)
+    rows = lhs + row[:, None] * H + k[None, :]
+    matrix = rhs + (expert if SHARED_RHS else expert + slice_id * E) * H * N
+    if TRANSPOSED:
+        matrix += col[None, :].to(tl.int64) * H + k[:, None]
+    else:
+        matrix += col[None, :] + k[:, None].to(tl.int64) * N
+    step: tl.constexpr = 1 if TRANSPOSED else N
+    sums = tl.zeros([TN, TM], tl.float32) if SWAPPED else tl.zeros([TM, TN], tl.float32)
+    for start in range(0, H, TK):
+        inside = k < H - start
+        a = tl.load(rows + start, mask=named[:, None] & inside[None, :], other=0.0)
+        b = tl.load(matrix + tl.cast(start, tl.int64) * step, mask=inside[:, None] & (col < N)[None, :], other=0.0)
+        sums = dot(b.T, a.T, sums) if SWAPPED else dot(a, b, sums)
+    if SWAPPED:
+        sums = sums.T
+    tl.store(out + slot[:, None].to(tl.int64) * N + col[None, :], sums.to(out.dtype.element_ty),
+             mask=named[:, None] & (col < N)[None, :])  # fmt: skip
+
+
+@triton.jit
+def first_at_least(ascending, value, length, STEPS: tl.constexpr):
+    low, high = length * 0, length
+    for _ in range(STEPS):
+        middle = (low + high) // 2
+        below = tl.load(ascending + middle, mask=low < high, other=0) < value
+        low, high = tl.where((low < high) & below, middle + 1, low), tl.where(below, high, middle)
+    return low
+
+
+@triton.jit
+def outer(
+    lhs, g, slots, blocks, total, out,
+    M: tl.constexpr, H: tl.constexpr, N: tl.constexpr, E: tl.constexpr, S: tl.constexpr, P: tl.constexpr,
+    TOP_K: tl.constexpr, BLOCK: tl.constexpr, SHARED_LHS: tl.constexpr, SHARED_G: tl.constexpr,
+    STEPS: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr, TK: tl.constexpr,
+):  # fmt: skip
+    # out[e] = sum over e's slots s of lhs[s // TOP_K] x g[s]: a program owns TM by TN elements of one expert's matrix,
+    # finds the expert's blocks by halving, and walks along their slots, TK at a time. Without blocks it writes zeros.
+    rows: tl.constexpr = (H + TM - 1) // TM
+    columns: tl.constexpr = (N + TN - 1) // TN
+    matrix = tl.program_id(0).to(tl.int64) // (rows * columns)
+    tile = tl.program_id(0) % (rows * columns)
+    slice_id, expert = matrix // E, (matrix % E).to(tl.int32)
+    slots, blocks = slots + slice_id * S, blocks + slice_id * (S // BLOCK)
+    live = tl.minimum(tl.cdiv(tl.maximum(tl.load(total + slice_id), 0), BLOCK), S // BLOCK)
+    begin = first_at_least(blocks, expert, live, STEPS) * BLOCK
+    end = first_at_least(blocks, expert + 1, live, STEPS) * BLOCK
+    row, col = tile // columns * TM + tl.arange(0, TM), tile % columns * TN + tl.arange(0, TN)
+    lhs += (0 if SHARED_LHS else slice_id * M * H) + row[None, :]
+    g += (0 if SHARED_G else slice_id * P * N) + col[None, :]
+    sums = tl.zeros([TM, TN], tl.float32)
+    # The interpreter takes no range of tensors under NumPy 2.5: there, walk as far as any expert's slots can reach.
+    for start in range(0, S if INTERPRETED else end - begin, TK):
+        at = begin + start + tl.arange(0, TK)
+        slot = tl.load(slots + at, mask=at < end, other=-1)
+        named = (slot >= 0) & (slot < P)
+        pair = tl.where(named, slot, 0).to(tl.int64)
+        a = tl.load(lhs + (pair // TOP_K)[:, None] * H, mask=named[:, None] & (row < H)[None, :], other=0.0)
+        b = tl.load(g + pair[:, None] * N, mask=named[:, None] & (col < N)[None, :], other=0.0)
+        sums = dot(a.T, b, sums)
+    tl.store(out + matrix * H * N + row[:, None].to(tl.int64) * N + col[None, :], sums.to(out.dtype.element_ty),
+             mask=(row < H)[:, None] & (col < N)[None, :])  # fmt: skip
+
+
+# ---- tiles by shape class
+
+# Most rows of a row tile -> TM is that or less, TN, TK, warps, stages. Decode: the matrices' bytes are the time, so
+# deep pipelines of them and few rows; middle: both count; prefill: the largest tile that the registers hold, because
+# each byte from L2 then serves the most products. Below 64 rows the product is made transposed.
+TILES = {
+    16: (128, 64, 4, 4),
+    32: (128, 64, 4, 4),
+    64: (128, 64, 4, 4),
+    128: (256, 64, 8, 3),
+}
+TILES_F32 = {16: (64, 32, 4, 3), 32: (64, 32, 4, 3)}  # no tensor cores: registers are the limit
+OUTER, OUTER_F32 = (128, 128, 64, 8, 3), (64, 64, 32, 4, 3)  # TM, TN, TK, warps, stages
+GROUP = 8
+
+
+def _leads(*operands):
+    """The broadcast leading axes of operands, each given with its count of trailing axes."""
+    leads = (x.shape[: x.ndim - trailing] for x, trailing in operands)
+    return tuple(next((n for n in sizes if n != 1), 1) for sizes in zip(*leads, strict=True))
+
+
+def _whole(x, lead):
+    return jnp.broadcast_to(x, (*lead, *x.shape[len(lead) :]))
+
+
+def _large(x, lead):
+    """Rows or matrices over all the leading axes, and whether one copy serves them all."""
+    own = x.shape[: len(lead)]
+    shared = math.prod(own) == 1
+    return (x if shared or own == lead else _whole(x, lead)), shared
+
+
+def _product(lhs, rhs, tables, top_k, dtype, transposed):
+    lead = _leads((lhs, 2), (rhs, 3), *zip(tables, (1, 1, 0), strict=True))
+    slots, blocks, total = (_whole(table, lead) for table in tables)
+    (lhs, shared_lhs), (rhs, shared_rhs) = _large(lhs, lead), _large(rhs, lead)
+    num_rows, width = lhs.shape[-2:]
+    num_experts, columns = rhs.shape[-3], rhs.shape[-2 if transposed else -1]
+    num_pairs, batch = num_rows * top_k, math.prod(lead)
+    table = TILES_F32 if lhs.dtype == jnp.float32 else TILES
+    block = slots.shape[-1] // blocks.shape[-1]
+    tm = min(max(16, triton.next_power_of_2(block)), max(table))
+    tn, tk, warps, stages = table[tm]
+    (owner,) = launch(
+        name_rows,
+        slots,
+        out=[((*lead, num_pairs), jnp.int32)],
+        grid=triton.cdiv(math.prod(slots.shape), 1024),
+        num_warps=4,
+        S=slots.shape[-1],
+        P=num_pairs,
+        TOTAL=math.prod(slots.shape),
+        TILE=1024,
+    )
+    parts = triton.cdiv(block, tm)
+    tiles = blocks.shape[-1] * parts
+    programs = tiles * triton.cdiv(columns, tn) + triton.cdiv(num_pairs, 128)
+    return launch(
+        grouped,
+        *(lhs, rhs, slots, blocks, total, owner),
+        out=[((*lead, num_pairs, columns), dtype)],
+        grid=batch * programs,
+        num_warps=warps,
+        num_stages=stages,
+        M=num_rows,
+        H=width,
+        N=columns,
+        E=num_experts,
+        S=slots.shape[-1],
+        P=num_pairs,
+        TOP_K=top_k,
+        BLOCK=block,
+        SHARED_LHS=shared_lhs,
+        SHARED_RHS=shared_rhs,
+        TRANSPOSED=transposed,
+        SWAPPED=tm < 64 and lhs.dtype != jnp.float32,
+        PARTS=parts,
+        TILES=tiles,
+        PROGRAMS=programs,
+        GROUP=GROUP,
+        TM=tm,
+        TN=tn,
+        TK=tk,
+    )
+
+
+def grouped_matmul(lhs, rhs, *tables, top_k, dtype):
+    return _product(lhs, rhs, tables, top_k, jnp.dtype(dtype), False)
+
+
+def grouped_matmul_transposed(g, rhs, *tables):
+    return _product(g, rhs, tables, 1, g.dtype, True)
+
+
+def grouped_outer(lhs, g, *tables, top_k, num_experts):
+    lead = _leads((lhs, 2), (g, 2), *zip(tables, (1, 1, 0), strict=True))
+    slots, blocks, total = (_whole(table, lead) for table in tables)
+    (lhs, shared_lhs), (g, shared_g) = _large(lhs, lead), _large(g, lead)
+    (num_rows, height), (num_pairs, width) = lhs.shape[-2:], g.shape[-2:]
+    tm, tn, tk, warps, stages = OUTER_F32 if lhs.dtype == jnp.float32 else OUTER
+    return launch(
+        outer,
+        *(lhs, g, slots, blocks, total),
+        out=[((*lead, num_experts, height, width), lhs.dtype)],
+        grid=math.prod(lead) * num_experts * triton.cdiv(height, tm) * triton.cdiv(width, tn),
+        num_warps=warps,
+        num_stages=stages,
+        M=num_rows,
+        H=height,
+        N=width,
+        E=num_experts,
+        S=slots.shape[-1],
+        P=num_pairs,
+        TOP_K=top_k,
+        BLOCK=slots.shape[-1] // blocks.shape[-1],
+        SHARED_LHS=shared_lhs,
+        SHARED_G=shared_g,
+        STEPS=blocks.shape[-1].bit_length() + 1,
+        TM=tm,
+        TN=tn,
+        TK=tk,
+    )

@@ -1,0 +1,211 @@
+"""The whole layer: from tokens and router logits to output, over the library's ops."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from . import _signature
+from ._signature import as_int
+from .combine import moe_combine, moe_dispatch, weighted_sum_batched
+from .grouped import grouped_matmul
+from .routing import RouterOutput, route_topk_softmax
+from .tables import expert_of_row, moe_align_block_size_pair_ids, moe_plan
+
+_OP = "moe_mlp"
+
+
+def _swiglu_oai(gate: jax.Array, up: jax.Array) -> jax.Array:
+    gate, up = jnp.minimum(gate, 7), jnp.clip(up, -7, 7)
+    return (up + 1) * gate * jax.nn.sigmoid(1.702 * gate)
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "silu": lambda gate, up: jax.nn.silu(gate) * up,
+    "gelu": lambda gate, up: jax.nn.gelu(gate, approximate=False) * up,
+    "gelu_tanh": lambda gate, up: jax.nn.gelu(gate, approximate=True) * up,
+    "relu": lambda gate, up: jax.nn.relu(gate) * up,
+    "relu2": lambda gate, up: jnp.square(jax.nn.relu(gate)) * up,
+    "swiglu_oai": _swiglu_oai,
+}
+FLOWS = ("packed", "pair_ids")
+
+
+def moe_mlp(
+    x: jax.Array,
+    router_logits: jax.Array | None,
+    w_gate_up: jax.Array,
+    w_down: jax.Array,
+    *,
+    top_k: int | None = None,
+    norm_topk_prob: bool = True,
+    router_output: RouterOutput | None = None,
+    activation: str | Callable[[jax.Array, jax.Array], jax.Array] = "silu",
+    b_gate_up: jax.Array | None = None,
+    b_down: jax.Array | None = None,
+    flow: str | None = None,
+    block_size: int | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """A Mixture-of-Experts layer: each token through its experts' gated MLPs, weighted and added.
+
+    out[t] = sum over k of weight[t,k] * (act(gate, up) @ w_down[e] + b_down[e]), where e = id[t,k], and gate and up are
+    the halves of x[t] @ w_gate_up[e] + b_gate_up[e]. Products and sums are in float32, rows between them in x's dtype;
+    the activation is in float32, and is computed again for the gradient instead of stored. Gradients to x, the router's
+    logits or weights, matrices and biases are exact, with the ids held constant; an expert without tokens gets 0.
+    Memory grows with T*K rows, never with T*K*E or with a copy of matrices.
+
+    Args:
+      x: [..., T, H] float16, bfloat16 or float32. Leading axes are more tokens: the matrices serve all.
+      router_logits: [..., T, E] float16, bfloat16 or float32, for `route_topk_softmax`; None with `router_output`.
+      w_gate_up: [E, H, 2F] of x's dtype, gate then up.
+      w_down: [E, F, H] of x's dtype.
+      top_k: K, experts per token; needed with `router_logits`.
+      norm_topk_prob: as in `route_topk_softmax`; of no effect with `router_output`.
+      router_output: expert_ids[..., T, K] and expert_weights[..., T, K] made elsewhere. An id outside [0, E) is no
+        expert: the pair adds nothing, whatever its weight.
+      activation: "silu", "gelu" (exact), "gelu_tanh", "relu", "relu2" (squared), each times up; "swiglu_oai", that of
+        gpt-oss: (up + 1) * gate * sigmoid(1.702 * gate), gate clamped above at 7 and up to [-7, 7]; or a function of
+        (gate, up), float32 [P, F] each, to [P, F].
+      b_gate_up, b_down: [E, 2F] and [E, H] of x's dtype.
+      flow: "packed" (dispatch, products, combine), "pair_ids" (the products read tokens directly, in pair order), or
+        None, which takes "pair_ids" where x has at most 32 MiB: an L2 cache holds it then, so that reading its rows
+        once per tile costs little and the K-fold copy is saved; above, "packed", whose rows come in order.
+      block_size: rows of a block of one expert; None: the power of two in [16, 128] that holds P/E rows, those of an
+        average expert, so that most experts' matrices are read once.
+      implementation: None (the fastest of each op), "xla", "triton" or "pallas".
+
+    Returns:
+      [..., T, H] in x's dtype.
+
+    Raises:
+      TypeError: an argument of another dtype, a size that is no int.
+      ValueError: ranks or shapes that do not fit, sizes out of range, both or neither of `router_logits` and
+        `router_output`, an unknown `activation`, `flow` or `implementation`.
+      NotImplementedError: the implementation asked for cannot run here; the message says why.
+
+    The layer is that of Shazeer et al., https://arxiv.org/abs/1701.06538, dropless as in MegaBlocks,
+    https://arxiv.org/abs/2211.15841, with the gated units of https://arxiv.org/abs/2002.05202.
+
+    >>> import jax.numpy as jnp
+    >>> x, logits = jnp.ones((5, 4)), jnp.arange(15.0).reshape(5, 3)
+    >>> moe_mlp(x, logits, jnp.ones((3, 4, 12)), jnp.ones((3, 6, 4)), top_k=2).shape
+    (5, 4)
+    """
+    act = _chosen(activation)
+    x, logits, routed, w_gate_up, w_down, b_gate_up, b_down = _checked(
+        x, router_logits, router_output, w_gate_up, w_down, b_gate_up, b_down
+    )
+    lead, num_experts = x.shape[:-1], w_gate_up.shape[0]
+    x = x.reshape(-1, x.shape[-1])
+    if routed is None:
+        if top_k is None:
+            raise TypeError(f"{_OP}: top_k must be an int with router_logits; got None")
+        ids, weights = route_topk_softmax(
+            logits.reshape(-1, num_experts), top_k, norm_topk_prob=norm_topk_prob, implementation=implementation
+        )
+    else:
+        if top_k is not None and top_k != routed[0].shape[-1]:
+            raise ValueError(f"{_OP}: top_k must be that of router_output, {routed[0].shape[-1]}; got {top_k}")
+        ids, weights = (r.reshape(-1, r.shape[-1]) for r in routed)
+    if flow is None:
+        flow = "pair_ids" if x.size * x.dtype.itemsize <= 2**25 else "packed"
+    if flow not in FLOWS:
+        raise ValueError(f"{_OP}: flow must be None, 'packed' or 'pair_ids'; got {flow!r}")
+    block_size = _block_size(ids.size, num_experts) if block_size is None else as_int(_OP, "block_size", block_size)
+    run: dict[str, Any] = {"implementation": implementation}
+    plan = None
+    if flow == "packed":
+        plan = routing = moe_plan(ids, num_experts, block_size, **run)
+        rows, choices = moe_dispatch(x, plan.packed_token_idx, pairs_by_token=plan.pairs_by_token, **run), 1
+    else:
+        routing = moe_align_block_size_pair_ids(ids, num_experts, block_size, **run)
+        rows, choices = x, ids.shape[-1]
+
+    # Kept for the gradient: the product. Computed again from it: the activation's many float32 intermediates.
+    @jax.checkpoint
+    def activate(rows: jax.Array, bias: jax.Array | None) -> jax.Array:
+        gate, up = jnp.split(_plus(rows, bias), 2, axis=-1)
+        hidden = act(gate, up)
+        if jnp.shape(hidden) != gate.shape:
+            raise ValueError(f"{_OP}: activation must give an array of shape {gate.shape}; got {jnp.shape(hidden)}")
+        return hidden.astype(rows.dtype)
+
+    def bias_rows(bias: jax.Array | None) -> jax.Array | None:
+        if bias is None:
+            return None
+        owner = expert_of_row(plan.packed_token_idx, plan.expert_offsets) if plan else ids.reshape(-1)
+        return moe_dispatch(bias, owner, **run)
+
+    rows = grouped_matmul(rows, w_gate_up, routing, top_k=choices, **run)
+    rows = grouped_matmul(activate(rows, bias_rows(b_gate_up)), w_down, routing, **run)
+    if b_down is not None:
+        rows = _plus(rows, bias_rows(b_down)).astype(x.dtype)
+    if plan:
+        out = moe_combine(rows, plan.pairs_by_token, weights, unique_rows=True, **run)
+    else:
+        weights = jnp.where((ids >= 0) & (ids < num_experts), weights, 0)
+        out = weighted_sum_batched(rows.reshape(*ids.shape, x.shape[-1]), weights, **run)
+    return out.reshape(*lead, x.shape[-1])
+
+
+def _plus(rows: jax.Array, bias: jax.Array | None) -> jax.Array:
+    return rows.astype(jnp.float32) + (0 if bias is None else bias.astype(jnp.float32))
+
+
+def _block_size(num_pairs: int, num_experts: int) -> int:
+    average = -(-num_pairs // num_experts)
+    return min(max(1 << (average - 1).bit_length() if average else 0, 16), 128)
+
+
+def _chosen(activation: Any) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    if callable(activation):
+        return activation
+    if activation not in ACTIVATIONS:
+        choices = ", ".join(map(repr, ACTIVATIONS))
+        raise ValueError(f"{_OP}: activation must be a function or one of {choices}; got {activation!r}")
+    return ACTIVATIONS[activation]
+
+
+def _checked(
+    x: Any, router_logits: Any, router_output: Any, w_gate_up: Any, w_down: Any, b_gate_up: Any, b_down: Any
+) -> tuple[Any, ...]:
+    """The arguments as arrays, each checked against the others; those that are None stay so."""
+    if (router_logits is None) == (router_output is None):
+        got = "neither" if router_logits is None else "both"
+        raise ValueError(f"{_OP}: give one of router_logits (with top_k) and router_output; got {got}")
+    if router_output is not None and not (isinstance(router_output, tuple) and len(router_output) == 2):
+        raise TypeError(f"{_OP}: router_output must be a RouterOutput; got {type(router_output).__name__}")
+    ids, weights = router_output or (None, None)
+    (x,), (logits,) = _arrays("x: rows[T,H]", x), _arrays("router_logits: rows[T,E]", router_logits)
+    ids, weights = _arrays("expert_ids: ids[T,K], expert_weights: weights[T,K]", ids, weights)
+    matrices = "w_gate_up: rows[E,H,G], w_down: rows[E,F,H], b_gate_up: rows[E,G], b_down: rows[E,H]"
+    w_gate_up, w_down, b_gate_up, b_down = _arrays(matrices, w_gate_up, w_down, b_gate_up, b_down)
+    if w_gate_up.ndim != 3:
+        raise ValueError(f"{_OP}: w_gate_up must be [E, H, 2F], without leading axes; got shape {w_gate_up.shape}")
+    for name, array, axis, size, source in (
+        ("w_gate_up", w_gate_up, 1, x.shape[-1], "H of x"),
+        ("w_gate_up", w_gate_up, 2, 2 * w_down.shape[1], "2F of w_down"),
+        *([("router_logits", logits, -1, w_gate_up.shape[0], "E of w_gate_up")] if logits is not None else []),
+    ):
+        if array.shape[axis] != size:
+            raise ValueError(
+                f"{_OP}: {name} must have {size} entries along axis {axis}, {source}; got shape {array.shape}"
+            )
+    if w_gate_up.dtype != x.dtype:
+        raise TypeError(f"{_OP}: w_gate_up must have the dtype of x, {x.dtype}; got {w_gate_up.dtype}")
+    if any(r is not None and r.shape[:-1] != x.shape[:-1] for r in (logits, ids)):
+        name, other = ("router_logits", logits) if logits is not None else ("router_output", ids)
+        raise ValueError(
+            f"{_OP}: {name} must have the axes {x.shape[:-1]} of x before its last; got shape {other.shape}"
+        )
+    return x, logits, None if ids is None else (ids, weights), w_gate_up, w_down, b_gate_up, b_down
+
+
+def _arrays(signature: str, *args: Any) -> list[Any]:
+    terms = _signature.parse(signature + " -> ").operands
+    given = [(term, arg) for term, arg in zip(terms, args, strict=True) if arg is not None]
+    present = _signature.Signature(tuple(term for term, _ in given), ())
+    checked = iter(_signature.canonical(_OP, present, tuple(arg for _, arg in given)))
+    return [None if arg is None else next(checked) for arg in args]

@@ -1,0 +1,197 @@
+"""grouped_matmul beyond what every op is tested for: garbage, hostile tables, memory, code for an H200."""
+
+import functools
+import re
+
+import hypothesis.extra.numpy as hnp
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from cases import DTYPES, Size, grouped_args, grouped_matmul, rng, rows
+from compiled import for_h200, needs_plugin
+from hypothesis import HealthCheck, given, settings
+
+import ferrum_jax
+
+of = jax.ShapeDtypeStruct
+
+
+def check(args, top_k, implementation, **kwargs):
+    """Values and both gradients, with NaN in what no slot names."""
+    lhs, rhs, *tables = args
+    f = lambda lhs, rhs: grouped_matmul(lhs, rhs, *tables, top_k=top_k, implementation=implementation, **kwargs)  # noqa: E731
+    out, vjp = jax.vjp(f, jnp.asarray(lhs), jnp.asarray(rhs))
+    oracle.assert_matches([out], oracle.grouped_matmul(*args, top_k=top_k))
+    g = rows(rng("g"), out.shape, out.dtype)
+    named = [s for s, _ in oracle.live_slots(*tables, num_pairs=len(g), num_experts=len(rhs))]
+    g[~np.isin(np.arange(len(g)), named)] = np.nan
+    got = vjp(jnp.asarray(g))
+    oracle.assert_matches(got, oracle.grouped_matmul_grads(*args, g=g, top_k=top_k))
+    unused = ~np.isin(
+        np.arange(len(rhs)), [e for _, e in oracle.live_slots(*tables, num_pairs=len(g), num_experts=len(rhs))]
+    )
+    assert not np.any(np.asarray(got[1], np.float32)[unused])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pair_ids", [False, True])
+@pytest.mark.parametrize("size", [Size(7, 8, 2, 130, 16), Size(9, 257, 10, 20, 8)], ids=str)
+def test_values_and_gradients_with_garbage(size, pair_ids, dtype, implementation):
+    check(grouped_args(rng("grouped", size), size, dtype, pair_ids), size.K if pair_ids else 1, implementation)
+
+
+@pytest.mark.parametrize(
+    ("size", "pair_ids", "dtype"),
+    [
+        (Size(7, 3, 3, 70, 2), True, "bfloat16"),  # blocks below the least tile
+        (Size(40, 3, 2, 20, 130), False, "float32"),  # above the largest
+        (Size(1, 1, 1, 1, 1), True, "float16"),
+    ],
+    ids=str,
+)
+def test_kernels_interpreted(size, pair_ids, dtype):
+    with ferrum_jax.interpret_kernels():
+        check(grouped_args(rng("k", size), size, dtype, pair_ids), size.K if pair_ids else 1, "triton")
+
+
+def backward(lhs, rhs, *tables):
+    out, vjp = jax.vjp(lambda *a: grouped_matmul(*a, *tables, top_k=3), lhs, rhs)
+    return vjp(out)
+
+
+def test_kernels_interpreted_over_a_batch():
+    """Each operand mapped, or shared by the batch."""
+    size = Size(5, 6, 3, 4)
+    slices = [grouped_args(rng("b", i), size, "float32", pair_ids=True) for i in range(2)]
+    stacked = [np.nan_to_num(np.stack(a), nan=1) for a in zip(*slices, strict=True)]
+    for mapped in [(0, None, 0, 0, 0), (None, 0, None, None, None), (0, 0, 0, 0, 0)]:
+        args = [a if m == 0 else a[0] for a, m in zip(stacked, mapped, strict=True)]
+        both = jax.vmap(backward, mapped)
+        want = both(*args)
+        with ferrum_jax.interpret_kernels():
+            for got, w in zip(both(*args), want, strict=True):
+                np.testing.assert_allclose(got, w, rtol=1e-5, atol=1e-5)
+
+
+def test_one_expert_owns_all_rows(implementation):
+    ids = np.full((9, 2), 3, np.int32)
+    routing = ferrum_jax.moe_align_block_size_pair_ids(ids, 5, 4)
+    r = rng("one")
+    args = rows(r, (9, 6), "float32"), rows(r, (5, 6, 7), "float32"), *map(np.asarray, routing)
+    check(args, 2, implementation)
+
+
+def test_no_rows(implementation):
+    routing = ferrum_jax.moe_plan(np.zeros((0, 2), np.int32), 5, 4)
+    f = functools.partial(ferrum_jax.grouped_matmul, routing=routing, top_k=2, implementation=implementation)
+    out, vjp = jax.vjp(f, jnp.zeros((0, 6)), jnp.full((5, 6, 7), jnp.nan))
+    assert out.shape == (0, 7)
+    assert not np.any(vjp(out)[1])
+
+
+hostile = st.one_of(st.integers(-2, 8), st.sampled_from([2**31 - 1, -(2**31)]))
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(
+    hnp.arrays(np.int32, (4, 3), elements=hostile, unique=True),
+    hnp.arrays(np.int32, 4, elements=hostile),
+    hostile,
+    st.booleans(),
+)
+def test_hostile_tables(slots, blocks, total, kernels):
+    """Any values: nothing out of bounds is read or written. Slots are unique, and experts ascend."""
+    experts = np.sort(blocks[(blocks >= 0) & (blocks < 5)])
+    blocks = np.where(np.arange(4) < len(experts), np.resize(experts, 4) if len(experts) else blocks, -1).astype(
+        np.int32
+    )
+    r = rng("hostile")
+    args = rows(r, (3, 2), "float32"), rows(r, (5, 2, 3), "float32"), slots.reshape(-1), blocks, np.int32(total)
+    if kernels and total % 4 == 0:  # interpretation is slow: some will do
+        with ferrum_jax.interpret_kernels():
+            check(args, 2, "triton")
+    else:
+        check(args, 2, "xla")
+
+
+@pytest.mark.parametrize("preferred", DTYPES)
+def test_preferred_element_type(preferred, implementation):
+    size = Size(7, 3, 2, 16)
+    lhs, rhs, *tables = (np.nan_to_num(a) for a in grouped_args(rng("p"), size, "bfloat16"))
+    f = functools.partial(grouped_matmul, preferred_element_type=preferred, implementation=implementation)
+    out, vjp = jax.vjp(lambda *a: f(*a, *tables), jnp.asarray(lhs), jnp.asarray(rhs))
+    oracle.assert_matches([out], oracle.grouped_matmul(lhs, rhs, *tables, top_k=1))
+    assert out.dtype == preferred
+    assert [x.dtype for x in vjp(out)] == [jnp.bfloat16] * 2
+    tangent = jax.jvp(lambda x: f(x, rhs, *tables), (jnp.asarray(lhs),), (jnp.asarray(lhs),))[1]
+    np.testing.assert_array_equal(tangent, out)
+
+
+def test_shared_matrices_are_not_copied():
+    """vmap over rows and routing: nothing of the shape [B, E, H, N] in the program, nor of an expert's part of it."""
+    lhs, rhs = jnp.ones((5, 16, 32)), jnp.ones((7, 32, 64))
+    routing = jax.vmap(lambda ids: ferrum_jax.moe_plan(ids, 7, 4))(jnp.zeros((5, 16, 1), jnp.int32))
+    f = jax.jit(jax.vmap(ferrum_jax.grouped_matmul, in_axes=(0, None, 0)))
+    assert "[5,7,32,64]" not in str(jax.make_jaxpr(f)(lhs, rhs, routing))
+    assert "5x7x32x64" not in f.lower(lhs, rhs, routing).as_text()
+    assert not re.search(r"f32\[5,(7,|1,)?32,64\]", f.lower(lhs, rhs, routing).compile().as_text())
+
+
+def test_work_does_not_grow_with_experts():
+    """The same rows over 4 and over 64 experts: the same number of products, and no product of the whole of rhs."""
+    for experts in (4, 64):
+        plan = jax.eval_shape(lambda ids, e=experts: ferrum_jax.moe_plan(ids, e, 16), of((256, 1), jnp.int32))
+        text = (
+            jax.jit(ferrum_jax.grouped_matmul)
+            .lower(of((256, 8), "float32"), of((experts, 8, 12), "float32"), plan)
+            .as_text()
+        )
+        assert re.findall(r"dot_general.*: \((.*?)\) ->", text) == ["tensor<16x8xf32>, tensor<8x12xf32>"]
+
+
+MODELS = {"qwen3": (128, 8, 2048, 1536), "mixtral": (8, 2, 4096, 28672), "deepseek_v3": (256, 8, 7168, 4096)}
+CODE = [
+    ("qwen3", 128, 16, "bfloat16", True),
+    ("qwen3", 1024, 64, "float16", False),
+    ("qwen3", 8192, 128, "bfloat16", False),
+    ("mixtral", 4096, 128, "bfloat16", True),
+    ("deepseek_v3", 4096, 128, "bfloat16", False),
+    ("qwen3", 8192, 128, "float32", False),
+]
+
+
+@needs_plugin
+@pytest.mark.parametrize(("model", "tokens", "block", "dtype", "pair_ids"), CODE)
+def test_code_for_an_h200(model, tokens, block, dtype, pair_ids):
+    """All three forms: wgmma and asynchronous 16-byte loads in one loop, no spills."""
+    experts, k, height, width = MODELS[model]
+    slots = ferrum_jax.max_aligned_rows(tokens * k, experts, block)
+    tables = of((slots,), jnp.int32), of((slots // block,), jnp.int32), of((), jnp.int32)
+    top_k = k if pair_ids else 1
+
+    def forward_and_back(lhs, rhs, g, *tables):
+        out, vjp = jax.vjp(lambda *a: grouped_matmul(*a, *tables, top_k=top_k, implementation="triton"), lhs, rhs)
+        return out, vjp(g)
+
+    shapes = (tokens * k // top_k, height), (experts, height, width), (tokens * k, width)
+    program = for_h200(forward_and_back, *(of(s, dtype) for s in shapes), *tables)
+    assert len(program.launches) == 5  # each product with the table of named rows, and the outer product
+    codes = [c for c in program.codes if not c.name.endswith("name_rows")]
+    assert [c.name.removeprefix("ferrum_") for c in codes] == ["grouped", "outer", "grouped"]
+    for code in codes:
+        assert code.spilled == 0, (code.name, code.registers)
+        assert dtype == "float32" or any("HGMMA" in loop and "LDGSTS" in loop for loop in loops(code.sass)), code.name
+        assert re.search(r"LDGSTS\.E[\w.]*\.128", code.sass), code.name
+        assert "HMMA" not in code.sass.replace("HGMMA", ""), code.name
+
+
+def loops(sass):
+    """The bodies of the loops: from the target of each backward branch to the branch."""
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)
+    for at, (address, text) in enumerate(lines):
+        jump = re.search(r"BRA(?:\.\w+)* .*?0x([0-9a-f]+)", text) or re.search(r"BRA 0x([0-9a-f]+)", text)
+        if jump and int(jump[1], 16) < int(address, 16):
+            yield "\n".join(t for a, t in lines[:at] if int(a, 16) >= int(jump[1], 16))

@@ -1,0 +1,269 @@
+"""moe_mlp against a dense layer in NumPy and in jnp: both flows, every activation, gradients, memory, meshes."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import Size, rng
+from jax import export
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jax.test_util import check_grads
+from oracle import assert_close, f64
+
+import ferrum_jax
+from ferrum_jax import moe_mlp
+
+SIZE, F = Size(7, 5, 2, 4), 3
+FLOWS = ("packed", "pair_ids")
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def swiglu_oai(g, u):
+    g, u = np.minimum(g, 7), np.clip(u, -7, 7)
+    return (u + 1) * g * sigmoid(1.702 * g)
+
+
+ACTIVATIONS = {
+    "silu": lambda g, u: g * sigmoid(g) * u,
+    "gelu": lambda g, u: g * (1 + np.vectorize(math.erf)(g / math.sqrt(2))) / 2 * u,
+    "gelu_tanh": lambda g, u: g / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (g + 0.044715 * g**3))) * u,
+    "relu": lambda g, u: np.maximum(g, 0) * u,
+    "relu2": lambda g, u: np.maximum(g, 0) ** 2 * u,
+    "swiglu_oai": swiglu_oai,
+}
+
+
+def arguments(size=SIZE, dtype="float32", scale=1.0, seed=0):
+    """x, logits, w_gate_up, w_down, and as keywords the biases."""
+    r = rng("mlp", size, seed)
+    make = lambda *shape: jnp.asarray(scale * r.normal(size=shape).astype(np.float32)).astype(dtype)  # noqa: E731
+    args = make(size.T, size.H), make(size.T, size.E), make(size.E, size.H, 2 * F), make(size.E, F, size.H)
+    return args, {"b_gate_up": make(size.E, 2 * F), "b_down": make(size.E, size.H)}
+
+
+def dense(x, ids, weights, w_gate_up, w_down, activation, b_gate_up=None, b_down=None):
+    """NumPy loops in float64; and how large each element's terms are, down to those of the first product."""
+    out, size = np.zeros(x.shape), np.zeros(x.shape)
+    for t, k in np.ndindex(np.shape(ids)):
+        e = int(ids[t, k])
+        if 0 <= e < len(w_down):
+            both = f64(x[t]) @ f64(w_gate_up[e]) + (0 if b_gate_up is None else f64(b_gate_up[e]))
+            terms = np.abs(f64(x[t])) @ np.abs(f64(w_gate_up[e])) + 1
+            hidden = activation(*np.split(both, 2))
+            row = hidden @ f64(w_down[e]) + (0 if b_down is None else f64(b_down[e]))
+            out[t] += float(weights[t, k]) * row
+            gate, up = np.split(terms, 2)
+            size[t] += float(weights[t, k]) * (1 + (4 * gate * (1 + gate) * (1 + up)) @ np.abs(f64(w_down[e])))
+    return out, size
+
+
+def reference(x, logits, w_gate_up, w_down, b_gate_up, b_down, top_k, act=jax.nn.silu):
+    """Every expert on every token, weighed by a [T, E] mask: what the layer must never do, in jnp."""
+    chosen = jax.nn.one_hot(jax.lax.top_k(logits, top_k)[1], logits.shape[-1]).sum(-2)
+    weights = jax.nn.softmax(jnp.where(chosen > 0, logits, -jnp.inf), axis=-1)
+    both = jnp.einsum("th,ehf->tef", x, w_gate_up) + (0 if b_gate_up is None else b_gate_up[None])
+    gate, up = jnp.split(both, 2, axis=-1)
+    rows = jnp.einsum("tef,efh->teh", act(gate) * up, w_down) + (0 if b_down is None else b_down[None])
+    return jnp.einsum("te,teh->th", weights, rows)
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_dense_numpy_layer(activation, flow):
+    for dtype, biased in (("float32", True), ("bfloat16", False)):
+        (x, logits, *matrices), biases = arguments(dtype=dtype, scale=2.0)
+        biases = biases if biased else {}
+        ids, weights = ferrum_jax.route_topk_softmax(logits, SIZE.K)
+        got = moe_mlp(x, logits, *matrices, top_k=SIZE.K, activation=activation, flow=flow, **biases)
+        assert got.dtype == x.dtype
+        assert_close(got, *dense(x, ids, weights, *matrices, ACTIVATIONS[activation], **biases), dtype)
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+def test_router_output_with_pairs_that_have_no_expert(flow, implementation):
+    """Their weights may be NaN: they add nothing, and no gradient."""
+    (x, _, *matrices), biases = arguments()
+    ids = np.array([[0, 1], [-1, 4], [5, 0], [-1, -1], [3, 2**31 - 1], [4, 3], [0, 4]], np.int32)
+    weights = jnp.where((ids >= 0) & (ids < 5), jnp.asarray(rng("w").random(ids.shape).astype(np.float32)), jnp.nan)
+
+    def layer(x, weights, *matrices, **biases):
+        routed = ferrum_jax.RouterOutput(ids, weights)
+        return moe_mlp(x, None, *matrices, router_output=routed, flow=flow, implementation=implementation, **biases)
+
+    got = layer(x, weights, *matrices, **biases)
+    assert_close(got, *dense(x, ids, weights, *matrices, ACTIVATIONS["silu"], **biases), "float32")
+    loss = lambda *a: jnp.sum(jnp.sin(layer(*a[:4], b_gate_up=a[4], b_down=a[5])))  # noqa: E731
+    gradients = jax.jit(jax.grad(loss, range(6)))(x, weights, *matrices, *biases.values())
+    assert all(bool(jnp.all(jnp.isfinite(g))) for g in gradients)
+    assert not np.any(gradients[0][3])
+    assert not np.any(np.asarray(gradients[1])[~((ids >= 0) & (ids < 5))])
+    for g in gradients[2:]:
+        assert not np.any(g[2])  # no token chose expert 2
+        assert np.all(np.any(np.asarray(g).reshape(5, -1)[[0, 1, 3, 4]], axis=1))
+
+
+@pytest.mark.parametrize(
+    ("flow", "activation"), [("packed", "silu"), ("pair_ids", lambda gate, up: jnp.tanh(gate) * up)]
+)
+def test_finite_differences_to_second_order(activation, flow):
+    """Every gradient: x, logits, both matrices, both biases."""
+    (x, logits, *matrices), biases = arguments(Size(3, 4, 2, 2), scale=0.5)
+    logits = jnp.asarray(np.argsort(rng("l").random((3, 4)), axis=-1).astype(np.float32))  # too far apart to cross
+
+    def layer(x, logits, gate_up, down, b_gate_up, b_down):
+        biases = {"b_gate_up": b_gate_up, "b_down": b_down}
+        return moe_mlp(x, logits, gate_up, down, top_k=2, activation=activation, flow=flow, **biases)
+
+    check_grads(jax.jit(layer), (x, logits, *matrices, *biases.values()), order=2, atol=2e-2, rtol=2e-2, eps=1e-2)
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+@pytest.mark.parametrize("size", [Size(1, 5, 2, 4), Size(40, 1, 1, 130)], ids=str)
+def test_gradients_equal_the_dense_layers(size, flow, implementation):
+    (x, logits, *matrices), biases = arguments(size, scale=0.5)
+    args = x, logits, *matrices, *biases.values()
+    fixed = {"top_k": size.K, "flow": flow, "implementation": implementation}
+    ours = lambda *a: moe_mlp(*a[:4], b_gate_up=a[4], b_down=a[5], **fixed)  # noqa: E731
+    loss = lambda f: lambda *a: jnp.sum(jnp.sin(f(*a)))  # noqa: E731
+    got = jax.jit(jax.grad(loss(ours), range(6)))(*args)
+    want = jax.grad(loss(functools.partial(reference, top_k=size.K)), range(6))(*args)
+    for g, w in zip(got, want, strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+def test_no_tokens(flow, implementation):
+    (x, logits, *matrices), biases = arguments(Size(0, 5, 2, 4))
+    run = functools.partial(moe_mlp, top_k=2, flow=flow, implementation=implementation, **biases)
+    out, vjp = jax.vjp(run, x, logits, *matrices)
+    assert out.shape == (0, 4)
+    assert not any(np.any(g) for g in vjp(out))
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+def test_leading_axes_vmap_and_block_sizes(flow, implementation):
+    (x, logits, *matrices), biases = arguments(Size(12, 5, 2, 4))
+    run = functools.partial(moe_mlp, top_k=2, flow=flow, implementation=implementation, **biases)
+    want = run(x, logits, *matrices)
+    x3, logits3 = x.reshape(2, 2, 3, 4), logits.reshape(2, 2, 3, 5)
+    np.testing.assert_allclose(run(x3, logits3, *matrices).reshape(12, 4), want, rtol=1e-5, atol=1e-6)
+    mapped = jax.vmap(run, (1, 1, None, None), 1)(x3, logits3, *matrices)
+    np.testing.assert_allclose(mapped.reshape(12, 4), want, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(run(x, logits, *matrices, block_size=3), want, rtol=1e-5, atol=1e-6)
+
+
+def test_flow_by_size():
+    """Below 32 MiB of x the tokens are read directly, above they are dispatched."""
+    matrices = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((8, 1024, 64), (8, 32, 1024))]
+    for tokens, dispatched in ((2**14, False), (2**14 + 1, True)):
+        x, logits = (jax.ShapeDtypeStruct((tokens, n), jnp.bfloat16) for n in (1024, 8))
+        jaxpr = jax.make_jaxpr(functools.partial(moe_mlp, top_k=2))(x, logits, *matrices)
+        assert ("ferrum_moe_dispatch" in str(jaxpr)) is dispatched
+
+
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=lambda t: t.name)
+@pytest.mark.parametrize("flow", FLOWS)
+def test_data_parallel_gradient(flow, kind):
+    """Tokens sharded, matrices shared: inside shard_map with check_vma, and as plain sharded arrays."""
+    devices = min(4, jax.device_count())
+    mesh = jax.make_mesh((devices,), ("d",), axis_types=(kind,))
+    (x, logits, *matrices), biases = arguments(Size(8, 4, 2, 4))
+    args, specs = (x, logits, *matrices, *biases.values()), (P("d"), P("d"), *[P()] * 4)
+    run = lambda *a: jnp.sum(jnp.sin(moe_mlp(*a[:4], top_k=2, b_gate_up=a[4], b_down=a[5], flow=flow)))  # noqa: E731
+    want = jax.grad(run, range(6))(*args)
+    placed = [jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip(args, specs, strict=True)]
+    local = lambda *a: jax.lax.psum(run(*a), "d")  # noqa: E731
+    sharded = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=True)
+    with jax.set_mesh(mesh):
+        for f in (sharded, run):
+            for g, w in zip(jax.jit(jax.grad(f, range(6)))(*placed), want, strict=True):
+                np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("x64")
+def test_x64_and_export():
+    (x, logits, *matrices), biases = arguments(dtype="bfloat16")
+    f = jax.jit(lambda *a: moe_mlp(*a[:4], top_k=2, b_gate_up=a[4], b_down=a[5], activation="swiglu_oai"))
+    args = x, logits, *matrices, *biases.values()
+    stored = export.export(f, platforms=("cpu", "cuda"), disabled_checks=ferrum_jax.export_checks())(*args).serialize()
+    got = export.deserialize(stored).call(*args)
+    assert got.dtype == x.dtype
+    np.testing.assert_array_equal(got, f(*args))
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+def test_peak_memory(flow):
+    """Forward and backward: a fraction of the dense formulation's; rows of the pairs, not of pairs x experts."""
+    t, e, k, h, f = 512, 32, 2, 64, 64
+    of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
+    args = of(t, h), of(t, e), of(e, h, 2 * f), of(e, f, h)
+    ours = functools.partial(moe_mlp, top_k=k, flow=flow)
+    other = functools.partial(reference, b_gate_up=None, b_down=None, top_k=k)
+    for transform in (lambda g: g, lambda g: jax.grad(lambda *a: jnp.sum(g(*a) ** 2), range(4))):
+        peaks = [
+            jax.jit(transform(g)).lower(*args).compile().memory_analysis().temp_size_in_bytes for g in (ours, other)
+        ]
+        assert peaks[0] < peaks[1] / 4, peaks
+        rows, matrices = 4 * t * k * (2 * h + 3 * f), 4 * e * h * 3 * f
+        assert peaks[0] < 3 * rows + 2 * matrices, (peaks, rows, matrices)
+
+
+ONES, ZEROS = jnp.ones, np.zeros
+NO_LOGITS, NO_BIAS = {"router_logits": None}, {"b_gate_up": None, "b_down": None}
+BF16 = jnp.bfloat16
+WRONG = {
+    "both": ({"router_output": (ZEROS((7, 2), int), ONES((7, 2)))}, ValueError, ["router_logits", "both"]),
+    "neither": (NO_LOGITS, ValueError, ["router_output", "neither"]),
+    "no top_k": ({"top_k": None}, TypeError, ["top_k", "None"]),
+    "top_k": ({"top_k": 6}, ValueError, ["top_k", "[1, 5]"]),
+    "activation": ({"activation": "swish"}, ValueError, ["activation", "'swiglu_oai'", "'swish'"]),
+    "its shape": ({"activation": lambda gate, up: gate[:, :1]}, ValueError, ["activation", "(14, 3)", "(14, 1)"]),
+    "flow": ({"flow": "pairs"}, ValueError, ["flow", "'packed'", "'pairs'"]),
+    "block": ({"block_size": 0}, ValueError, ["block_size", "got 0"]),
+    "implementation": ({"implementation": "cuda"}, ValueError, ["implementation", "'cuda'"]),
+    "x rank": ({"x": ONES(4)}, ValueError, ["x", "[..., T, H]", "(4,)"]),
+    "x dtype": ({"x": ONES((7, 4), int)}, TypeError, ["x", "int32"]),
+    "logits rows": ({"router_logits": ONES((6, 5))}, ValueError, ["router_logits", "(7,)", "(6, 5)"]),
+    "logits experts": ({"router_logits": ONES((7, 4))}, ValueError, ["router_logits", "5", "(7, 4)"]),
+    "one dtype": ({"w_gate_up": ONES((5, 4, 6), BF16)}, TypeError, ["w_down", "bfloat16", "float32"]),
+    "x and matrices": ({"x": ONES((7, 4), BF16)}, TypeError, ["w_gate_up", "bfloat16", "float32"]),
+    "H": ({"x": ONES((7, 3))}, ValueError, ["w_gate_up", "H of x", "(5, 4, 6)"]),
+    "F": ({"w_gate_up": ONES((5, 4, 5)), **NO_BIAS}, ValueError, ["w_gate_up", "6", "(5, 4, 5)"]),
+    "leading": (
+        {"w_gate_up": ONES((1, 5, 4, 6)), "w_down": ONES((1, 5, 3, 4)), **NO_BIAS},
+        ValueError,
+        ["w_gate_up", "(1, 5, 4, 6)"],
+    ),
+    "down": ({"w_down": ONES((5, 3, 5))}, ValueError, ["w_down", "H = 4", "(5, 3, 5)"]),
+    "b_gate_up": ({"b_gate_up": ONES((5, 4))}, ValueError, ["b_gate_up", "G = 6", "(5, 4)"]),
+    "b_down": ({"b_down": ONES((4, 4))}, ValueError, ["b_down", "E = 5", "(4, 4)"]),
+    "routed": ({"router_output": ONES((7, 2)), **NO_LOGITS}, TypeError, ["router_output", "RouterOutput"]),
+    "its top_k": (
+        {"router_output": (ZEROS((7, 1), int), ONES((7, 1))), **NO_LOGITS},
+        ValueError,
+        ["top_k", "router_output, 1", "got 2"],
+    ),
+    "its rows": (
+        {"router_output": (ZEROS((6, 2), int), ONES((6, 2))), **NO_LOGITS},
+        ValueError,
+        ["router_output", "(7,)", "(6, 2)"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_named_error_at_trace_time(name):
+    change, error, words = WRONG[name]
+    (x, router_logits, w_gate_up, w_down), biases = arguments()
+    given = {"x": x, "router_logits": router_logits, "w_gate_up": w_gate_up, "w_down": w_down, "top_k": 2, **biases}
+    with pytest.raises(error) as info:
+        jax.eval_shape(lambda: moe_mlp(**given | change))
+    for word in words:
+        assert word in str(info.value), str(info.value)
