@@ -1,9 +1,13 @@
 """Mixture-of-Experts routing and combine for JAX, as primitives under every transformation."""
 
+from . import profile as profile
+from . import viz as viz
 from ._primitive import which
 from .combine import moe_combine, moe_dispatch, weighted_sum_batched
+from .host import route_topk_into_host, upload_moe_routing
 from .kernels import export_checks, interpret_kernels
 from .routing import RouterOutput, route_topk_softmax
+from .stats import RoutingStats, routing_stats
 from .tables import (
     MoePlan,
     MoeRouting,
@@ -21,6 +25,7 @@ __all__ = [
     "MoePlan",
     "MoeRouting",
     "RouterOutput",
+    "RoutingStats",
     "TokenPairs",
     "export_checks",
     "interpret_kernels",
@@ -31,7 +36,10 @@ __all__ = [
     "moe_combine",
     "moe_dispatch",
     "moe_plan",
+    "route_topk_into_host",
     "route_topk_softmax",
+    "routing_stats",
+    "upload_moe_routing",
     "weighted_sum_batched",
     "which",
 ]

@@ -27,6 +27,7 @@ class Op(NamedTuple):
     meaning: Callable[..., Any]
     sizes: Callable[..., dict[str, int]]
     primitive: Primitive
+    export_error: str | None = None
 
     def __call__(self, *args: Any, implementation: str | None = None, **params: Any) -> Any:
         """Check the arguments and bind one equation. One result comes bare, several as a list."""
@@ -49,6 +50,7 @@ def define(
     sizes: Callable[..., dict[str, int]] = lambda size, **params: {},
     transposes: dict[int, Callable[..., Array]] | None = None,
     jvp: Callable[..., Sequence[Any]] | None = None,
+    export_error: str | None = None,
 ) -> Op:
     """Declare an op.
 
@@ -59,10 +61,11 @@ def define(
         (cotangent, *operands, **params) -> that operand's cotangent; the operand itself comes as its abstract value.
     jvp(primals, results, tangents, **params): the results' tangents (None: no dependence); `tangents` holds None
         where an operand does not vary. For an op that is not linear. With neither, the op has no derivative.
+    export_error: why jax.export must not take this op, which then serves debugging and is none of the library's own.
     """
     primitive = Primitive(f"ferrum_{name}")
     primitive.multiple_results = True
-    op = _ops[primitive] = Op(name, _signature.parse(signature), meaning, sizes, primitive)
+    op = _ops[primitive] = Op(name, _signature.parse(signature), meaning, sizes, primitive, export_error)
 
     primitive.def_impl(functools.partial(_eager, primitive))
     primitive.def_abstract_eval(functools.partial(_abstract, op))
@@ -117,6 +120,8 @@ def _equally_varying(operands: Sequence[Array]) -> list[Array]:
 
 def _lower(op: Op, platform: str | None, ctx: Any, *operands: Any, implementation: str | None, **params: Any) -> Any:
     """The kernel that `kernels.choose` picks on an NVIDIA GPU; elsewhere, and where it picks none, the jnp meaning."""
+    if op.export_error and ctx.module_context.lowering_parameters.for_export:
+        raise NotImplementedError(f"{op.name}: {op.export_error}")
     platform = platform or "/".join(p for p in ctx.module_context.platforms if p != "cuda")
     choice = kernels.choose(op.name, implementation, ctx.avals_in, params, platform)
     empty = any(0 in aval.shape for aval in (*ctx.avals_in, *ctx.avals_out))
@@ -272,5 +277,6 @@ def _equations(jaxpr: Any) -> list[Any]:
     found = []
     for equation in jaxpr.eqns:
         inner = [p.jaxpr for p in equation.params.values() if hasattr(p, "jaxpr")]
-        found += [equation] if equation.primitive in _ops else [e for j in inner for e in _equations(j)]
+        op = _ops.get(equation.primitive)
+        found += [equation] if op and not op.export_error else [e for j in inner for e in _equations(j)]
     return found

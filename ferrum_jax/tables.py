@@ -1,5 +1,7 @@
 """Tables: which packed row each pair takes, and blocks of rows that belong to one expert."""
 
+import math
+import os
 from typing import NamedTuple
 
 import jax
@@ -180,14 +182,26 @@ def moe_plan(
     ([0, 1, 3, 4], 6)
     """
     sizes = _checked("moe_plan", num_experts, block_size)
-    return MoePlan(*_plan(expert_ids, **sizes, pair_ids=bool(pair_ids), implementation=implementation))
+    plan = MoePlan(*_plan(expert_ids, **sizes, pair_ids=bool(pair_ids), implementation=implementation))
+    _dump(MoeRouting(*plan[-3:]), expert_ids, pair_ids, **sizes)
+    return plan
 
 
 def _align(
     op: str, expert_ids: jax.Array, num_experts: int, block_size: int, pair_ids: bool, implementation: str | None
 ) -> MoeRouting:
     sizes = _checked(op, num_experts, block_size)
-    return MoeRouting(*_aligned(expert_ids, **sizes, pair_ids=pair_ids, implementation=implementation))
+    routing = MoeRouting(*_aligned(expert_ids, **sizes, pair_ids=pair_ids, implementation=implementation))
+    _dump(routing, expert_ids, pair_ids, **sizes)
+    return routing
+
+
+def _dump(routing: MoeRouting, expert_ids: jax.Array, pair_ids: bool, **sizes: int) -> None:
+    if "FERRUM_MOE_DUMP" in os.environ:
+        from .host import dump_routing  # which builds on this file
+
+        num_pairs = math.prod(jnp.shape(expert_ids)[-2:])
+        dump_routing("pair_ids" if pair_ids else "packed", routing, num_pairs=num_pairs, **sizes)
 
 
 def _checked(op: str, num_experts: int, block_size: int) -> dict[str, int]:
