@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from . import profile
@@ -45,7 +46,7 @@ def route_topk_into_host(
     (array([[1, 2]], dtype=uint32), dtype('float32'))
     """
     results = route_topk_softmax(logits, top_k, norm_topk_prob=norm_topk_prob)
-    if any(isinstance(x, jax.core.Tracer) for x in (logits, *results)):
+    if any(isinstance(x, Tracer) for x in (logits, *results)):
         raise TypeError(
             "route_topk_into_host: logits must be values, and the call must stand outside every function that JAX "
             "traces (jit, vmap, grad, shard_map, ...): the host gets no values there. Inside, use route_topk_softmax"
@@ -102,8 +103,8 @@ def upload_moe_routing(
 
     if slots.size % max(blocks.size, 1) or bool(slots.size) != bool(blocks.size):
         raise ValueError(
-            f"{op}: sorted_token_ids must hold equally many slots, at least 1, for each of the {blocks.size} block_ids; "
-            f"got {slots.size}"
+            f"{op}: sorted_token_ids must hold equally many slots, at least 1, for each of the {blocks.size} "
+            f"block_ids; got {slots.size}"
         )
     size = slots.size // blocks.size if blocks.size else 1
     if block_size is not None:

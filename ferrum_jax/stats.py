@@ -41,13 +41,15 @@ class RoutingStats(NamedTuple):
         >>> ids = jnp.array([[0, 1], [0, 2], [0, -1]])
         >>> print(routing_stats(RouterOutput(ids, jnp.ones((3, 2))), 4, block_size=4).summary())
         5 pairs on 4 experts, 1.2 an expert.
-        The busiest, expert 0, has 3: 2.40 times the mean. 1 expert has none.
+        The busiest, expert 0, has 3: 2.40 times the mean. 1 expert is unused.
         Entropy 0.95 nats of 1.39: as if 2.6 experts shared the load evenly.
         Blocks of 4: 12 slots, of which 58.3% are padding.
         1 pair has no expert.
         """
         lead = np.shape(self.load_imbalance)
-        slices = [type(self)(*(np.asarray(x)[i] for x in self[:-1]), self.block_size) for i in np.ndindex(lead)]
+        slices = [
+            RoutingStats._make([*(np.asarray(x)[i] for x in self[:-1]), self.block_size]) for i in np.ndindex(lead)
+        ]
         if not lead:
             return slices[0]._words()
         return "\n\n".join(f"{list(i)}: {s._words()}" for i, s in zip(np.ndindex(lead), slices, strict=True))
@@ -61,7 +63,7 @@ class RoutingStats(NamedTuple):
             busiest = int(np.argmax(load))
             lines += [
                 f"The busiest, expert {busiest}, has {load[busiest]}: {float(self.load_imbalance):.2f} times the mean. "
-                f"{_count(unused, 'expert')} {'has' if unused == 1 else 'have'} none.",
+                f"{_count(unused, 'expert')} {'is' if unused == 1 else 'are'} unused.",
                 f"Entropy {float(self.entropy):.2f} nats of {math.log(experts):.2f}: as if "
                 f"{math.exp(float(self.entropy)):.1f} experts shared the load evenly.",
                 f"Blocks of {size}: {int(np.sum(-(-load // size))) * size} slots, of which "

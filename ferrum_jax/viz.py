@@ -34,19 +34,19 @@ def expert_load(tokens_per_expert: Any, *, ax: "Axes | None" = None) -> "Axes":
     3
     """
     load = _array("expert_load", "tokens_per_expert", tokens_per_expert, "[E]")
-    ax = ax or _new_axes(min(5 + load.size / 16, 12), 3)
+    axes = _new_axes(min(5 + load.size / 16, 12), 3) if ax is None else ax
     experts, mean = np.arange(load.size), load.mean()
-    ax.bar(experts, load, width=0.85, color=_colours(experts), edgecolor="#444444", linewidth=0.5)
-    ax.axhline(mean, color="black", linestyle="--", linewidth=1, label=f"mean {mean:.1f}")
+    axes.bar(experts, load, width=0.85, color=_colours(experts), edgecolor="#444444", linewidth=0.5)
+    axes.axhline(mean, color="black", linestyle="--", linewidth=1, label=f"mean {mean:.1f}")
     if load.size <= 32:
         for expert, pairs in zip(experts, load, strict=True):
-            ax.annotate(str(pairs), (expert, pairs), (0, 2), textcoords="offset points", ha="center", fontsize=8)
-    ax.set(title="Load of the experts", xlabel="expert", ylabel="pairs", xlim=(-0.7, load.size - 0.3))
-    ax.set_ylim(0, max(load.max(), 1) * 1.25)  # room for the legend
-    _whole_ticks(ax.xaxis, ax.yaxis)
-    ax.legend(frameon=False, loc="upper right")
-    ax.spines[["top", "right"]].set_visible(False)
-    return ax
+            axes.annotate(str(pairs), (expert, pairs), (0, 2), textcoords="offset points", ha="center", fontsize=8)
+    axes.set(title="Load of the experts", xlabel="expert", ylabel="pairs", xlim=(-0.7, load.size - 0.3))
+    axes.set_ylim(0, max(load.max(), 1) * 1.25)  # room for the legend
+    _whole_ticks(axes.xaxis, axes.yaxis)
+    axes.legend(frameon=False, loc="upper right")
+    axes.spines[["top", "right"]].set_visible(False)
+    return axes
 
 
 def token_map(router_output: Any, num_experts: int, *, ax: "Axes | None" = None) -> "Axes":
@@ -62,7 +62,7 @@ def token_map(router_output: Any, num_experts: int, *, ax: "Axes | None" = None)
 
     Raises:
       ImportError: matplotlib is not installed.
-      TypeError, ValueError: arrays that are not [T, K]; an E that is no int or < 1.
+      TypeError, ValueError: arrays that are not [T, K], or are empty; an E that is no int or < 1.
 
     >>> from ferrum_jax import RouterOutput
     >>> token_map(RouterOutput(np.array([[0, 2]]), np.array([[0.7, 0.3]])), 3).images[0].get_array().tolist()
@@ -77,19 +77,20 @@ def token_map(router_output: Any, num_experts: int, *, ax: "Axes | None" = None)
     for t, k in zip(*np.nonzero((ids >= 0) & (ids < num_experts)), strict=True):
         there[ids[t, k], t] += weights[t, k]
         chosen[ids[t, k], t] = True
-    ax = ax or _new_axes(min(5 + tokens / 10, 12), min(2.2 + num_experts / 8, 8))
-    image = ax.imshow(
+    axes = _new_axes(min(5 + tokens / 10, 12), min(2.2 + num_experts / 8, 8)) if ax is None else ax
+    image = axes.imshow(
         np.ma.masked_array(there, ~chosen), aspect="auto", interpolation="nearest", cmap="cividis_r", vmin=0
     )
-    ax.set_facecolor("#F2F2F2")
-    _whole_ticks(ax.xaxis, ax.yaxis)
-    ax.set(title="Which experts each token goes to", xlabel="token", ylabel="expert")
-    ax.figure.colorbar(image, ax=ax, label="weight", pad=0.02)
-    return ax
+    axes.set_facecolor("#F2F2F2")
+    _whole_ticks(axes.xaxis, axes.yaxis)
+    axes.set(title="Which experts each token goes to", xlabel="token", ylabel="expert")
+    axes.figure.colorbar(image, ax=axes, label="weight", pad=0.02)
+    return axes
 
 
 def aligned_table(routing: Any, num_pairs: int, *, ax: "Axes | None" = None) -> "Axes":
-    """The block-aligned table as a strip of slots, coloured by expert; padding and the tail are white and hatched.
+    """The block-aligned table as a strip of slots, coloured by expert; padding and the tail are white (and
+    hatched, up to 400 slots).
 
     Args:
       routing: MoeRouting or MoePlan of one slice: sorted_token_ids[S], block_ids[B].
@@ -101,7 +102,7 @@ def aligned_table(routing: Any, num_pairs: int, *, ax: "Axes | None" = None) -> 
 
     Raises:
       ImportError: matplotlib is not installed.
-      TypeError, ValueError: arrays that are not [S] and [B]; a P that is no int or negative.
+      TypeError, ValueError: arrays that are not [S] and [B], or are empty; a P that is no int or negative.
 
     >>> import ferrum_jax
     >>> len(aligned_table(ferrum_jax.upload_moe_routing([0, 2, 1, 2], [0, 1], 4), 2).patches)
@@ -110,24 +111,27 @@ def aligned_table(routing: Any, num_pairs: int, *, ax: "Axes | None" = None) -> 
     num_pairs = as_int("aligned_table", "num_pairs", num_pairs, 0)
     slots = _array("aligned_table", "routing.sorted_token_ids", routing.sorted_token_ids, "[S]")
     blocks = _array("aligned_table", "routing.block_ids", routing.block_ids, "[B]")
-    size = slots.size // blocks.size
+    size, rest = divmod(slots.size, blocks.size)
+    if rest or not size:
+        raise ValueError(f"aligned_table: {slots.size} sorted_token_ids must make {blocks.size} blocks of one size")
     owner = np.repeat(blocks, size)
     live = (slots < num_pairs) & (owner >= 0)
-    ax = ax or _new_axes(min(4 + slots.size / 10, 14), 2)
-    bars = ax.bar(np.arange(slots.size), 1, 1, color=np.where(live, _colours(owner), "white"), linewidth=0.3)
+    axes = _new_axes(min(4 + slots.size / 10, 14), 2) if ax is None else ax
+    bars = axes.bar(np.arange(slots.size), 1, 1, color=np.where(live, _colours(owner), "white"), linewidth=0.3)
     for bar, filled in zip(bars, live, strict=True):
-        bar.set(edgecolor="white" if filled else "#888888", hatch=None if filled else "////")
+        if slots.size <= 400:  # narrower slots would be all edge
+            bar.set(edgecolor="white" if filled else "#888888", hatch=None if filled else "////")
     middle = np.arange(blocks.size) * size + (size - 1) / 2
     step = -(-blocks.size // 48)
     for x, expert in list(zip(middle, blocks, strict=True))[::step]:
-        ax.annotate(str(expert) if expert >= 0 else "-", (x, 1), (0, 3), textcoords="offset points", ha="center")
-    ax.vlines(np.arange(blocks.size + 1) * size - 0.5, 0, 1.08, color="black", linewidth=1 if step == 1 else 0.3)
+        axes.annotate(str(expert) if expert >= 0 else "-", (x, 1), (0, 3), textcoords="offset points", ha="center")
+    axes.vlines(np.arange(blocks.size + 1) * size - 0.5, 0, 1.08, color="black", linewidth=1 if step == 1 else 0.3)
     padding = np.mean(~live[owner >= 0]) if np.any(owner >= 0) else 0
-    ax.set_title(f"The block-aligned table, blocks of {size}: {padding:.0%} of the live blocks is padding", pad=16)
-    ax.set(xlabel="slot (above: the expert that owns the block)", xlim=(-0.6, slots.size - 0.4), ylim=(0, 1.1))
-    ax.set_yticks([])
-    ax.spines[:].set_visible(False)
-    return ax
+    axes.set_title(f"The block-aligned table, blocks of {size}: {padding:.0%} of the live blocks is padding", pad=16)
+    axes.set(xlabel="slot (above: the expert that owns the block)", xlim=(-0.6, slots.size - 0.4), ylim=(0, 1.1))
+    axes.set_yticks([])
+    axes.spines[:].set_visible(False)
+    return axes
 
 
 def load_heatmap(tokens_per_expert: Any, *, rows: str = "layer", ax: "Axes | None" = None) -> "Axes":
@@ -150,12 +154,12 @@ def load_heatmap(tokens_per_expert: Any, *, rows: str = "layer", ax: "Axes | Non
     """
     load = _array("load_heatmap", "tokens_per_expert", tokens_per_expert, "[L, E]")
     relative = load / np.maximum(load.mean(axis=1, keepdims=True), np.finfo(float).tiny)
-    ax = ax or _new_axes(min(5 + load.shape[1] / 12, 12), min(2 + len(load) / 6, 8))
-    image = ax.imshow(relative, aspect="auto", interpolation="nearest", cmap="cividis", vmin=0)
-    _whole_ticks(ax.xaxis, ax.yaxis)
-    ax.set(title=f"Load of the experts by {rows}", xlabel="expert", ylabel=rows)
-    ax.figure.colorbar(image, ax=ax, label="load / mean load", pad=0.02)
-    return ax
+    axes = _new_axes(min(5 + load.shape[1] / 12, 12), min(2 + len(load) / 6, 8)) if ax is None else ax
+    image = axes.imshow(relative, aspect="auto", interpolation="nearest", cmap="cividis", vmin=0)
+    _whole_ticks(axes.xaxis, axes.yaxis)
+    axes.set(title=f"Load of the experts by {rows}", xlabel="expert", ylabel=rows)
+    axes.figure.colorbar(image, ax=axes, label="load / mean load", pad=0.02)
+    return axes
 
 
 def _new_axes(width: float, height: float) -> "Axes":
