@@ -25,7 +25,7 @@ def check(stats, ids, num_experts, block_size):
     np.testing.assert_allclose(stats.load_imbalance, load.max() / load.mean() if pairs else 1, rtol=1e-6)
     np.testing.assert_allclose(stats.entropy, -np.sum(share * np.log(share)), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(stats.padding_waste, 1 - pairs / slots if pairs else 0, rtol=1e-5, atol=1e-6)
-    assert (stats.unused_experts, stats.pairs_without_expert) == (np.sum(load == 0), flat.size - pairs)
+    assert (int(stats.unused_experts), int(stats.pairs_without_expert)) == (np.sum(load == 0), flat.size - pairs)
     assert stats.block_size == block_size
 
 
