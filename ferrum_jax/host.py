@@ -171,9 +171,10 @@ _SLOTS, _BLOCKS = 48, 32  # entries shown
 def dump_routing(kind: str, routing: MoeRouting, *, num_pairs: int, num_experts: int, block_size: int) -> None:
     """Print one aligned table to standard error when it has been computed: the first of this process, and no other.
 
-    Called for every alignment that is traced, or run eagerly, while FERRUM_MOE_DUMP is set (any value). With
-    FERRUM_MOE_DUMP_BATCH_X_TOPK=<P>, tables of other numbers of pairs do not count. Of several slices the first is
-    shown. The same figures go to `profile` as the event `moe_dump`.
+    Called for every alignment that is traced while FERRUM_MOE_DUMP is set (any value), and for every eager one: what
+    jit has traced before does not change with the variable. With FERRUM_MOE_DUMP_BATCH_X_TOPK=<P>, tables of other
+    numbers of pairs do not count. P and the table are those of one slice, or of one shard inside shard_map; of several
+    the first is shown. vmap traces one callback a slice. The same figures go to `profile` as the event `moe_dump`.
     """
     wanted = os.environ.get("FERRUM_MOE_DUMP_BATCH_X_TOPK", "")
     if wanted.isdecimal() and int(wanted) != num_pairs:

@@ -109,7 +109,8 @@ def moe_align_block_size(
 ) -> MoeRouting:
     """Lay the packed rows out in blocks of one expert each, each expert's rows padded up to a multiple of `block_size`.
 
-    Experts ascend; one without pairs has no block. The same on every implementation.
+    Experts ascend; one without pairs has no block. The same on every implementation. With FERRUM_MOE_DUMP in the
+    environment (any value) while this is traced, the first table that is computed is printed to standard error.
 
     Args:
       expert_ids: [..., T, K] of any integer dtype; a value outside [0, E) is no expert.

@@ -41,7 +41,7 @@ def expert_load(tokens_per_expert: Any, *, ax: "Axes | None" = None) -> "Axes":
     if load.size <= 32:
         style = {"ha": "center", "fontsize": 8, "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.3}}
         for expert, pairs in zip(experts, load, strict=True):
-            axes.annotate(str(pairs), (expert, pairs), (0, 2), textcoords="offset points", **style)
+            axes.annotate(str(pairs), (expert, pairs), (0, 3), textcoords="offset points", **style)
     axes.set(title="Load of the experts", xlabel="expert", ylabel="pairs", xlim=(-0.7, load.size - 0.3))
     axes.set_ylim(0, max(load.max(), 1) * 1.25)  # room for the legend
     _whole_ticks(axes.xaxis, axes.yaxis)

@@ -45,7 +45,7 @@ def test_transformed():
         assert isinstance(stats, fj.RoutingStats)
         assert [x.dtype for x in stats[:-1]] == ["int32", "float32", "float32", "int32", "int32", "float32"]
         for i in range(4):
-            check(fj.RoutingStats(*(x[i] for x in stats[:-1]), stats.block_size), ids[i], SMALL.E, 4)
+            check(fj.RoutingStats(*(np.asarray(x)[i] for x in stats[:-1]), stats.block_size), ids[i], SMALL.E, 4)
 
 
 def test_extremes():
