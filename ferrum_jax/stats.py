@@ -55,7 +55,7 @@ class RoutingStats(NamedTuple):
         return "\n\n".join(f"{list(i)}: {s._words()}" for i, s in zip(np.ndindex(lead), slices, strict=True))
 
     def _words(self) -> str:
-        load, size = np.asarray(self.tokens_per_expert), int(self.block_size)
+        load, size = np.asarray(self.tokens_per_expert), int(np.ravel(self.block_size)[0])  # vmap repeats it
         pairs, experts = int(load.sum()), load.size
         lines = [f"{_count(pairs, 'pair')} on {_count(experts, 'expert')}, {pairs / experts:.1f} an expert."]
         if pairs:

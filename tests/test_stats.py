@@ -40,6 +40,7 @@ def test_transformed():
     f = lambda ids: fj.routing_stats(routing(ids), SMALL.E, block_size=4)  # noqa: E731
     mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Explicit,))
     sharded = jax.device_put(ids, NamedSharding(mesh, P("d")))
+    assert jax.vmap(f)(ids).summary() == f(ids).summary()
     every = [f(ids), jax.jit(f)(ids), jax.vmap(f)(ids)._replace(block_size=4), jax.jit(f)(sharded)]
     for stats in every:
         assert isinstance(stats, fj.RoutingStats)
