@@ -1,11 +1,15 @@
 """Mixture-of-Experts routing and combine for JAX, as primitives under every transformation."""
 
+from . import profile as profile
+from . import viz as viz
 from ._primitive import which
 from .combine import moe_combine, moe_dispatch, weighted_sum_batched
 from .grouped import grouped_matmul
+from .host import route_topk_into_host, upload_moe_routing
 from .kernels import export_checks, interpret_kernels
 from .layer import moe_mlp
 from .routing import RouterOutput, route_topk_softmax
+from .stats import RoutingStats, routing_stats
 from .tables import (
     MoePlan,
     MoeRouting,
@@ -23,6 +27,7 @@ __all__ = [
     "MoePlan",
     "MoeRouting",
     "RouterOutput",
+    "RoutingStats",
     "TokenPairs",
     "export_checks",
     "grouped_matmul",
@@ -35,7 +40,10 @@ __all__ = [
     "moe_dispatch",
     "moe_mlp",
     "moe_plan",
+    "route_topk_into_host",
     "route_topk_softmax",
+    "routing_stats",
+    "upload_moe_routing",
     "weighted_sum_batched",
     "which",
 ]

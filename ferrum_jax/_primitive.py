@@ -28,6 +28,7 @@ class Op(NamedTuple):
     sizes: Callable[..., dict[str, int]]
     leading_axes: bool
     primitive: Primitive
+    export_error: str | None = None
 
     def __call__(self, *args: Any, implementation: str | None = None, **params: Any) -> Any:
         """Check the arguments and bind one equation. One result comes bare, several as a list."""
@@ -51,6 +52,7 @@ def define(
     leading_axes: bool = False,
     transposes: dict[int, Callable[..., Array]] | None = None,
     jvp: Callable[..., Sequence[Any]] | None = None,
+    export_error: str | None = None,
 ) -> Op:
     """Declare an op.
 
@@ -63,10 +65,11 @@ def define(
         (cotangent, *operands, **params) -> that operand's cotangent; the operand itself comes as its abstract value.
     jvp(primals, results, tangents, **params): the results' tangents (None: no dependence); `tangents` holds None
         where an operand does not vary. For an op that is not linear. With neither, the op has no derivative.
+    export_error: why jax.export must not take this op, which then serves debugging and is none of the library's own.
     """
     primitive = Primitive(f"ferrum_{name}")
     primitive.multiple_results = True
-    op = _ops[primitive] = Op(name, _signature.parse(signature), meaning, sizes, leading_axes, primitive)
+    op = _ops[primitive] = Op(name, _signature.parse(signature), meaning, sizes, leading_axes, primitive, export_error)
 
     primitive.def_impl(functools.partial(_eager, primitive))
     primitive.def_abstract_eval(functools.partial(_abstract, op))
@@ -122,6 +125,8 @@ def _equally_varying(operands: Sequence[Array]) -> list[Array]:
 
 def _lower(op: Op, platform: str | None, ctx: Any, *operands: Any, implementation: str | None, **params: Any) -> Any:
     """The kernel that `kernels.choose` picks on an NVIDIA GPU; elsewhere, and where it picks none, the jnp meaning."""
+    if op.export_error and ctx.module_context.lowering_parameters.for_export:
+        raise NotImplementedError(f"{op.name}: {op.export_error}")
     platform = platform or "/".join(p for p in ctx.module_context.platforms if p != "cuda")
     choice = kernels.choose(op.name, implementation, ctx.avals_in, params, platform)
     empty = any(0 in aval.shape for aval in (*ctx.avals_in, *ctx.avals_out))
@@ -276,5 +281,6 @@ def _equations(jaxpr: Any) -> list[Any]:
     found = []
     for equation in jaxpr.eqns:
         inner = [p.jaxpr for p in equation.params.values() if hasattr(p, "jaxpr")]
-        found += [equation] if equation.primitive in _ops else [e for j in inner for e in _equations(j)]
+        op = _ops.get(equation.primitive)
+        found += [equation] if op and not op.export_error else [e for j in inner for e in _equations(j)]
     return found

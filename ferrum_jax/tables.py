@@ -1,5 +1,7 @@
 """Tables: which packed row each pair takes, and blocks of rows that belong to one expert."""
 
+import math
+import os
 from typing import NamedTuple
 
 import jax
@@ -107,7 +109,8 @@ def moe_align_block_size(
 ) -> MoeRouting:
     """Lay the packed rows out in blocks of one expert each, each expert's rows padded up to a multiple of `block_size`.
 
-    Experts ascend; one without pairs has no block. The same on every implementation.
+    Experts ascend; one without pairs has no block. The same on every implementation. With FERRUM_MOE_DUMP in the
+    environment (any value) while this is traced, the first table that is computed is printed to standard error.
 
     Args:
       expert_ids: [..., T, K] of any integer dtype; a value outside [0, E) is no expert.
@@ -180,14 +183,26 @@ def moe_plan(
     ([0, 1, 3, 4], 6)
     """
     sizes = _checked("moe_plan", num_experts, block_size)
-    return MoePlan(*_plan(expert_ids, **sizes, pair_ids=bool(pair_ids), implementation=implementation))
+    plan = MoePlan(*_plan(expert_ids, **sizes, pair_ids=bool(pair_ids), implementation=implementation))
+    _dump(MoeRouting(*plan[-3:]), expert_ids, pair_ids, **sizes)
+    return plan
 
 
 def _align(
     op: str, expert_ids: jax.Array, num_experts: int, block_size: int, pair_ids: bool, implementation: str | None
 ) -> MoeRouting:
     sizes = _checked(op, num_experts, block_size)
-    return MoeRouting(*_aligned(expert_ids, **sizes, pair_ids=pair_ids, implementation=implementation))
+    routing = MoeRouting(*_aligned(expert_ids, **sizes, pair_ids=pair_ids, implementation=implementation))
+    _dump(routing, expert_ids, pair_ids, **sizes)
+    return routing
+
+
+def _dump(routing: MoeRouting, expert_ids: jax.Array, pair_ids: bool, **sizes: int) -> None:
+    if "FERRUM_MOE_DUMP" in os.environ:
+        from .host import dump_routing  # which builds on this file
+
+        num_pairs = math.prod(jnp.shape(expert_ids)[-2:])
+        dump_routing("pair_ids" if pair_ids else "packed", routing, num_pairs=num_pairs, **sizes)
 
 
 def _checked(op: str, num_experts: int, block_size: int) -> dict[str, int]:
