@@ -96,7 +96,7 @@ def _calls(layer: Layer) -> dict[str, tuple[Any, ...]]:
         "moe_dispatch": (x, index),
         "moe_combine": (rows, ids, weights),
         "weighted_sum_batched": (slots, weights),
-        "grouped_matmul": (rows, w, jax.eval_shape(functools.partial(ferrum_jax.moe_plan, ids), e, block)),
+        "grouped_matmul": (rows, w, jax.eval_shape(lambda ids: ferrum_jax.moe_plan(ids, e, block), ids)),
     }
 
 
@@ -125,7 +125,7 @@ def demo(layer: Layer) -> int:
     return _report([check for flow, r in zip(FLOWS, ran, strict=True) for check in _check(flow, inputs, r)])
 
 
-def _print_layer(layer: Layer, tokens: str, ids: jax.Array, lines: int = 16) -> None:
+def _print_layer(layer: Layer, tokens: str, ids: jax.Array, lines: int = 12) -> None:
     name, e, k, h, f, t, block, dtype = layer
     plan = ferrum_jax.moe_plan(ids, e, block)
     load, slots = np.diff(np.asarray(plan.expert_offsets)), int(plan.total_tokens_post_pad)

@@ -66,8 +66,9 @@ def test_the_asked_implementation_is_what_is_lowered(op):
         for name in ("xla", "triton")
     }
     assert not launches["xla"]
-    assert len(launches["triton"]) == 1
-    assert launches["triton"][0].startswith("triton_kernel_call")
+    # The grouped product first notes which rows are named, so that it zeroes only the others.
+    assert len(launches["triton"]) == (2 if op.name.startswith("grouped") else 1)
+    assert all(name.startswith("triton_kernel_call") for name in launches["triton"])
 
 
 @needs_plugin
