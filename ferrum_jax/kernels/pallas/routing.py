@@ -21,8 +21,10 @@ def route(logits, ids, weights, *, TOKENS, E, K, NORM):
     # warps do the same. Beyond, a block's four warps share a token. The logits are read once and stay in registers as
     # rank keys; K times each row's largest key is taken, of equal ones the smallest id.
     program, fours = lax.axis_index("program"), _fours(TOKENS, logits.shape[-1])
-    pl.when(program < fours)(lambda: route_rows(logits, ids, weights, program * 4, 4, E, K, NORM))
-    pl.when(program >= fours)(lambda: route_rows(logits, ids, weights, program + 3 * fours, 1, E, K, NORM))
+    if fours:
+        pl.when(program < fours)(lambda: route_rows(logits, ids, weights, program * 4, 4, E, K, NORM))
+    if fours * 4 < TOKENS:
+        pl.when(program >= fours)(lambda: route_rows(logits, ids, weights, program + 3 * fours, 1, E, K, NORM))
 
 
 def _fours(tokens, lanes):
@@ -31,8 +33,9 @@ def _fours(tokens, lanes):
 
 
 def route_rows(logits, ids, weights, start, rows, experts, top_k, norm):
-    lanes, choices = logits.shape[-1], max(2, 32 * pl.cdiv(top_k, 32))
-    layout = _layout(rows, lanes, 16 // logits.dtype.itemsize)
+    lanes = logits.shape[-1]
+    choices = min(32, lanes) * pl.cdiv(top_k, min(32, lanes))
+    layout = _layout(rows, lanes, 16 // logits.dtype.itemsize, shared=lanes > WARP_EXPERTS)
     here = pl.ds(start, rows)
     full = lambda like, value: jnp.full(like.shape, value, like.dtype)  # noqa: E731
     wide = lambda column, like: jnp.broadcast_to(column[:, None], like.shape)  # noqa: E731
@@ -51,7 +54,7 @@ def route_rows(logits, ids, weights, start, rows, experts, top_k, norm):
     top = jnp.where(top == -jnp.inf, full(top, 0.0), top)
     everything = None if norm else jnp.sum(jnp.exp(x - wide(top, x)), axis=1)
 
-    columns = _layout(rows, choices, 1)
+    columns = _layout(rows, choices)
     column = plgpu.layout_cast(plgpu.broadcasted_iota(jnp.int32, (rows, choices), 1), columns)
 
     def choose(k, state):
@@ -59,7 +62,7 @@ def route_rows(logits, ids, weights, start, rows, experts, top_k, norm):
         best = jnp.max(key, axis=1)
         # The smallest id is the largest negative: a maximum is one instruction for the whole warp, a minimum is not.
         first = -jnp.max(jnp.where(key == wide(best, key), -lane, full(lane, LOWEST)), axis=1)
-        ids[here, k] = first
+        _put(ids.at[here, k], first)
         key = jnp.where(lane == wide(first, lane), full(key, LOWEST), key)
         return key, jnp.where(column == jnp.broadcast_to(k, column.shape), wide(best, column), chosen)
 
@@ -77,15 +80,22 @@ def route_rows(logits, ids, weights, start, rows, experts, top_k, norm):
     def store(k, _):
         own = column == jnp.broadcast_to(k, column.shape)
         bits = jnp.max(jnp.where(own, weight, full(weight, LOWEST)), axis=1)
-        weights[here, k] = lax.bitcast_convert_type(bits, jnp.float32)
+        _put(weights.at[here, k], lax.bitcast_convert_type(bits, jnp.float32))
         return ()
 
     lax.fori_loop(0, top_k, store, ())
 
 
-def _layout(rows: int, lanes: int, most: int) -> Any:
+def _put(ref, value):
+    """Store one number a row, K times: which is not wide, and need not be. JAX 0.12 wants that said."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value
+
+
+def _layout(rows: int, lanes: int, most: int = 1, shared: bool = False) -> Any:
     """[rows, lanes] over the warpgroup: four rows by the warps, or one in each warp alike, or one shared by all."""
-    shared = lanes > WARP_EXPERTS
     threads = min(32, lanes) * (4 if shared else 1)
     vector = min(most, (lanes // threads) & -(lanes // threads))
     tiles = ((rows, threads * vector), (32 * vector,), (vector,)) if shared else ((rows, threads * vector), (vector,))
