@@ -91,7 +91,9 @@ def interpreted(family: str) -> Any:
     They raise on a race between blocks and on a read out of bounds; what is not written, or read unwritten, is NaN.
     """
     module = importlib.import_module(f"{__name__}.{family}")
-    return SimpleNamespace(**{name: functools.partial(_interpret, f) for name, f in vars(module).items() if callable(f)})
+    return SimpleNamespace(
+        **{name: functools.partial(_interpret, f) for name, f in vars(module).items() if callable(f)}
+    )
 
 
 def _interpret(wrapper: Callable[..., Any], *operands: Any, **params: Any) -> tuple[np.ndarray, ...]:
@@ -131,3 +133,8 @@ def lead_axes(*operands: tuple[Any, int]) -> tuple[int, ...]:
 def split(n: jax.Array, by: int) -> tuple[jax.Array, jax.Array]:
     """(n // by, n % by) of an n that is not negative, without the code for one that is."""
     return lax.div(n, jnp.int32(by)), lax.rem(n, jnp.int32(by))
+
+
+def loop(times: Any, step: Callable[..., Any], state: Any) -> Any:
+    """step(k, state) for k in [0, times), an int32 whatever the default integer is."""
+    return lax.fori_loop(np.int32(0), np.int32(times) if isinstance(times, int) else times, step, state)

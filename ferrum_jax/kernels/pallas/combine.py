@@ -7,7 +7,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from . import THREADS, launch, lead_axes, pad, split, vector
+from . import THREADS, launch, lead_axes, loop, pad, split, vector
 
 UNROLLED = 16  # up to here all of a token's rows are in flight at once, above 8 of them
 
@@ -48,7 +48,7 @@ def row_dot(rows, index, g, out, *, N, K, R, CHOICES):
         terms = [load(rows, slice_id, row, chunk) * own for row in named]
         return tuple(s + where(ok, term) for s, ok, term in zip(sums, valid, terms, strict=True))
 
-    sums = lax.fori_loop(0, rows.shape[2], add, (zeros(rows),) * CHOICES)
+    sums = loop(rows.shape[2], add, (zeros(rows),) * CHOICES)
     for k, total in zip(choices, sums, strict=True):
         out[n, k] = jnp.sum(total)
 
@@ -110,11 +110,11 @@ def scatter(g, index, weights, owner, out, *, N, K, R, TOTAL):
 
             @pl.when((row < R) & jnp.logical_not(named))
             def _():
-                lax.fori_loop(0, chunks, lambda chunk, _: store(out, (slice_id, row), chunk, zeros(out)) or (), ())
+                loop(chunks, lambda chunk, _: store(out, (slice_id, row), chunk, zeros(out)) or (), ())
 
             return ()
 
-        lax.fori_loop(0, 8, clear, ())
+        loop(8, clear, ())
 
 
 def segment_sum(rows, weights, order, dest, out, *, P, K, R):
@@ -126,12 +126,12 @@ def segment_sum(rows, weights, order, dest, out, *, P, K, R):
     def first_at_least(value):
         def halve(_, bounds):
             low, high = bounds
-            middle = lax.div(low + high, 2)
+            middle = lax.div(low + high, jnp.int32(2))
             below = dest[slice_id, jnp.minimum(middle, P - 1)] < value
             inside = low < high
             return jnp.where(inside & below, middle + 1, low), jnp.where(below, high, middle)
 
-        return lax.fori_loop(0, P.bit_length() + 1, halve, (jnp.int32(0), jnp.int32(P)))[0]
+        return loop(P.bit_length() + 1, halve, (jnp.int32(0), jnp.int32(P)))[0]
 
     start, stop = first_at_least(r), first_at_least(r + 1)
 
@@ -145,7 +145,7 @@ def segment_sum(rows, weights, order, dest, out, *, P, K, R):
             sums += where(i < stop, value)
         return sums
 
-    store(out, n, chunk, lax.fori_loop(0, lax.div(stop - start + 3, jnp.int32(4)), add, zeros(out)))
+    store(out, n, chunk, loop(lax.div(stop - start + 3, jnp.int32(4)), add, zeros(out)))
 
 
 # ---- what the kernels have in common: rows are [slice, row, chunk, column], and a warpgroup holds one chunk
@@ -186,7 +186,7 @@ def repeat(times, step, state):
                 state = step(i * 8 + j, state)
             return state
 
-        state = lax.fori_loop(0, eights, eight, state)
+        state = loop(eights, eight, state)
     for k in range(eights * 8, times):
         state = step(jnp.int32(k), state)
     return state

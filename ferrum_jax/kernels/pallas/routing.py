@@ -3,17 +3,16 @@
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from . import launch, pad
+from . import launch, loop, pad
 
 LOWEST = -(2**31)
 WARP_EXPERTS = 1024  # up to here a warp holds a row
-MAX_EXPERTS = 8192
+MAX_EXPERTS, MAX_CHOICES = 8192, 512
 
 
 def route(logits, ids, weights, *, TOKENS, E, K, NORM):
@@ -54,7 +53,7 @@ def route_rows(logits, ids, weights, start, rows, experts, top_k, norm):
     top = jnp.where(top == -jnp.inf, full(top, 0.0), top)
     everything = None if norm else jnp.sum(jnp.exp(x - wide(top, x)), axis=1)
 
-    columns = _layout(rows, choices)
+    columns = layout if choices == lanes else _layout(rows, choices)  # one layout a shape, or Mosaic finds neither
     column = plgpu.layout_cast(plgpu.broadcasted_iota(jnp.int32, (rows, choices), 1), columns)
 
     def choose(k, state):
@@ -66,7 +65,7 @@ def route_rows(logits, ids, weights, start, rows, experts, top_k, norm):
         key = jnp.where(lane == wide(first, lane), full(key, LOWEST), key)
         return key, jnp.where(column == jnp.broadcast_to(k, column.shape), wide(best, column), chosen)
 
-    _, chosen = lax.fori_loop(0, top_k, choose, (key, plgpu.layout_cast(full(column, LOWEST), columns)))
+    _, chosen = loop(top_k, choose, (key, plgpu.layout_cast(full(column, LOWEST), columns)))
 
     term = unkey(jnp.where(column < top_k, chosen, full(chosen, 0)))
     term = jnp.where(column < top_k, jnp.exp(term - wide(top, term)), full(term, 0.0))
@@ -83,7 +82,7 @@ def route_rows(logits, ids, weights, start, rows, experts, top_k, norm):
         _put(weights.at[here, k], lax.bitcast_convert_type(bits, jnp.float32))
         return ()
 
-    lax.fori_loop(0, top_k, store, ())
+    loop(top_k, store, ())
 
 
 def _put(ref, value):
@@ -113,9 +112,11 @@ def _lanes(experts: int) -> int:
 
 
 def refuse(operands, params):
-    experts = operands[0].shape[-1]
+    experts, top_k = operands[0].shape[-1], params["top_k"]
     if experts > MAX_EXPERTS:
         return f"a block holds a token's logits in registers, {MAX_EXPERTS} at most; got {experts}"
+    if top_k > MAX_CHOICES:
+        return f"a block holds a token's choices in registers, {MAX_CHOICES} at most; got {top_k}"
     return None
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from .. import target_capability
 
+
 def launch(
     kernel: Any,
     *operands: Any,
