@@ -12,10 +12,12 @@ from cases import FLOAT_OPS, SMALL, Size, finite_args, rng
 from compiled import launches, needs_pjrt, needs_plugin, on_h200, whole_program_for_h200
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from shapes import MODELS
 
 import ferrum_jax
 from ferrum_jax.kernels import pallas
+from ferrum_jax.kernels.pallas import combine
 
 of = jax.ShapeDtypeStruct
 
@@ -59,7 +61,7 @@ def _filled(op, args, floats):
 
 
 @pytest.mark.usefixtures("interpreting", "x64")
-@pytest.mark.parametrize("op", (FLOAT_OPS[0], FLOAT_OPS[4]), ids=str)
+@pytest.mark.parametrize("op", [FLOAT_OPS[0], FLOAT_OPS[4]], ids=str)
 def test_x64_changes_nothing(op):
     args = op.args(rng(op), SMALL, "bfloat16")
     oracle.assert_matches(op.results(*args, size=SMALL, implementation="pallas"), op.oracle(*args, size=SMALL))
@@ -112,48 +114,49 @@ def test_vmap_of_some_operands(axes):
 # ---- tests of the test: what the interpreter is there to catch, it catches
 
 
-def one_row_too_far(rows, index, out):
-    out[0, 0] = rows[0, rows.shape[1] + index[0, 0], 0]
+def test_the_interpreter_catches_a_row_out_of_bounds():
+    def gather_one_row_too_far(rows, index, weights, out, **sizes):
+        out[0, 0] = rows[0, index[0, 0] + rows.shape[1], 0]
+
+    rows, pairs = np.ones((2, 3), np.float32), np.zeros((1, 1), np.int32)
+    weights = np.ones((1, 1), np.float32)
+    with pytest.MonkeyPatch.context() as patch, ferrum_jax.interpret_kernels():
+        patch.setattr(combine, "gather_sum", gather_one_row_too_far)
+        with pytest.raises(Exception, match="Out-of-bounds read"):
+            ferrum_jax.moe_combine(rows, pairs, weights, implementation="pallas")
+    with ferrum_jax.interpret_kernels():  # which is fit to run after it
+        got = ferrum_jax.moe_combine(rows, pairs, weights, implementation="pallas")
+    np.testing.assert_array_equal(got, rows[:1])
 
 
-def without_a_launch_between(index, owner, out):
-    """`invert` and its reader in one launch: between two there is a barrier, between blocks of one there is none."""
-    n = lax.axis_index("program")
+@pytest.mark.parametrize("barrier", [True, False])
+def test_the_interpreter_catches_a_missing_barrier(barrier):
+    """A row handed from one warpgroup of a block to another. Blocks run in turn: it sees no races between them."""
 
-    @pl.when(n == 0)
-    def _():
-        out[0] = owner[0, 0]
+    def hand_over(row, out, shared, ready):
+        @pl.when(lax.axis_index("warpgroup") == 0)
+        def _():
+            shared[...] = row[0]
+            plgpu.barrier_arrive(ready)
 
-    @pl.when(n > 0)
-    def _():
-        owner[0, index[n - 1, 0]] = n
+        @pl.when(lax.axis_index("warpgroup") == 1)
+        def _():
+            if barrier:
+                plgpu.barrier_wait(ready)
+            out[0] = shared[...]
 
+    def wrapper(row):
+        shape = of((1, 128), jnp.float32)
+        scratch = [plgpu.SMEM((128,), jnp.float32), plgpu.Barrier()]
+        threads = {"num_threads": 2, "thread_name": "warpgroup"}
+        return plgpu.kernel(hand_over, out_type=(shape,), scratch_types=scratch, **threads)(row)
 
-def twice_the_same_row(rows, out):
-    out[lax.div(lax.axis_index("program"), jnp.int32(2))] = rows[0]
-
-
-@pytest.mark.parametrize(
-    ("kernel", "operands", "out", "grid", "error"),
-    [
-        (one_row_too_far, [np.ones((1, 2, 1, 128)), np.zeros((1, 1))], [(1, 1, 128)], 1, "Out-of-bounds read"),
-        (twice_the_same_row, [np.ones((1, 128))], [(2, 128)], 4, "RACE DETECTED"),
-        (without_a_launch_between, [np.arange(6).reshape(3, 2)], [(1, 6), (1,)], 4, "RACE DETECTED"),
-    ],
-)
-def test_the_interpreter_catches(kernel, operands, out, grid, error):
-    operands = [x.astype(np.int32 if x.shape[-1] < 128 else np.float32) for x in operands]
-    dtype = jnp.float32 if out[0][-1] == 128 else jnp.int32
-
-    def wrapper(*operands):
-        return pallas.launch(kernel, *operands, out=[(shape, dtype) for shape in out], grid=grid)
-
-    with pytest.raises(Exception, match=error):
-        pallas._interpret(wrapper, *operands)
-    rows = np.ones((2, 1, 3), np.float32)
-    with ferrum_jax.interpret_kernels():  # and it is fit to run after it
-        got = ferrum_jax.weighted_sum_batched(rows, np.ones((2, 1), np.float32), implementation="pallas")
-    np.testing.assert_array_equal(got, rows[:, 0])
+    row = np.arange(128, dtype=np.float32)[None]
+    if barrier:
+        np.testing.assert_array_equal(pallas._interpret(wrapper, row)[0], row)
+    else:
+        with pytest.raises(Exception, match="RACE DETECTED"):
+            pallas._interpret(wrapper, row)
 
 
 # ---- the choice

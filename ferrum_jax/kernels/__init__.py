@@ -148,7 +148,8 @@ def interpret_kernels() -> contextlib.AbstractContextManager[Any]:
     Raises:
       NotImplementedError: inside, by an op whose asked implementation has no kernel, or whose package is not installed.
 
-    The interpreter is Triton's, https://triton-lang.org; NumPy does the work.
+    The interpreters are Triton's, https://triton-lang.org, where NumPy does the work, and JAX's own for Pallas kernels,
+    which finds races and reads out of bounds too.
 
     >>> import jax.numpy as jnp, ferrum_jax
     >>> with ferrum_jax.interpret_kernels():

@@ -88,7 +88,8 @@ def pad(x: jax.Array, width: int, value: float = 0) -> jax.Array:
 def interpreted(family: str) -> Any:
     """A kernel file's wrappers, of arrays on the CPU, run by the interpreter that comes with JAX.
 
-    They raise on a race between blocks and on a read out of bounds; what is not written, or read unwritten, is NaN.
+    They raise on a race between warpgroups of a block, and on a read out of bounds; what is read unwritten is NaN.
+    Blocks run in turn, so that races between them are not seen.
     """
     module = importlib.import_module(f"{__name__}.{family}")
     return SimpleNamespace(
@@ -111,7 +112,7 @@ def _races_raise() -> Iterator[None]:
     with contextlib.redirect_stdout(printed):
         yield
     if "RACE DETECTED" in printed.getvalue():
-        raise RuntimeError(f"a race between blocks: {printed.getvalue()}")
+        raise RuntimeError(f"{printed.getvalue()}")
 
 
 class _Tee(io.StringIO):
