@@ -1,7 +1,9 @@
 """Kernels compiled to an H200's machine code on a host without one."""
 
+import contextlib
 import functools
 import importlib.util
+import os
 import pathlib
 import re
 import subprocess
@@ -23,6 +25,8 @@ class Program(NamedTuple):
     launches: list[str]
     codes: list[Code]
 
+
+NEEDS_JAX = (0, 11, 2)  # of the Pallas kernels
 
 needs_plugin = pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda13_plugin") is None,
@@ -48,6 +52,12 @@ def assemble(ptx):
     return Code(name, number(r"Used (\d+) registers"), number(r"(\d+) bytes spill"), sass.stdout)
 
 
+def on_h200():
+    """In this context, as far as a lowering asks, the GPU is an H200."""
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
+
+
 def for_h200(f, *args):
     """What `f` launches on an H200: the kernels' custom calls in its program, and each Triton kernel's machine code."""
     from triton.backends.nvidia.compiler import CUDABackend
@@ -59,10 +69,65 @@ def for_h200(f, *args):
         kernels.append(ptx if isinstance(ptx, str) else ptx.decode())
         return ptx
 
-    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
-    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
-    with pytest.MonkeyPatch.context() as patch, jax.sharding.use_abstract_mesh(mesh):
+    with pytest.MonkeyPatch.context() as patch, on_h200():
         patch.setattr(CUDABackend, "make_ptx", listen)
         text = jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
     launches = re.findall(r"custom_call @(triton_kernel_call\w*|mosaic_gpu\w*)", text)
     return Program(launches, [assemble(ptx) for ptx in kernels])
+
+
+needs_pjrt = pytest.mark.skipif(
+    importlib.util.find_spec("jax_plugins.xla_cuda13") is None,
+    reason="compiling for CUDA needs XLA's plugin: pip install --no-deps jax-cuda13-pjrt of JAX's own version",
+)
+
+
+class Kernel(NamedTuple):
+    """A Mosaic kernel's machine code, as its assembler tells of it, and the PTX it came from."""
+
+    name: str
+    registers: int
+    spilled: int
+    ptx: str
+
+
+def whole_program_for_h200(f, *args):
+    """XLA's final program, compiled for an H200 on any host, and the Mosaic kernels in it."""
+    from jax.experimental import topologies
+
+    target = pathlib.Path(__file__).with_name("h200_target.txtpb").read_text()
+    topology = topologies.get_topology_desc("", platform="cuda", topology="1x1x1", target_config=target)
+    there = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there), args)
+    with on_h200(), pytest.MonkeyPatch.context() as patch, _written_to_stdout() as log:
+        patch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
+        patch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+        text = jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).compile().as_text()
+    found = re.findall(r"(\.visible \.entry (\w+?)_mosaic_gpu_kernel.*?Used (\d+) registers)", log(), re.DOTALL)
+    spilled = lambda part: sum(map(int, re.findall(r"(\d+) bytes spill", part)))  # noqa: E731
+    return text, [Kernel(name, int(registers), spilled(part), part) for part, name, registers in found]
+
+
+@contextlib.contextmanager
+def _written_to_stdout():
+    """What compiled code writes to the file descriptors 1 and 2 in this context."""
+    with tempfile.TemporaryFile() as file:
+        old, text = {fd: os.dup(fd) for fd in (1, 2)}, []
+        try:
+            for fd in old:
+                os.dup2(file.fileno(), fd)
+            yield lambda: text[0]
+        finally:
+            for fd, copy in old.items():
+                os.dup2(copy, fd)
+                os.close(copy)
+            file.seek(0)
+            text.append(file.read().decode())
+
+
+def launches(program):
+    """What XLA's final program launches, in words: every fusion, call, sort, copy and memset of its entry."""
+    entry = program[program.index("\nENTRY ") :]
+    lines = re.findall(r"^\s+(?:ROOT )?%?([\w.-]+) = (?:\(.*?\)|\S+) ([\w-]+)\(", entry, re.MULTILINE)
+    free = {"parameter", "constant", "bitcast", "get-tuple-element", "tuple"}
+    return [f"{op} {name}" for name, op in lines if op not in free]

@@ -22,7 +22,8 @@ def expert_mlp(rows, up, down):
 def packed(x, router, up, down, *, top_k, implementation=None):
     num_experts = router.shape[1]
     ids, weights = ferrum_jax.route_topk_softmax(x @ router, top_k, implementation=implementation)
-    pairs, tokens, offsets = ferrum_jax.moe_build_pairs_by_token(ids, num_experts, implementation=implementation)
+    by = None if implementation == "pallas" else implementation  # which has no kernel for tables
+    pairs, tokens, offsets = ferrum_jax.moe_build_pairs_by_token(ids, num_experts, implementation=by)
     rows = ferrum_jax.moe_dispatch(x, tokens, pairs_by_token=pairs, implementation=implementation)
     owner = jnp.searchsorted(offsets, jnp.arange(tokens.size, dtype=jnp.int32), side="right") - 1
     down_rows = expert_mlp(rows, up[owner], down[owner])

@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import KERNELS
 
 import ferrum_jax
 
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(params=["xla", "triton"])
+@pytest.fixture(params=["xla", *KERNELS])
 def name(request):
     return request.param
 
@@ -20,6 +21,7 @@ def name(request):
 @pytest.mark.parametrize(
     ("tokens", "experts", "k"), [(1024, 128, 8), (65536, 256, 8), (2**17, 384, 8), (4096, 4096, 64)]
 )
+@pytest.mark.parametrize("name", ["xla", "triton"])
 def test_tables(tokens, experts, k, name):
     ids = np.random.default_rng(tokens).integers(-1, experts + 1, size=(tokens, k)).astype(np.int32)
     ids[: tokens // 2, 0] = 3
@@ -47,6 +49,7 @@ def test_tables(tokens, experts, k, name):
         assert int(plan.total_tokens_post_pad) == blocks.sum() * 64
 
 
+@pytest.mark.parametrize("name", ["xla", "triton"])
 def test_tables_of_millions_of_experts(name):
     """So many that an expert and a place in its tile no longer share 32 bits."""
     ids = np.random.default_rng(3).integers(-1, 3_000_000, size=(700, 3)).astype(np.int32)

@@ -16,6 +16,8 @@ from hypothesis import HealthCheck, given, settings
 
 import ferrum_jax
 
+pytestmark = pytest.mark.tables
+
 of = jax.ShapeDtypeStruct
 
 

@@ -56,3 +56,13 @@ def test_which_of_something_else():
 def test_explicit_xla_runs():
     for op in OPS:
         op.results(*op.args(rng(op), SMALL, "float32"), size=SMALL, implementation="xla")
+
+
+def test_an_older_jax_than_pallas_needs_is_refused_by_version(monkeypatch):
+    x = jnp.ones((2, 4))
+    monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
+    monkeypatch.setattr(jax, "__version__", "0.10.2")
+    passed_over = ferrum_jax.which(ferrum_jax.route_topk_softmax, x, 2, platform="cuda").passed_over
+    assert passed_over["pallas"] == "it needs jax >= 0.11.2; this is jax 0.10.2"
+    with ferrum_jax.interpret_kernels(), pytest.raises(NotImplementedError, match=r"0\.11\.2.*0\.10\.2"):
+        ferrum_jax.route_topk_softmax(x, 2, implementation="pallas")

@@ -60,6 +60,7 @@ def test_forward_over_reverse_in_cond_and_remat(op, implementation):
     np.testing.assert_allclose(hvp, want[1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.tables
 def test_tables_in_a_differentiated_loop(implementation):
     """Integer ops inside scan under grad: their tangents are none, whatever the loop makes of them."""
     x, router, *_ = layer.init(jax.random.key(5), SIZE)

@@ -17,6 +17,8 @@ from oracle import assert_close, f64
 import ferrum_jax
 from ferrum_jax import moe_mlp
 
+pytestmark = pytest.mark.tables
+
 SIZE, F = Size(7, 5, 2, 4), 3
 FLOWS = ("packed", "pair_ids")
 

@@ -143,6 +143,7 @@ def test_layer_gradient_with_tokens_sharded(mesh, implementation):
         np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.tables
 def test_layer_gradient_in_an_explicit_mesh(implementation):
     mesh = jax.make_mesh((DEVICES,), ("d",))
     size = Size(8, 4, 2, 4)

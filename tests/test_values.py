@@ -49,6 +49,7 @@ def test_numpy_ids_of_64_bits_do_not_wrap_without_x64():
     ]
 
 
+@pytest.mark.tables
 def test_more_experts_than_the_dtype_of_the_ids_can_name(implementation):
     ids = np.array([[0, 255], [7, 255]], np.uint8)
     got = ferrum_jax.moe_build_pairs_by_token(ids, 4096, implementation=implementation)
@@ -56,6 +57,7 @@ def test_more_experts_than_the_dtype_of_the_ids_can_name(implementation):
 
 
 @pytest.mark.parametrize("size", [Size(400, 64, 4, 1, 16), Size(300, 5, 1, 1, 128), Size(2, 70_000, 3, 1, 2)], ids=str)
+@pytest.mark.tables
 def test_larger_tables(size, implementation):
     for op in OPS:
         if not op.floats:

@@ -27,8 +27,28 @@ KERNELS: Mapping[str, Mapping[str, Sequence[str]]] = {
         ),
         "grouped": ("grouped_matmul", "grouped_matmul_transposed", "grouped_outer"),
     },
-    "pallas": {},
+    "pallas": {
+        "routing": ("route_topk_softmax",),
+        "combine": (
+            "moe_dispatch",
+            "moe_collect",
+            "moe_combine",
+            "moe_spread",
+            "moe_row_dot",
+            "weighted_sum_batched",
+            "slot_scale",
+            "slot_dot",
+        ),
+    },
 }
+
+
+# Compute capability by the GPU's name, for a GPU that is named but not there. Longer names before the shorter ones
+# that they contain.
+_CAPABILITIES = {
+    "B300": 103, "B200": 100, "GH200": 90, "H200": 90, "H100": 90, "H800": 90, "H20": 90,
+    "L40": 89, "L4": 89, "RTX 40": 89, "RTX 50": 120, "RTX PRO": 120, "A100": 80, "A30": 80, "A10": 86, "T4": 75,
+}  # fmt: skip
 
 
 class Choice(NamedTuple):
@@ -47,7 +67,7 @@ def choose(
     device_kind: str | None = None,
 ) -> Choice:
     """The implementation that runs `op` on these shapes; NotImplementedError if one was asked for that cannot."""
-    reasons = {name: _refusal(name, op, operands, params, platform) for name in KERNELS}
+    reasons = {name: _refusal(name, op, operands, params, platform, device_kind) for name in KERNELS}
     if asked and reasons.get(asked):
         raise NotImplementedError(f"{op}: implementation={asked!r} cannot be used: {reasons[asked]}")
     able = [name for name, reason in reasons.items() if not reason]
@@ -68,7 +88,14 @@ def load(implementation: str, op: str, results: Sequence[Any]) -> Callable[..., 
     return lambda *operands, **params: jax.pure_callback(functools.partial(wrapper, **params), tuple(shapes), *operands)
 
 
-def _refusal(backend: str, op: str, operands: Sequence[Any], params: Mapping[str, Any], platform: str) -> str | None:
+def _refusal(
+    backend: str,
+    op: str,
+    operands: Sequence[Any],
+    params: Mapping[str, Any],
+    platform: str,
+    device_kind: str | None,
+) -> str | None:
     if platform != "cuda" and not _interpreting.value:
         return f"it runs on NVIDIA GPUs, and this is lowered for {platform} (see ferrum_jax.interpret_kernels)"
     family = _family(backend, op)
@@ -80,12 +107,30 @@ def _refusal(backend: str, op: str, operands: Sequence[Any], params: Mapping[str
                 importlib.import_module(package)
             except Exception as error:  # jax-triton 0.3 fails in its own ways where JAX's CUDA plugin is not installed
                 return f"{package} cannot be imported ({error}): pip install 'ferrum_jax[cuda]'"
+    if backend == "pallas":
+        reason = importlib.import_module(f"{__name__}.pallas").refuse(device_kind, _interpreting.value)
+        if reason:
+            return reason
     refuse = getattr(importlib.import_module(f"{__name__}.{backend}.{family}"), "refuse", None)
     return refuse(operands, params) if refuse else None
 
 
 def _family(backend: str, op: str) -> str | None:
     return next((file for file, ops in KERNELS[backend].items() if op in ops), None)
+
+
+def target_capability(device_kind: str | None = None) -> int | None:
+    """90 for compute capability 9.0: that of the GPU of this name, or of the one that the mesh names, or that is here.
+
+    A GPU that is not here and whose name is not known counts as Hopper's, 90. None: nothing names one.
+    """
+    mesh_device = jax.sharding.get_abstract_mesh().abstract_device
+    kind = device_kind or (mesh_device.device_kind if mesh_device else None)
+    with contextlib.suppress(RuntimeError):  # no CUDA backend on this host
+        here = jax.local_devices(backend="cuda")[0]
+        if kind is None or kind == here.device_kind:
+            return int(here.compute_capability.replace(".", ""))
+    return next((c for name, c in _CAPABILITIES.items() if name in kind), 90) if kind else None
 
 
 _interpreting = jax.make_user_context(False)
@@ -104,7 +149,8 @@ def interpret_kernels() -> contextlib.AbstractContextManager[Any]:
     Raises:
       NotImplementedError: inside, by an op whose asked implementation has no kernel, or whose package is not installed.
 
-    The interpreter is Triton's, https://triton-lang.org; NumPy does the work.
+    The interpreters are Triton's, https://triton-lang.org, where NumPy does the work, and JAX's own for Pallas kernels,
+    which finds races and reads out of bounds too.
 
     >>> import jax.numpy as jnp, ferrum_jax
     >>> with ferrum_jax.interpret_kernels():

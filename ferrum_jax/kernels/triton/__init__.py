@@ -15,12 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-# Compute capability by the GPU's name, for a GPU that is named but not there. Longer names before the shorter ones
-# that they contain.
-_CAPABILITIES = {
-    "B300": 103, "B200": 100, "GH200": 90, "H200": 90, "H100": 90, "H800": 90, "H20": 90,
-    "L40": 89, "L4": 89, "RTX 40": 89, "RTX 50": 120, "RTX PRO": 120, "A100": 80, "A30": 80, "A10": 86, "T4": 75,
-}  # fmt: skip
+from .. import target_capability
 
 
 def launch(
@@ -51,26 +46,11 @@ def launch(
             name=f"ferrum_{kernel.__name__}",
             grid=(grid,),
             num_warps=num_warps,
-            compute_capability=_compute_capability(),
+            compute_capability=target_capability() or 90,
             **options,
             **constants,
         )
     )
-
-
-def _compute_capability() -> int:
-    """That of the GPU which the mesh names; without a name, of the one that is here; without one, Hopper's."""
-    with contextlib.suppress(RuntimeError):  # no CUDA backend on this host
-        here = jax.local_devices(backend="cuda")[0]
-        kind = _named_device()
-        if kind is None or kind == here.device_kind:
-            return int(here.compute_capability.replace(".", ""))
-    return next((c for name, c in _CAPABILITIES.items() if name in (_named_device() or "")), 90)
-
-
-def _named_device() -> str | None:
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.device_kind if device else None
 
 
 # ---- the interpreter: a second copy of Triton and of the kernel files, because Triton decides at import whether it
