@@ -21,6 +21,7 @@ def test_matches_oracle(op, dtype, size, implementation):
     assert not any(jax.typeof(r).weak_type for r in got)
 
 
+@pytest.mark.tables
 @pytest.mark.parametrize("dtype", ["uint8", "int8", "int16", "uint16", "uint32", "int64", "uint64"])
 @pytest.mark.usefixtures("x64")
 def test_ids_of_any_integer_dtype(dtype, implementation):
