@@ -57,6 +57,9 @@ class Op(NamedTuple):
         out = self.call(*args, size=size, implementation=implementation)
         return tuple(out) if isinstance(out, tuple) else (out,)
 
+    def has_kernel(self, backend):
+        return any(self.name.startswith(tuple(ops)) for ops in ferrum_jax.kernels.KERNELS[backend].values())
+
     def float_results(self, *args, **kwargs):
         return [r for r in self.results(*args, **kwargs) if jnp.issubdtype(r.dtype, jnp.floating)]
 

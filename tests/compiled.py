@@ -13,6 +13,8 @@ from typing import NamedTuple
 import jax
 import pytest
 
+TOOLS = pathlib.Path(importlib.util.find_spec("triton").origin).parent / "backends/nvidia/bin"
+
 
 class Code(NamedTuple):
     name: str
@@ -36,17 +38,14 @@ needs_plugin = pytest.mark.skipif(
 
 @functools.cache
 def assemble(ptx):
-    import triton
-
-    tools = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
     ptx = re.sub(r"\.target sm_90a?\b.*", ".target sm_90a", ptx)
     with tempfile.TemporaryDirectory() as folder:
         source, cubin = pathlib.Path(folder, "a.ptx"), pathlib.Path(folder, "a.cubin")
         source.write_text(ptx)
         # Of the two assemblers in the package the second is the newer one: it knows every PTX that jax-triton writes.
-        command = [tools / "ptxas-blackwell", "-v", "--gpu-name=sm_90a", source, "-o", cubin]
+        command = [TOOLS / "ptxas-blackwell", "-v", "--gpu-name=sm_90a", source, "-o", cubin]
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-        sass = subprocess.run([tools / "cuobjdump", "--dump-sass", cubin], capture_output=True, text=True, check=True)
+        sass = subprocess.run([TOOLS / "cuobjdump", "--dump-sass", cubin], capture_output=True, text=True, check=True)
     (name,) = re.findall(r"\.visible \.entry (\w+)", ptx)
     number = lambda pattern: sum(map(int, re.findall(pattern, log)))  # noqa: E731
     return Code(name, number(r"Used (\d+) registers"), number(r"(\d+) bytes spill"), sass.stdout)
@@ -100,12 +99,24 @@ def whole_program_for_h200(f, *args):
     there = jax.sharding.SingleDeviceSharding(topology.devices[0])
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there), args)
     with on_h200(), pytest.MonkeyPatch.context() as patch, _written_to_stdout() as log:
+        patch.setenv("PATH", _newer_assembler().name, prepend=os.pathsep)
         patch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
         patch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
         text = jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).compile().as_text()
     found = re.findall(r"(\.visible \.entry (\w+?)_mosaic_gpu_kernel.*?Used (\d+) registers)", log(), re.DOTALL)
     spilled = lambda part: sum(map(int, re.findall(r"(\d+) bytes spill", part)))  # noqa: E731
     return text, [Kernel(name, int(registers), spilled(part), part) for part, name, registers in found]
+
+
+@functools.cache
+def _newer_assembler():
+    """A folder in which `ptxas` is the newer one of Triton's package: XLA's own does not know all PTX of Triton's.
+
+    It lasts as long as the process: XLA looks for ptxas once.
+    """
+    folder = tempfile.TemporaryDirectory()
+    pathlib.Path(folder.name, "ptxas").symlink_to(TOOLS / "ptxas-blackwell")
+    return folder
 
 
 @contextlib.contextmanager

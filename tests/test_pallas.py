@@ -20,6 +20,7 @@ from ferrum_jax.kernels import pallas
 from ferrum_jax.kernels.pallas import combine
 
 of = jax.ShapeDtypeStruct
+OPS = [op for op in FLOAT_OPS if op.has_kernel("pallas")]
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def interpreting():
     [(SMALL, "float32"), (Size(7, 3, 3, 130), "bfloat16"), (Size(3, 40, 17, 300), "float16")],
     ids=str,
 )
-@pytest.mark.parametrize("op", FLOAT_OPS, ids=str)
+@pytest.mark.parametrize("op", OPS, ids=str)
 @pytest.mark.usefixtures("interpreting")
 def test_values(op, size, dtype):
     args = op.args(rng(op, size), size, dtype)
@@ -41,7 +42,7 @@ def test_values(op, size, dtype):
     oracle.assert_matches(got, op.oracle(*args, size=size))
 
 
-@pytest.mark.parametrize("op", FLOAT_OPS[1:], ids=str)
+@pytest.mark.parametrize("op", OPS[1:], ids=str)
 @pytest.mark.usefixtures("interpreting")
 def test_gradients(op):
     args = finite_args(op, rng(op), SMALL)
@@ -214,9 +215,9 @@ REGISTERS = {"route": 128, "gather_sum": 80, "invert": 32, "scatter": 48, "segme
 
 @needs_plugin
 @needs_pjrt
-@pytest.mark.parametrize("model", MODELS)
-def test_compiles_for_an_h200_without_spills(model):
-    kernels = [k for f, args in programs(model) for k in whole_program_for_h200(f, *args)[1]]
+def test_compiles_for_an_h200_without_spills():
+    # All models in one test: what is the same in two of them, JAX 0.12 compiles once in a process.
+    kernels = [k for model in MODELS for f, args in programs(model) for k in whole_program_for_h200(f, *args)[1]]
     assert {k.name.removeprefix("ferrum_") for k in kernels} == set(REGISTERS)
     for kernel in kernels:
         name = kernel.name.removeprefix("ferrum_")

@@ -5,6 +5,7 @@ import functools
 import importlib
 import io
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -97,11 +98,14 @@ def interpreted(family: str) -> Any:
     )
 
 
+_interpreter = threading.Lock()  # it has one state, and JAX calls from a thread per device
+
+
 def _interpret(wrapper: Callable[..., Any], *operands: Any, **params: Any) -> tuple[np.ndarray, ...]:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     checks = plgpu.InterpretGPUParams(detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan")
-    with _races_raise(), plgpu.force_gpu_interpret_mode(checks):
+    with _interpreter, _races_raise(), plgpu.force_gpu_interpret_mode(checks):
         return tuple(np.asarray(x) for x in wrapper(*operands, **params))
 
 
