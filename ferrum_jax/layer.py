@@ -159,7 +159,7 @@ def _block_size(num_pairs: int, num_experts: int) -> int:
     return min(max(1 << (average - 1).bit_length() if average else 0, 16), 128)
 
 
-def _chosen(activation: Any) -> Callable[[jax.Array, jax.Array], jax.Array]:
+def _chosen(activation: Any) -> Any:
     if callable(activation):
         return activation
     if activation not in ACTIVATIONS:

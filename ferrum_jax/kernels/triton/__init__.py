@@ -78,7 +78,8 @@ def _patch_language_once() -> None:
     interpreter, language = _second["triton.runtime.interpreter"], _second["triton.language"]
     if not hasattr(interpreter, "_patch_lang") or not hasattr(interpreter, "_LangPatchScope"):
         return  # another generation of it: slower, and as right
-    patch, interpreter._patch_lang = interpreter._patch_lang, lambda function: interpreter._LangPatchScope()
+    patch = interpreter._patch_lang
+    vars(interpreter).update(_patch_lang=lambda function: interpreter._LangPatchScope())
     patch(types.SimpleNamespace(__globals__={"tl": language, "core": language.core}))
 
 
