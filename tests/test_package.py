@@ -31,7 +31,7 @@ def test_import_is_light_and_starts_no_backend():
 def test_import_adds_less_than_100_ms_to_jax():
     times = [
         float(run("import time, jax; t = time.perf_counter(); import ferrum_jax; print(time.perf_counter() - t)"))
-        for _ in range(3)
+        for _ in range(5)
     ]
     assert min(times) < 0.1, times
 
