@@ -53,6 +53,12 @@ def launch(
     )
 
 
+def lead_axes(*operands: tuple[Any, int]) -> tuple[int, ...]:
+    """The broadcast leading axes of operands, each given with its count of trailing axes."""
+    leads = (x.shape[: x.ndim - trailing] for x, trailing in operands)
+    return tuple(next((n for n in sizes if n != 1), 1) for sizes in zip(*leads, strict=True))
+
+
 # ---- the interpreter: a second copy of Triton and of the kernel files, because Triton decides at import whether it
 # interprets, and a process that does so cannot compile
 

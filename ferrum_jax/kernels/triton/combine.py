@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from . import launch
+from . import launch, lead_axes
 
 
 @triton.jit
@@ -120,12 +120,6 @@ def segment_sum(
 # ---- wrappers: leading axes become one; rows that the whole batch shares are not copied
 
 
-def _leads(*operands):
-    """The broadcast leading axes of operands, each given with its count of trailing axes."""
-    leads = (x.shape[: x.ndim - trailing] for x, trailing in operands)
-    return tuple(next((n for n in sizes if n != 1), 1) for sizes in zip(*leads, strict=True))
-
-
 def _small(x, lead):
     """Ids or weights over all the leading axes; they are small, so a copy is cheap."""
     trailing = x.shape[len(lead) :]
@@ -228,26 +222,26 @@ def _dot(rows, index, g, lead, num_tokens, top_k):
 
 
 def moe_dispatch(x, packed_token_idx, *pairs_by_token):
-    lead = _leads((x, 2), (packed_token_idx, 1), *((table, 2) for table in pairs_by_token))
+    lead = lead_axes((x, 2), (packed_token_idx, 1), *((table, 2) for table in pairs_by_token))
     return _gather(x, _small(packed_token_idx, lead), None, lead, packed_token_idx.shape[-1], 1, "table")
 
 
 def moe_collect(rows, packed_token_idx, pairs_by_token=None, *, num_tokens):
     if pairs_by_token is None:
-        lead = _leads((rows, 2), (packed_token_idx, 1))
+        lead = lead_axes((rows, 2), (packed_token_idx, 1))
         return _sorted_sum(rows, None, _small(packed_token_idx, lead), lead, num_tokens, 1)
-    lead = _leads((rows, 2), (packed_token_idx, 1), (pairs_by_token, 2))
+    lead = lead_axes((rows, 2), (packed_token_idx, 1), (pairs_by_token, 2))
     return _gather(rows, _small(pairs_by_token, lead), None, lead, num_tokens, pairs_by_token.shape[-1], "table")
 
 
 def moe_combine(packed_down, pair_weights, pairs_by_token, *, unique_rows):
-    lead = _leads((packed_down, 2), (pair_weights, 2), (pairs_by_token, 2))
+    lead = lead_axes((packed_down, 2), (pair_weights, 2), (pairs_by_token, 2))
     index, weights = _small(pairs_by_token, lead), _small(pair_weights, lead)
     return _gather(packed_down, index, weights, lead, *index.shape[-2:], "table")
 
 
 def moe_spread(g, pair_weights, pairs_by_token, *, num_rows, unique_rows):
-    lead = _leads((g, 2), (pair_weights, 2), (pairs_by_token, 2))
+    lead = lead_axes((g, 2), (pair_weights, 2), (pairs_by_token, 2))
     index, weights = _small(pairs_by_token, lead), _small(pair_weights, lead)
     num_tokens, top_k = index.shape[-2:]
     if not unique_rows:
@@ -270,26 +264,26 @@ def moe_spread(g, pair_weights, pairs_by_token, *, num_rows, unique_rows):
 
 
 def moe_row_dot(packed_down, g, pairs_by_token, *, unique_rows):
-    lead = _leads((packed_down, 2), (g, 2), (pairs_by_token, 2))
+    lead = lead_axes((packed_down, 2), (g, 2), (pairs_by_token, 2))
     return _dot(packed_down, _small(pairs_by_token, lead), g, lead, *pairs_by_token.shape[-2:])
 
 
 def weighted_sum_batched(slots, weights):
-    lead = _leads((slots, 3), (weights, 2))
+    lead = lead_axes((slots, 3), (weights, 2))
     *_, num_tokens, top_k, width = slots.shape
     rows = jnp.reshape(slots, (*slots.shape[: len(lead)], num_tokens * top_k, width))
     return _gather(rows, None, _small(weights, lead), lead, num_tokens, top_k, "slots")
 
 
 def slot_scale(g, weights):
-    lead = _leads((g, 2), (weights, 2))
+    lead = lead_axes((g, 2), (weights, 2))
     num_tokens, top_k = weights.shape[-2:]
     (out,) = _gather(g, None, _small(weights, lead), lead, num_tokens * top_k, 1, "repeated", top_k)
     return (jnp.reshape(out, (*lead, num_tokens, top_k, g.shape[-1])),)
 
 
 def slot_dot(slots, g):
-    lead = _leads((slots, 3), (g, 2))
+    lead = lead_axes((slots, 3), (g, 2))
     *_, num_tokens, top_k, width = slots.shape
     rows = jnp.reshape(slots, (*slots.shape[: len(lead)], num_tokens * top_k, width))
     return _dot(rows, None, g, lead, num_tokens, top_k)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from . import launch
+from . import launch, lead_axes
 
 # Triton's interpreter multiplies the bits of bfloat16 as if they were integers: there, widen first.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -166,12 +166,6 @@ OUTER, OUTER_F32 = (128, 128, 64, 8, 3), (64, 64, 32, 4, 3)  # TM, TN, TK, warps
 GROUP = 8
 
 
-def _leads(*operands):
-    """The broadcast leading axes of operands, each given with its count of trailing axes."""
-    leads = (x.shape[: x.ndim - trailing] for x, trailing in operands)
-    return tuple(next((n for n in sizes if n != 1), 1) for sizes in zip(*leads, strict=True))
-
-
 def _whole(x, lead):
     return jnp.broadcast_to(x, (*lead, *x.shape[len(lead) :]))
 
@@ -184,7 +178,7 @@ def _large(x, lead):
 
 
 def _product(lhs, rhs, tables, top_k, dtype, transposed):
-    lead = _leads((lhs, 2), (rhs, 3), *zip(tables, (1, 1, 0), strict=True))
+    lead = lead_axes((lhs, 2), (rhs, 3), *zip(tables, (1, 1, 0), strict=True))
     slots, blocks, total = (_whole(table, lead) for table in tables)
     (lhs, shared_lhs), (rhs, shared_rhs) = _large(lhs, lead), _large(rhs, lead)
     num_rows, width = lhs.shape[-2:]
@@ -246,7 +240,7 @@ def grouped_matmul_transposed(g, rhs, *tables):
 
 
 def grouped_outer(lhs, g, *tables, top_k, num_experts):
-    lead = _leads((lhs, 2), (g, 2), *zip(tables, (1, 1, 0), strict=True))
+    lead = lead_axes((lhs, 2), (g, 2), *zip(tables, (1, 1, 0), strict=True))
     slots, blocks, total = (_whole(table, lead) for table in tables)
     (lhs, shared_lhs), (g, shared_g) = _large(lhs, lead), _large(g, lead)
     (num_rows, height), (num_pairs, width) = lhs.shape[-2:], g.shape[-2:]
