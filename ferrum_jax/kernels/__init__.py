@@ -10,35 +10,28 @@ import jax
 
 IMPLEMENTATIONS = ("xla", "triton", "pallas")
 
+_COMBINE = (
+    "moe_dispatch",
+    "moe_collect",
+    "moe_combine",
+    "moe_spread",
+    "moe_row_dot",
+    "weighted_sum_batched",
+    "slot_scale",
+    "slot_dot",
+)
+
 # backend -> file under kernels/<backend>/ -> the ops that it has a wrapper of the same name for
 KERNELS: Mapping[str, Mapping[str, Sequence[str]]] = {
     "triton": {
         "routing": ("route_topk_softmax",),
         "tables": ("moe_build_pairs_by_token", "moe_align_block_size", "moe_plan"),
-        "combine": (
-            "moe_dispatch",
-            "moe_collect",
-            "moe_combine",
-            "moe_spread",
-            "moe_row_dot",
-            "weighted_sum_batched",
-            "slot_scale",
-            "slot_dot",
-        ),
+        "combine": _COMBINE,
         "grouped": ("grouped_matmul", "grouped_matmul_transposed", "grouped_outer"),
     },
     "pallas": {
         "routing": ("route_topk_softmax",),
-        "combine": (
-            "moe_dispatch",
-            "moe_collect",
-            "moe_combine",
-            "moe_spread",
-            "moe_row_dot",
-            "weighted_sum_batched",
-            "slot_scale",
-            "slot_dot",
-        ),
+        "combine": _COMBINE,
     },
 }
 
