@@ -4,6 +4,7 @@ from . import profile as profile
 from . import viz as viz
 from ._primitive import which
 from .capacity import limit_capacity
+from .check import check_routing
 from .combine import moe_combine, moe_dispatch, weighted_sum_batched
 from .grouped import grouped_matmul
 from .host import route_topk_into_host, upload_moe_routing
@@ -31,6 +32,7 @@ __all__ = [
     "RouterOutput",
     "RoutingStats",
     "TokenPairs",
+    "check_routing",
     "expert_counts",
     "export_checks",
     "grouped_matmul",

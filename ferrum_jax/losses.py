@@ -85,7 +85,8 @@ def load_balancing_loss(
     sums, choices = (counts, mass, tokens), 1 if normalization == "huggingface" else max(ids.shape[-1], 1)
     if normalization != "deepseek":
         sums = jax.tree.map(lambda x: jnp.sum(x, axis=tuple(range(tokens.ndim)), dtype=x.dtype), sums)
-        return _balance(*_psum(sums, (*_names(axis_name), *_names(batch_axis_name))), choices)
+        counts, mass, tokens = _psum(sums, (*_names(axis_name), *_names(batch_axis_name)))
+        return _balance(counts, mass, tokens, choices)
     counts, mass, tokens = _psum(sums, _names(axis_name))
     total, sequences = jnp.sum(_balance(counts, mass, tokens, choices)), jnp.sum(tokens > 0, dtype=jnp.int32)
     return _mean(*_psum((total, sequences), _names(batch_axis_name)))
