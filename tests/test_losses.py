@@ -100,15 +100,14 @@ def assert_loss(f, logits, value, gradient):
     oracle.assert_close(grad, *gradient, grad.dtype)
 
 
-@pytest.mark.parametrize(("normalization", "scoring"), KINDS)
 @pytest.mark.parametrize(
-    ("lead", "tokens", "experts", "top_k", "dtype"),
+    ("normalization", "scoring", "lead", "tokens", "experts", "top_k", "dtype"),
     [
-        ((), 7, 5, 2, "float32"),
-        ((3, 2), 4, 8, 3, "bfloat16"),
-        ((2,), 3, 1, 1, "float16"),
-        ((), 0, 4, 2, "float32"),
-        ((0,), 3, 4, 2, "float32"),
+        *((*kind, (), 7, 5, 2, "float32") for kind in KINDS),
+        *((*kind, (3, 2), 4, 8, 3, "bfloat16") for kind in KINDS),
+        *((*kind, (2,), 3, 1, 1, "float16") for kind in KINDS[::5]),
+        *((*kind, (), 0, 4, 2, "float32") for kind in KINDS[::5]),
+        *((*kind, (0,), 3, 4, 2, "float32") for kind in KINDS[::5]),
     ],
 )
 def test_load_balancing_loss(normalization, scoring, lead, tokens, experts, top_k, dtype):
@@ -153,7 +152,7 @@ def test_router_z_loss(lead, dtype):
 def test_no_token():
     x, ids = jnp.full((3, 4), jnp.nan), np.zeros((3, 2), int)
     none, dead = np.zeros(3, bool), jnp.full((3, 4), -jnp.inf)
-    for normalization, scoring in KINDS[::3]:
+    for normalization, scoring in KINDS[::5]:
         kind = {"normalization": normalization, "scoring": scoring}
         for logits, mask in ((x, none), (dead, None), (x[:0], None)):
             f = lambda x: fj.load_balancing_loss(x, ids[: len(x)], 4, token_mask=mask, **kind)  # noqa: B023, E731
@@ -193,7 +192,7 @@ def loss(name, logits, ids, mask, **axes):
     return fj.load_balancing_loss(logits, ids, logits.shape[-1], token_mask=mask, **axes, **LOSSES[name])
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", ["huggingface-softmax", "switch-sigmoid", "deepseek-softmax", "deepseek-sigmoid", "z"])
 def test_sharded_as_on_one_device(name):
     """Sequences over one mesh axis, their tokens over another, unevenly masked: one device has none at all."""
     kind = AxisType.Auto if "softmax" in name else AxisType.Explicit
@@ -254,7 +253,7 @@ def test_explicit_mesh_without_shard_map():
     np.testing.assert_allclose(gradient, want[1], rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["huggingface-softmax", "deepseek-sigmoid", "z"])
+@pytest.mark.parametrize("name", ["deepseek-sigmoid", "z"])
 def test_derivatives(name):
     """Both modes, twice; and vmap over either operand."""
     logits, ids, mask = problem(10, (2,), 4)
