@@ -3,11 +3,14 @@
 from . import profile as profile
 from . import viz as viz
 from ._primitive import which
+from .capacity import limit_capacity
+from .check import check_routing
 from .combine import moe_combine, moe_dispatch, weighted_sum_batched
 from .grouped import grouped_matmul
 from .host import route_topk_into_host, upload_moe_routing
 from .kernels import export_checks, interpret_kernels
 from .layer import moe_mlp
+from .losses import expert_counts, load_balancing_loss, router_z_loss, update_routing_bias
 from .routing import RouterOutput, route_topk_softmax
 from .stats import RoutingStats, routing_stats
 from .tables import (
@@ -29,9 +32,13 @@ __all__ = [
     "RouterOutput",
     "RoutingStats",
     "TokenPairs",
+    "check_routing",
+    "expert_counts",
     "export_checks",
     "grouped_matmul",
     "interpret_kernels",
+    "limit_capacity",
+    "load_balancing_loss",
     "max_aligned_rows",
     "moe_align_block_size",
     "moe_align_block_size_pair_ids",
@@ -42,7 +49,9 @@ __all__ = [
     "moe_plan",
     "route_topk_into_host",
     "route_topk_softmax",
+    "router_z_loss",
     "routing_stats",
+    "update_routing_bias",
     "upload_moe_routing",
     "weighted_sum_batched",
     "which",

@@ -1,0 +1,309 @@
+"""A checker of the tables: each of their invariants written down once, for host arrays and under jit."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from ._signature import INT32_MAX, as_int
+from .tables import MoePlan, MoeRouting, TokenPairs
+
+_OP = "check_routing"
+
+# Of an invariant: the table it is about, where it holds (that table's shape), what must be, and what is.
+Rule = tuple[str, Any, str, Any]
+
+
+def check_routing(
+    tables: TokenPairs | MoeRouting | MoePlan,
+    num_experts: int,
+    *,
+    block_size: int | None = None,
+    num_pairs: int | None = None,
+    pair_ids: bool = False,
+    expert_ids: Any = None,
+) -> list[str]:
+    """Say what is wrong with tables, made here or elsewhere; nothing, if they are what the functions here make.
+
+    - TokenPairs: offsets start at 0, ascend and end at most at P; every packed row before their end is named by one
+      pair, and names that pair's token; the rows after it name no token; an expert's pairs ascend.
+    - MoeRouting: the total is a multiple of the block size; live blocks have owners, ascending, and the blocks after
+      them none; an expert's padding follows its pairs, in its last block, and none of its blocks is empty; packed rows
+      count up, or pair ids ascend inside an expert and come once; padding and tail hold P.
+    - MoePlan: all of these; and every packed row stands in a block of its expert.
+    - With `expert_ids`: the tables are those of these ids, and of no others.
+
+    With host arrays or device arrays, outside every function that JAX traces, the checks run in NumPy. On traced values
+    the same checks are `jax.experimental.checkify.check`s: transform the function with `checkify.checkify`, jit that,
+    and `err.throw()` says the first thing wrong. Tracing them without checkify is JAX's error, "not functionalized".
+
+    Args:
+      tables: TokenPairs, MoeRouting or MoePlan, of any integer dtype, with any leading axes.
+      num_experts: E, >= 1.
+      block_size: slots in a block, for the blocks of MoeRouting and MoePlan; None: as many as the shapes say.
+      num_pairs: P, needed for MoeRouting without `expert_ids`; elsewhere the shapes say it.
+      pair_ids: live slots hold pair ids (`moe_align_block_size_pair_ids`), not packed rows (`moe_align_block_size`).
+      expert_ids: [..., T, K] of any integer dtype, what the tables were made from, if that is to be checked too.
+
+    Returns:
+      A sentence for each invariant that does not hold, naming the first entry where; empty: all is right, or the values
+      are traced.
+
+    Raises:
+      TypeError: tables of another type, entries that are no integers, a size that is no int.
+      ValueError: shapes that do not fit each other or the sizes, a size out of range or missing.
+
+    >>> import jax.numpy as jnp, ferrum_jax
+    >>> plan = ferrum_jax.moe_plan(jnp.array([[1, 0], [1, 2]]), 3, 2)
+    >>> check_routing(plan, 3)
+    []
+    >>> check_routing(plan._replace(block_ids=jnp.array([0, 2, 1])), 3)[0]
+    'block_ids[2] must be at least the owner of the block before; got 1'
+    """
+    if not isinstance(tables, TokenPairs | MoeRouting | MoePlan):
+        raise TypeError(f"{_OP}: tables must be TokenPairs, MoeRouting or MoePlan; got {type(tables).__name__}")
+    num_experts = as_int(_OP, "num_experts", num_experts, most=INT32_MAX - 1)
+    named: dict[str, Any] = dict(tables._asdict())
+    if expert_ids is not None:
+        named["expert_ids"] = expert_ids
+    traced = any(isinstance(x, Tracer) for x in named.values())
+    xp: Any = jnp if traced else np
+    arrays = {name: _integers(xp, name, x) for name, x in named.items()}
+    lead, sizes = _sizes(arrays, num_experts, block_size, num_pairs)
+
+    # Rules are written for one slice: in NumPy slices come in turn, in JAX by vmap.
+    names: list[tuple[str, str]] = []
+
+    def slice_rules(arrays: dict[str, Any]) -> list[tuple[Any, Any]]:
+        rules = list(_rules(xp, arrays, pair_ids=bool(pair_ids), **sizes))
+        names[:] = [(name, must) for name, _, must, _ in rules]
+        return [(ok, got) for _, ok, _, got in rules]
+
+    if 0 in lead:
+        return []
+    if traced:
+        for _ in lead:
+            slice_rules = jax.vmap(slice_rules)
+        found = slice_rules(arrays)
+    else:
+        each = [slice_rules({name: x[index] for name, x in arrays.items()}) for index in np.ndindex(lead)]
+        found = [
+            tuple(np.reshape(parts, (*lead, *np.shape(parts[0]))) for parts in zip(*rule, strict=True))
+            for rule in zip(*each, strict=True)
+        ]
+    wrong = []
+    for (name, must), (ok, got) in zip(names, found, strict=True):
+        if ok.size == 0:
+            continue
+        first = xp.argmin(ok.reshape(-1))
+        index = xp.unravel_index(first, ok.shape)
+        entry = f"{name}[{', '.join(['{}'] * ok.ndim)}]" if ok.ndim else name
+        sentence, values = f"{entry} must be {must}; got {{}}", (*index, got.reshape(-1)[first])
+        if traced:
+            from jax.experimental import checkify
+
+            checkify.check(jnp.all(ok), sentence, *values)
+        elif not ok.all():
+            wrong.append(sentence.format(*values))
+    return wrong
+
+
+def _integers(xp: Any, name: str, values: Any) -> Any:
+    """int32; a value that int32 cannot hold becomes one that no table may hold."""
+    try:
+        array = xp.asarray(values)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise TypeError(f"{_OP}: {name} must be an array; got {type(values).__name__}: {error}") from error
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(f"{_OP}: {name} must hold integers; got {array.dtype}")
+    if array.dtype.itemsize < 4 or array.dtype == np.int32:
+        return array.astype(np.int32)
+    least = 0 if jnp.issubdtype(array.dtype, jnp.unsignedinteger) else -(2**31)
+    return xp.clip(array, least, INT32_MAX).astype(np.int32)
+
+
+def _sizes(
+    arrays: dict[str, Any], num_experts: int, block_size: int | None, num_pairs: int | None
+) -> tuple[tuple[int, ...], dict[str, int]]:
+    """The leading axes, and the sizes of one slice, if they fit each other."""
+    ranks = {"pairs_by_token": 2, "expert_ids": 2, "total_tokens_post_pad": 0}
+    leads = {}
+    for name, x in arrays.items():
+        rank = ranks.get(name, 1)
+        if x.ndim < rank:
+            raise ValueError(f"{_OP}: {name} must have at least {rank} axes; got shape {x.shape}")
+        leads[name] = x.shape[: x.ndim - rank]
+    lead = next(iter(leads.values()))
+    for name, own in leads.items():
+        if own != lead:
+            raise ValueError(f"{_OP}: {name} must have the leading axes {lead}; got shape {arrays[name].shape}")
+    own = {name: x.shape[len(lead) :] for name, x in arrays.items()}
+    pairs = [(name, own[name]) for name in ("pairs_by_token", "expert_ids") if name in own]
+    sizes = {"num_experts": num_experts}
+    if num_pairs is not None:
+        sizes["num_pairs"] = as_int(_OP, "num_pairs", num_pairs, 0)
+    elif not pairs:
+        raise ValueError(f"{_OP}: num_pairs must be given for MoeRouting without expert_ids")
+    for name, shape in pairs:
+        if shape != pairs[0][1] or sizes.setdefault("num_pairs", shape[0] * shape[1]) != shape[0] * shape[1]:
+            what = f"shape {pairs[0][1]}" if shape != pairs[0][1] else f"num_pairs = {num_pairs} entries"
+            raise ValueError(f"{_OP}: {name} must have {what} after the leading axes {lead}; got {shape}")
+    lengths = {"packed_token_idx": sizes["num_pairs"], "expert_offsets": num_experts + 1}
+    for name, length in lengths.items():
+        if own.get(name, (length,)) != (length,):
+            raise ValueError(f"{_OP}: {name} must have {length} entries; got {own[name][0]}")
+    if "block_ids" in own:
+        (slots,), (blocks,) = own["sorted_token_ids"], own["block_ids"]
+        size = slots // max(blocks, 1) if block_size is None else as_int(_OP, "block_size", block_size)
+        sizes["block_size"] = size = max(size, 1)
+        if slots != blocks * size:
+            raise ValueError(
+                f"{_OP}: sorted_token_ids must have {size} slots for each of the {blocks} block_ids; got {slots}"
+            )
+    elif block_size is not None:
+        raise ValueError(f"{_OP}: block_size must be None for TokenPairs, which have no blocks; got {block_size}")
+    return lead, sizes
+
+
+# ---- the invariants, of one slice
+
+
+def _rules(
+    xp: Any, tables: dict[str, Any], *, num_experts: int, num_pairs: int, block_size: int = 1, pair_ids: bool
+) -> Iterator[Rule]:
+    ids = offsets = owner_of_pair = None
+    if "expert_ids" in tables:
+        ids = tables["expert_ids"].reshape(-1)
+        ids = xp.where((ids >= 0) & (ids < num_experts), ids, num_experts)
+        edges = xp.arange(num_experts + 1, dtype=np.int32)
+        offsets, owner_of_pair = xp.searchsorted(xp.sort(ids), edges), ids
+    if "pairs_by_token" in tables:
+        yield from _pairs_rules(xp, **{name: tables[name] for name in TokenPairs._fields}, ids=ids)
+        offsets = tables["expert_offsets"]
+        rows = tables["pairs_by_token"].reshape(-1)
+        owner_of_pair = xp.where(rows < 0, num_experts, xp.searchsorted(offsets, rows, side="right") - 1)
+    if "block_ids" in tables:
+        blocks = [tables[name] for name in MoeRouting._fields]
+        sizes = {"num_experts": num_experts, "num_pairs": num_pairs, "block_size": block_size}
+        yield from _blocks_rules(xp, *blocks, **sizes, pair_ids=pair_ids)
+        if offsets is not None:
+            owner = owner_of_pair if pair_ids else None
+            yield from _content_rules(xp, offsets, owner, *blocks, num_pairs=num_pairs, block_size=block_size)
+
+
+def _pairs_rules(xp: Any, pairs_by_token: Any, packed_token_idx: Any, expert_offsets: Any, ids: Any) -> Iterator[Rule]:
+    (num_tokens, top_k), num_pairs, offsets = pairs_by_token.shape, packed_token_idx.size, expert_offsets
+    before = xp.concatenate([xp.zeros(1, np.int32), offsets[:-1]])
+    edge = xp.arange(offsets.size, dtype=np.int32)
+    yield "expert_offsets", (edge > 0) | (offsets == 0), "0 at the first expert", offsets
+    yield "expert_offsets", offsets >= before, "at least the offset before", offsets
+    yield "expert_offsets", offsets <= num_pairs, f"at most the number of pairs, {num_pairs}", offsets
+    if num_pairs == 0:
+        return
+
+    end, row = offsets[-1], xp.arange(num_pairs, dtype=np.int32)
+    rows, pair = pairs_by_token.reshape(-1), xp.arange(num_pairs, dtype=np.int32)
+    live = (rows >= 0) & (rows < end)
+    ok = (live | (rows == -1)).reshape(pairs_by_token.shape)
+    yield "pairs_by_token", ok, "-1, or a packed row before the last of expert_offsets", pairs_by_token
+    order = xp.argsort(xp.where(live, rows, num_pairs), stable=True)  # pairs in the order of their rows
+    named = xp.where(live, rows, num_pairs)[order]
+    times = xp.searchsorted(named, row, side="right") - xp.searchsorted(named, row, side="left")
+    yield "packed row ", (row >= end) | (times == 1), "named by one entry of pairs_by_token", times
+    inside = xp.clip(rows, 0, num_pairs - 1)
+    token = packed_token_idx[inside]
+    ok = (~live | (token == pair // top_k)).reshape(pairs_by_token.shape)
+    yield "pairs_by_token", ok, "the packed row that packed_token_idx gives to this token", pairs_by_token
+    must = f"{num_tokens}, no token, from the last of expert_offsets on"
+    yield "packed_token_idx", (row < end) | (packed_token_idx == num_tokens), must, packed_token_idx
+    expert = xp.searchsorted(offsets, row, side="right")
+    same = xp.concatenate([xp.zeros(1, bool), (expert[1:] == expert[:-1]) & (row[1:] < end)])
+    ok = ~same | (order >= xp.concatenate([order[:1], order[:-1]]))
+    yield "packed row ", ok, "that of a pair after the one before, of the same expert", order
+    if ids is not None:
+        first, last = offsets[ids], offsets[xp.clip(ids + 1, 0, offsets.size - 1)]
+        ok = xp.where(ids == offsets.size - 1, rows == -1, (rows >= first) & (rows < last))
+        must = "a packed row of this pair's expert in expert_ids, or -1 if that has none"
+        yield "pairs_by_token", ok.reshape(pairs_by_token.shape), must, pairs_by_token
+
+
+def _blocks_rules(
+    xp: Any,
+    slots: Any,
+    blocks: Any,
+    total: Any,
+    *,
+    num_experts: int,
+    num_pairs: int,
+    block_size: int,
+    pair_ids: bool,
+) -> Iterator[Rule]:
+    ok = (total >= 0) & (total <= slots.size) & (total % block_size == 0)
+    must = f"a multiple of the block size {block_size}, from 0 to the {slots.size} slots"
+    yield "total_tokens_post_pad", ok, must, total
+    if slots.size == 0:
+        return
+
+    block, slot = xp.arange(blocks.size, dtype=np.int32), xp.arange(slots.size, dtype=np.int32)
+    busy = block * block_size < total
+    ok = ~busy | ((blocks >= 0) & (blocks < num_experts))
+    yield "block_ids", ok, f"an expert of {num_experts} in a block before the total", blocks
+    yield "block_ids", busy | (blocks == -1), "-1 in a block past the total", blocks
+    ok = ~busy | (blocks >= xp.concatenate([blocks[:1], blocks[:-1]]))
+    yield "block_ids", ok, "at least the owner of the block before", blocks
+
+    value = "pair id" if pair_ids else "packed row"
+    yield "sorted_token_ids", (slots >= 0) & (slots <= num_pairs), f"a {value}, or {num_pairs} for padding", slots
+    before, padding = slot < total, slots == num_pairs
+    yield "sorted_token_ids", before | padding, f"{num_pairs}, no pair, past the total", slots
+    ok = ~before | (slot % block_size > 0) | ~padding
+    yield "sorted_token_ids", ok, f"a {value} at the start of a block", slots
+    owner = xp.repeat(blocks, block_size)
+    same = before & xp.concatenate([xp.zeros(1, bool), owner[1:] == owner[:-1]])
+    last = xp.concatenate([slots[:1], slots[:-1]])
+    ok = ~same | padding | (last != num_pairs)
+    yield "sorted_token_ids", ok, f"{num_pairs} where the slot before, of the same expert, is padding", slots
+    if pair_ids:
+        ok = ~same | padding | (slots > last)
+        yield "sorted_token_ids", ok, "a pair id above that of the slot before, of the same expert", slots
+        order = xp.argsort(slots, stable=True)
+        ascending = slots[order]
+        again = xp.concatenate([xp.zeros(1, bool), ascending[1:] == ascending[:-1]]) & (ascending != num_pairs)
+        ok = ~again[xp.argsort(order, stable=True)]
+        yield "sorted_token_ids", ok, "a pair id that no slot before holds", slots
+    else:
+        place = xp.cumsum((before & ~padding).astype(np.int32), dtype=np.int32) - 1
+        yield "sorted_token_ids", ~before | padding | (slots == place), "the next packed row", slots
+
+
+def _content_rules(
+    xp: Any,
+    offsets: Any,
+    owner_of_pair: Any,
+    slots: Any,
+    blocks: Any,
+    total: Any,
+    *,
+    num_pairs: int,
+    block_size: int,
+) -> Iterator[Rule]:
+    """Blocks against offsets: each expert's pairs stand in its blocks, and all of them do."""
+    counts = offsets[1:] - offsets[:-1]
+    want = xp.sum(-(-counts // block_size), dtype=np.int32) * block_size
+    must = "the sum of every expert's pairs, rounded up to the block size"
+    yield "total_tokens_post_pad", total == want, must, total
+    if slots.size == 0 or num_pairs == 0:
+        return
+    live = (slots >= 0) & (slots < num_pairs)
+    inside = xp.clip(slots, 0, num_pairs - 1)
+    if owner_of_pair is None:
+        owner = xp.searchsorted(offsets, inside, side="right") - 1
+        must = "a packed row of the expert that owns this block"
+    else:
+        owner, must = owner_of_pair[inside], "a pair of the expert that owns this block"
+    yield "sorted_token_ids", ~live | (owner == xp.repeat(blocks, block_size)), must, slots
+    held = xp.sum(live, dtype=np.int32)
+    yield "sorted_token_ids together", held == offsets[-1], "as many pairs as have an expert", held
