@@ -1,5 +1,9 @@
 """Checkpoints of the Hugging Face hub: one MoE block's tensors, to the arguments of `moe_mlp` and back.
 
+    params = load_moe("OLMoE-1B-7B-0924", "olmoe", prefix="model.layers.3.mlp.")
+    routed = route_topk(x @ params.router, **presets.olmoe)
+    y = moe_mlp(x, None, params.w_gate_up, params.w_down, router_output=routed)
+
 A layout is data: for each tensor of a block its name, the parameter that it is (a part of), and its axes. `LAYOUTS`
 has those of the families in `presets`, under the same names: as the hub's files have them, and, with `_fused` behind
 the name, as transformers 5 holds them in a model's state dict (one tensor for all experts). Their sources are
@@ -289,7 +293,7 @@ def _layout(op: str, layout: str | Layout) -> Layout:
             raise ValueError(f"{op}: layout must give its tensors the axes of their parameters, {known}; got {tensor}")
         halves.setdefault(tensor.param, []).append(tensor.half)
     for name, found in halves.items():
-        if found != [None] and set(found) != {0, 1}:
+        if found not in ([None], [0, 1], [1, 0]):
             raise ValueError(f"{op}: layout must have {name}, whole or both of its halves, once; got halves {found}")
     return layout
 
