@@ -8,7 +8,7 @@ from .grouped import grouped_matmul
 from .host import route_topk_into_host, upload_moe_routing
 from .kernels import export_checks, interpret_kernels
 from .layer import moe_mlp
-from .routing import RouterOutput, route_topk_softmax
+from .routing import RouterOutput, route_topk, route_topk_softmax
 from .stats import RoutingStats, routing_stats
 from .tables import (
     MoePlan,
@@ -40,6 +40,7 @@ __all__ = [
     "moe_dispatch",
     "moe_mlp",
     "moe_plan",
+    "route_topk",
     "route_topk_into_host",
     "route_topk_softmax",
     "routing_stats",
