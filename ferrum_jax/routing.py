@@ -308,7 +308,7 @@ def _weigh(
     chosen = x.at[ids].get(mode="fill", fill_value=-jnp.inf, wrap_negative_indices=False)
     exponent, factor = _parts(chosen, scoring)
     # Relative to the largest of them, the terms' sum is 0 only where each of them really is.
-    largest = exponent if norm_topk_prob else x if scoring == "softmax" else jnp.zeros(1)
+    largest = exponent if norm_topk_prob else x if scoring == "softmax" else jnp.zeros_like(x)
     base = _finite(jnp.max(largest))
     weights = factor * jnp.exp(exponent - base)
     if norm_topk_prob:
