@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._signature import INT32_MAX, as_int
+from .losses import expert_counts
 from .routing import RouterOutput
-from .tables import moe_build_pairs_by_token
 
 
 class RoutingStats(NamedTuple):
@@ -106,7 +106,7 @@ def routing_stats(router_output: RouterOutput, num_experts: int, *, block_size: 
     num_experts = as_int(op, "num_experts", num_experts, most=INT32_MAX - 1)
     block_size = as_int(op, "block_size", block_size)
     ids = router_output.expert_ids
-    load = jnp.diff(moe_build_pairs_by_token(ids, num_experts).expert_offsets)
+    load = expert_counts(ids, num_experts)
     pairs = jnp.sum(load, axis=-1, dtype=jnp.int32)
     # Slots may be more than int32 holds; of float32 a share is all that is wanted.
     slots = jnp.sum((-(-load // block_size)).astype(jnp.float32), axis=-1) * block_size
