@@ -70,8 +70,14 @@ def info(layer: Layer) -> None:
     own = [("python", platform.python_version()), ("ferrum_jax", ferrum_jax.__version__)]
     others = [(name, _version(name)) for name in ("jax", "jaxlib", "triton", "jax_triton")]
     _table("Here", own + others + [(str(d), d.device_kind) for d in jax.devices()])
-    rows = [row for op, args in _calls(layer).items() for row in _which(op, args)]
-    _table(f"Implementations, for {layer.name}", [("op", "runs", "not", "because"), *rows])
+    rows: list[tuple[str, ...]] = [("op", "runs", "not", "because")]
+    last = None
+    for op, args in _calls(layer).items():
+        (_, taken, *_), *_ = found = list(_which(op, args))
+        why = [row[2:] for row in found]
+        rows += [(op, taken, "as above", "")] if why == last else found
+        last = why
+    _table(f"Implementations, for {layer.name}", rows)
 
 
 def _version(name: str) -> str:

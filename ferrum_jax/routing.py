@@ -252,7 +252,7 @@ def _choose(
     if bias is None and num_groups is None:
         return lax.top_k(_rankable(x), top_k)[1].astype(jnp.int32)
     scores = _score(x, scoring) if bias is None else _score(x, scoring) + bias
-    if num_groups is None:
+    if num_groups is None or group_top_k is None:
         return lax.top_k(_rankable(scores), top_k)[1].astype(jnp.int32)
     # The groups kept, in order of their experts' ids, side by side: what is not there cannot be chosen, NaN or not.
     groups = scores.reshape(num_groups, -1)

@@ -59,7 +59,7 @@ def test_everything():
     assert line(out, "Load:")
     assert out.count("#") > program.SMALL.num_experts
     assert out.endswith("All checks passed.\n")
-    assert len(out.splitlines()) <= 80
+    assert len(out.splitlines()) <= 70
     assert max(map(len, out.splitlines())) <= 120
 
 
