@@ -249,7 +249,7 @@ def which(
       Choice(implementation, passed_over): a name, and a dict from every other name to the reason in words.
 
     Raises:
-      ValueError: `op_function` runs no op of this library, or more than one.
+      ValueError: `op_function` runs no op of this library, or more than one that has kernels.
       NotImplementedError: the call asks for an implementation that cannot run there.
 
     >>> import jax, jax.numpy as jnp, ferrum_jax
@@ -264,7 +264,8 @@ def which(
         args, kwargs = jax.tree.unflatten(tree, [next(given) if is_array(x) else x for x in leaves])
         return op_function(*args, **kwargs)
 
-    equations = _equations(jax.make_jaxpr(call)(*filter(is_array, leaves)).jaxpr)
+    found = _equations(jax.make_jaxpr(call)(*filter(is_array, leaves)).jaxpr)
+    equations = [e for e in found if kernels.served(_ops[e.primitive].name)] or found[:1]
     if len(equations) != 1:
         found = ", ".join(e.primitive.name for e in equations) or "none"
         raise ValueError(f"which: {op_function} must run one op of ferrum_jax; it runs {found}")

@@ -40,6 +40,160 @@ def route_topk_softmax(logits, *, top_k, norm_topk_prob=True):
     return (ids, None), (weights, np.abs(weights))
 
 
+def log_scores(x, scoring):
+    """Each expert's score as a logarithm, where nothing underflows; -inf masks an expert."""
+    x = f64(x)
+    with np.errstate(all="ignore"):
+        if scoring == "softmax":
+            top = 0 if (x == -np.inf).all() else x.max()
+            return x - top - np.log(np.sum(np.exp(x - top))) if (x > -np.inf).any() or np.isnan(x).any() else x
+        if scoring == "sigmoid":
+            return -np.logaddexp(0, -x)
+        if scoring == "sqrt_softplus":
+            return np.where(x < -30, x / 2, np.log(np.logaddexp(0, np.maximum(x, -30))) / 2)
+    return x
+
+
+def topk_weights(x, ids, *, scoring, norm_topk_prob, scale, zero_sum):
+    """The weights of one token's experts `ids`; of one outside [0, E), 0."""
+    ids = np.asarray(ids)
+    live = (ids >= 0) & (ids < len(x))
+    weights = np.zeros(len(ids))
+    logs = log_scores(x, scoring)[ids[live]]
+    with np.errstate(all="ignore"):
+        if scoring != "topk_softmax" and not norm_topk_prob:
+            weights[live] = np.exp(logs)
+        elif (logs == -np.inf).all():
+            weights[live] = 1 / len(ids) if zero_sum == "uniform" else 0
+        elif np.isnan(logs).any() or (scoring == "topk_softmax" and np.inf in logs):
+            weights[live] = np.nan
+        elif np.inf in logs:
+            weights[live] = np.where(logs == np.inf, np.nan, 0)
+        else:
+            most = logs.max()
+            total = np.sum(np.exp(logs - most))
+            if zero_sum == "eps" and scoring != "topk_softmax":
+                total += np.exp(np.log(1e-20) - most)
+            weights[live] = np.exp(logs - most) / total
+    return weights * np.float64(np.float32(scale))
+
+
+class Contest:
+    """Who ranks before whom, as far as 8 ulp decide it: values with a margin, which a NaN or an infinity has not."""
+
+    def __init__(self, values, terms, source):
+        """`terms` bound the size of what was added up to each value; equal `source`s have equal values."""
+        self.values, self.source = values, source
+        with np.errstate(all="ignore"):
+            half = 4 * np.spacing(np.maximum(terms, np.finfo(np.float32).tiny).astype(np.float32)).astype(np.float64)
+            half += np.finfo(np.float32).tiny  # below it, floats are 0 on some platforms
+            half = np.where(np.isfinite(values), half, 0)
+            self.low, self.high = values - half, values + half
+
+    def before(self, i, j):
+        """i ranks before j on every implementation."""
+        a, b = np.isnan(self.values[i]), np.isnan(self.values[j])
+        if a or b:
+            return b and (not a or i < j)
+        equal = self.source[i] == self.source[j] or (not np.isfinite(self.values[i]) and self.values[i] == self.values[j])
+        return i < j if equal else self.low[i] > self.high[j]
+
+
+def contests(x, bias, scoring, num_groups, group_score):
+    """The experts' contest and the groups'."""
+    x = np.asarray(x).astype(np.float32)
+    with np.errstate(all="ignore"):
+        logs = log_scores(x, scoring)
+        scores = f64(x) if scoring == "topk_softmax" else np.exp(logs)
+        added = np.zeros(len(x)) if bias is None else f64(np.float32(bias))
+        biased = scores + added
+        biased = np.where(np.abs(biased) > np.finfo(np.float32).max, np.sign(biased) * np.inf, biased)
+        # What a score is computed from, in float32: logits so near 0 that no score tells them apart are one.
+        seen = x - x.max() if scoring == "softmax" and np.isfinite(x.max()) else x
+        seen = np.where(np.abs(seen) < 1e-30, np.float32(0), seen) if scoring != "topk_softmax" else seen + 0
+    sources = list(zip(seen.tolist(), added.tolist(), strict=True))
+    sizes = np.maximum(np.abs(scores), np.abs(added))
+    experts = Contest(biased, sizes, sources)
+    members = np.arange(len(x)).reshape(num_groups or 1, -1)
+    best = [sorted(group, key=lambda e: (np.isnan(biased[e]), -biased[e], e)) for group in members]
+    best = [group[: 2 if group_score == "top2_sum" else 1] for group in best]
+    with np.errstate(all="ignore"):
+        sums = np.array([biased[group].sum() for group in best])
+        # The margin of a sum is those of its terms and of their addition.
+        terms = [4 * sizes[group].sum() if len(group) > 1 else sizes[group].sum() for group in best]
+    return experts, Contest(sums, np.array(terms), [[sources[e] for e in group] for group in best]), members
+
+
+def choose(experts, groups, members, *, top_k, group_top_k):
+    """The ids, and whether 8 ulp decide each of them and the groups."""
+    kept, sure = best_of(groups, range(len(members)), group_top_k or len(members))
+    ids, decided = best_of(experts, np.sort(members[kept].reshape(-1)), top_k)
+    return ids, sure and decided
+
+
+def best_of(contest, names, count):
+    order = sorted(names, key=lambda i: (np.isnan(contest.values[i]), -np.nan_to_num(contest.values[i], nan=0), i))
+    sure = all(contest.before(a, b) for a, b in zip(order[:count], order[1:], strict=False))
+    return order[:count], sure
+
+
+def check_choice(ids, experts, groups, members, *, group_top_k):
+    """One token's ids are a choice that the margins allow; where these decide everything, it is the only one."""
+    ids = [int(e) for e in ids]
+    assert len(set(ids)) == len(ids), ids
+    assert all(0 <= e < len(experts.values) for e in ids), ids
+    kept = group_top_k or len(members)
+    everyone = range(len(members))
+    may = [g for g in everyone if sum(groups.before(h, g) for h in everyone if h != g) < kept]
+    must = [g for g in everyone if sum(not groups.before(g, h) for h in everyone if h != g) < kept]
+    used = {e // members.shape[1] for e in ids}
+    assert used <= set(may), (used, may)
+    assert len(used | set(must)) <= kept, (used, must)
+    for a, b in zip(ids, ids[1:], strict=False):
+        assert not experts.before(b, a), (a, b)
+    for e in set(members[must].reshape(-1).tolist() if must else []) - set(ids):
+        assert not experts.before(e, ids[-1]), (e, ids[-1])
+
+
+def route_topk(
+    logits,
+    bias=None,
+    *,
+    top_k,
+    scoring="softmax",
+    norm_topk_prob=True,
+    num_groups=None,
+    group_top_k=None,
+    group_score="top2_sum",
+    scale=1.0,
+    zero_sum="uniform",
+    got=None,
+):
+    """The ids and weights; with the ids that an implementation `got`, these checked, and their weights."""
+    x = np.asarray(logits).astype(np.float32)
+    ids, weights = np.zeros((len(x), top_k), np.int64), np.zeros((len(x), top_k))
+    grouped = num_groups is not None and group_top_k < num_groups
+    for t, row in enumerate(x):
+        if bias is None and not grouped:
+            ids[t] = sorted(range(len(row)), key=lambda e, row=row: (-rank_key(row[e]), e))[:top_k]
+        else:
+            contest = contests(row, bias, scoring, num_groups if grouped else None, group_score)
+            limit = group_top_k if grouped else None
+            if got is None:
+                ids[t], decided = choose(*contest, top_k=top_k, group_top_k=limit)
+                assert decided, "these arguments leave more than one choice: take others"
+            else:
+                check_choice(got[t], *contest, group_top_k=limit)
+                ids[t] = got[t]
+        weights[t] = topk_weights(
+            row, ids[t], scoring=scoring, norm_topk_prob=norm_topk_prob, scale=scale, zero_sum=zero_sum
+        )
+        if scoring == "softmax" and (np.isnan(row).any() or np.inf in row):
+            weights[t] = np.nan
+    # Scores below the smallest normal float32 may be 0, and are then scaled.
+    return (ids, None), (weights, np.abs(weights) + np.abs(scale) * 1e-33)
+
+
 def sorted_pairs(expert_ids, num_experts):
     """Pair ids by expert, ascending inside an expert; and each expert's."""
     flat = [int(e) for e in np.asarray(expert_ids).reshape(-1)]

@@ -11,7 +11,8 @@ from cases import OPS, SMALL, rng
 import ferrum_jax
 
 PRIMITIVES = {
-    "route_topk_softmax": "ferrum_route_topk_softmax",
+    "route_topk_softmax": "ferrum_route_topk",
+    "route_topk": "ferrum_route_topk",
     "moe_build_pairs_by_token": "ferrum_moe_build_pairs_by_token",
     "moe_align_block_size": "ferrum_moe_align_block_size",
     "moe_align_block_size_pair_ids": "ferrum_moe_align_block_size",

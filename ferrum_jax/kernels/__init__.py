@@ -24,13 +24,13 @@ _COMBINE = (
 # backend -> file under kernels/<backend>/ -> the ops that it has a wrapper of the same name for
 KERNELS: Mapping[str, Mapping[str, Sequence[str]]] = {
     "triton": {
-        "routing": ("route_topk_softmax",),
+        "routing": ("route_topk",),
         "tables": ("moe_build_pairs_by_token", "moe_align_block_size", "moe_plan"),
         "combine": _COMBINE,
         "grouped": ("grouped_matmul", "grouped_matmul_transposed", "grouped_outer"),
     },
     "pallas": {
-        "routing": ("route_topk_softmax",),
+        "routing": ("route_topk",),
         "combine": _COMBINE,
     },
 }
@@ -106,6 +106,11 @@ def _refusal(
             return reason
     refuse = getattr(importlib.import_module(f"{__name__}.{backend}.{family}"), "refuse", None)
     return refuse(operands, params) if refuse else None
+
+
+def served(op: str) -> bool:
+    """Whether there is a kernel of `op` at all."""
+    return any(_family(backend, op) for backend in KERNELS)
 
 
 def _family(backend: str, op: str) -> str | None:
