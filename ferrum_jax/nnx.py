@@ -288,7 +288,7 @@ class MoE(nnx.Module):
 
     def params(self) -> MoEParams:
         """The layer's parameters, for `checkpoint.to_layout` or `moe_mlp`."""
-        return MoEParams(**{name: None if (v := getattr(self, name)) is None else v[...] for name in _AXES})
+        return MoEParams(**{name: None if (v := getattr(self, name)) is None else v.get_value() for name in _AXES})
 
     # ---- parts
 

@@ -34,12 +34,11 @@ SMALL = {  # every kind of setting that the presets have, at a small size
 
 
 def make(preset=presets.mixtral, seed=0, **kwargs):
-    """A layer whose biases are not 0."""
-    module = MoE(H, F, preset, rngs=nnx.Rngs(seed), **kwargs)
+    """A layer with parameters from NumPy, which compiles nothing, and biases that are not 0."""
+    module = nnx.eval_shape(lambda: MoE(H, F, preset, rngs=nnx.Rngs(0), **kwargs))
     r = rng("nnx", seed)
-    for name in ("router_bias", "score_bias", "b_gate_up", "b_down"):
-        if (bias := getattr(module, name)) is not None:
-            bias.set_value(jnp.asarray(0.3 * r.normal(size=bias.shape).astype(np.float32)).astype(bias.dtype))
+    draw = lambda p: np.asarray(r.normal(size=p.shape) * max(p.shape[-2:-1], default=10) ** -0.5)  # noqa: E731
+    module.load(module.params()._make(None if p is None else draw(p) for p in module.params()))
     return module
 
 
