@@ -147,7 +147,9 @@ class MoE(nnx.Module):
         }
         size |= {"FF": 2 * size["F"], "SS": 2 * as_int("MoE", "shared_width", size["S"], least=0)}
         if chosen.shared_gate and not size["S"]:
-            raise ValueError("MoE: shared_gate needs shared experts: shared_experts or shared_width must be >= 1; got 0")
+            raise ValueError(
+                "MoE: shared_gate needs shared experts: shared_experts or shared_width must be >= 1; got 0"
+            )
         names = dict(partition or {})
         if unknown := names.keys() - set(_PARTITIONED):
             raise ValueError(f"MoE: partition must name axes of {_PARTITIONED}; got {', '.join(sorted(unknown))}")
@@ -293,9 +295,7 @@ class MoE(nnx.Module):
     # ---- parts
 
     def _route(self, logits: jax.Array, bias: jax.Array | None, token_mask: jax.Array | None) -> RouterOutput:
-        return route_topk(
-            logits, **self.preset, bias=bias, token_mask=token_mask, implementation=self.implementation
-        )
+        return route_topk(logits, **self.preset, bias=bias, token_mask=token_mask, implementation=self.implementation)
 
     def _routed(self, x: jax.Array, routed: RouterOutput) -> jax.Array:
         matrices = (_cast(p, x.dtype) for p in (self.w_gate_up, self.w_down))

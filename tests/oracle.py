@@ -95,7 +95,9 @@ class Contest:
         a, b = np.isnan(self.values[i]), np.isnan(self.values[j])
         if a or b:
             return b and (not a or i < j)
-        equal = self.source[i] == self.source[j] or (not np.isfinite(self.values[i]) and self.values[i] == self.values[j])
+        equal = self.source[i] == self.source[j] or (
+            not np.isfinite(self.values[i]) and self.values[i] == self.values[j]
+        )
         return i < j if equal else self.low[i] > self.high[j]
 
 
