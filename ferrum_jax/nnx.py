@@ -29,6 +29,7 @@ from .presets import Preset
 from .routing import RouterOutput, route_topk
 
 Initializer = Callable[..., jax.Array]
+_BY_FAN_IN = jax.nn.initializers.lecun_normal()
 
 
 class ScoreBias(nnx.Variable):
@@ -124,8 +125,8 @@ class MoE(nnx.Module):
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         router_dtype: Any = jnp.float32,
-        kernel_init: Initializer = jax.nn.initializers.lecun_normal(),
-        router_init: Initializer = jax.nn.initializers.lecun_normal(),
+        kernel_init: Initializer = _BY_FAN_IN,
+        router_init: Initializer = _BY_FAN_IN,
         partition: Mapping[str, Any] | None = None,
         normalization: str = "huggingface",
         flow: str | None = None,
@@ -147,9 +148,7 @@ class MoE(nnx.Module):
         }
         size |= {"FF": 2 * size["F"], "SS": 2 * as_int("MoE", "shared_width", size["S"], least=0)}
         if chosen.shared_gate and not size["S"]:
-            raise ValueError(
-                "MoE: shared_gate needs shared experts: shared_experts or shared_width must be >= 1; got 0"
-            )
+            raise ValueError("MoE: shared_gate needs shared_experts or shared_width >= 1; got 0")
         names = dict(partition or {})
         if unknown := names.keys() - set(_PARTITIONED):
             raise ValueError(f"MoE: partition must name axes of {_PARTITIONED}; got {', '.join(sorted(unknown))}")
@@ -316,7 +315,8 @@ class MoE(nnx.Module):
         return jnp.sum(_f32(moe_mlp(rows, None, *matrices, router_output=single, **run)), axis=-2)
 
     def _shared(self, x: jax.Array) -> jax.Array:
-        act = ACTIVATIONS.get(self.preset.activation, self.preset.activation)
+        name: Any = self.preset.activation
+        act = name if callable(name) else ACTIVATIONS[name]
         gate, up = jnp.split(_product(x, _cast(self.shared_w_gate_up, x.dtype)), 2, axis=-1)
         out = _product(act(gate, up).astype(x.dtype), _cast(self.shared_w_down, x.dtype))
         if self.shared_gate is None:

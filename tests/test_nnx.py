@@ -12,7 +12,6 @@ import pytest
 from cases import rng
 from flax import nnx
 from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
 from oracle import f64
 from test_package import run
 
