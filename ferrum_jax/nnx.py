@@ -82,7 +82,7 @@ class MoE(nnx.Module):
       param_dtype: of the parameters, but for the router's and the score bias, which is float32.
       router_dtype: of the router's parameters, and of x in the router's product; its sums and the logits are float32.
       kernel_init, router_init: initialisers of matrices, such as `jax.nn.initializers`. Experts are initialised one by
-        one: an expert's fan-in is its own. Biases start at 0.
+        one: an expert's fan-in is its own. Default: `lecun_normal`, variance 1 / fan-in. Biases start at 0.
       partition: mesh axes (or flax's logical axis names) by the parameters' axes "E", "H" and "F", such as
         {"E": "expert"}; the router's matrix and biases stay whole along E. As metadata `out_sharding` of the
         parameters: in a mesh (`jax.set_mesh`) they are made sharded.
@@ -316,7 +316,7 @@ class MoE(nnx.Module):
 
     def _shared(self, x: jax.Array) -> jax.Array:
         name: Any = self.preset.activation
-        act = name if callable(name) else ACTIVATIONS[name]
+        act: Any = name if callable(name) else ACTIVATIONS[name]
         gate, up = jnp.split(_product(x, _cast(self.shared_w_gate_up, x.dtype)), 2, axis=-1)
         out = _product(act(gate, up).astype(x.dtype), _cast(self.shared_w_down, x.dtype))
         if self.shared_gate is None:
