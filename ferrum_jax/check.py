@@ -306,4 +306,4 @@ def _content_rules(
         owner, must = owner_of_pair[inside], "a pair of the expert that owns this block"
     yield "sorted_token_ids", ~live | (owner == xp.repeat(blocks, block_size)), must, slots
     held = xp.sum(live, dtype=np.int32)
-    yield "sorted_token_ids together ", held == offsets[-1], "as many pairs as have an expert", held
+    yield "sorted_token_ids together", held == offsets[-1], "as many pairs as have an expert", held
