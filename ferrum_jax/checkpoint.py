@@ -1,5 +1,9 @@
 """Checkpoints of the Hugging Face hub: one MoE block's tensors, to the arguments of `moe_mlp` and back.
 
+    params = load_moe("OLMoE-1B-7B-0924", "olmoe", prefix="model.layers.3.mlp.")
+    routed = route_topk(x @ params.router, **presets.olmoe)
+    y = moe_mlp(x, None, params.w_gate_up, params.w_down, router_output=routed)
+
 A layout is data: for each tensor of a block its name, the parameter that it is (a part of), and its axes. `LAYOUTS`
 has those of the families in `presets`, under the same names: as the hub's files have them, and, with `_fused` behind
 the name, as transformers 5 holds them in a model's state dict (one tensor for all experts). Their sources are
@@ -7,6 +11,7 @@ transformers' modeling files, which `presets` links to, and the conversions betw
 https://github.com/huggingface/transformers/blob/main/src/transformers/conversion_mapping.py.
 """
 
+import math
 import os
 import re
 from collections import Counter
@@ -15,6 +20,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from ._signature import ROW_DTYPES
@@ -166,9 +172,9 @@ def load_moe(
     expert: beside the result there is never more than one expert's matrix in memory.
 
     Args:
-      tensors: a mapping of names to arrays, or to what is read when it is indexed (h5py, zarr, np.memmap; it must have
-        `shape`); or the path of a safetensors file, or of a folder of them, as the hub has them, for which the package
-        `safetensors` must be there: `pip install ferrum_jax[checkpoint]`.
+      tensors: a mapping of names to arrays, NumPy's, JAX's or PyTorch's on the CPU, or to what is read when it is
+        indexed and has `shape` (h5py, zarr); or the path of a safetensors file, or of a folder of them, as the hub has
+        them, for which the package `safetensors` must be there: `pip install ferrum_jax[checkpoint]`.
       layout: a name in `LAYOUTS`, such as "mixtral", "qwen3_moe", "olmoe", "deepseek_v3" or "gpt_oss", or a sequence of
         `Tensor` of one's own.
       prefix: what the names of the block's tensors begin with, such as "model.layers.3.mlp.". Other tensors may be
@@ -214,7 +220,7 @@ def load_moe(
     params: dict[str, np.ndarray] = {}
     for tensor in chosen:
         for name, expert, index in _pieces(tensor, size["E"]):
-            piece = np.asarray(source[prefix + name][index])
+            piece = _read(source[prefix + name][index])
             if tensor.param not in params:
                 if piece.dtype.name not in ROW_DTYPES:
                     raise TypeError(f"{op}: {prefix}{name} must be float16, bfloat16 or float32; got {piece.dtype}")
@@ -273,11 +279,23 @@ def to_layout(params: MoEParams, layout: str | Layout, *, prefix: str = "") -> d
 
 
 def _layout(op: str, layout: str | Layout) -> Layout:
-    if not isinstance(layout, str):
-        return layout
-    if layout not in LAYOUTS:
-        raise ValueError(f"{op}: layout must be a sequence of Tensor or one of {', '.join(LAYOUTS)}; got {layout!r}")
-    return LAYOUTS[layout]
+    if isinstance(layout, str):
+        if layout not in LAYOUTS:
+            raise ValueError(
+                f"{op}: layout must be a sequence of Tensor or one of {', '.join(LAYOUTS)}; got {layout!r}"
+            )
+        return LAYOUTS[layout]
+    halves: dict[str, list[int | None]] = {"router": [], "w_gate_up": [], "w_down": []}
+    for tensor in layout:
+        axes = tensor.axes + ("E" if "{}" in tensor.name else "") + ("" if tensor.half is None else "U")
+        if sorted(axes.replace(" ", "")) != sorted(_AXES.get(tensor.param, "").replace(" ", "")):
+            known = ", ".join(f"{name} [{axes}]" for name, axes in _AXES.items())
+            raise ValueError(f"{op}: layout must give its tensors the axes of their parameters, {known}; got {tensor}")
+        halves.setdefault(tensor.param, []).append(tensor.half)
+    for name, found in halves.items():
+        if found not in ([None], [0, 1], [1, 0]):
+            raise ValueError(f"{op}: layout must have {name}, whole or both of its halves, once; got halves {found}")
+    return layout
 
 
 def _name(layout: str | Layout) -> str:
@@ -342,6 +360,13 @@ def _shape(name: str, value: Any) -> tuple[int, ...]:
     return tuple(value.shape)
 
 
+def _read(value: Any) -> np.ndarray:
+    try:
+        return np.asarray(value)
+    except TypeError:  # PyTorch's bfloat16, which NumPy alone cannot take
+        return np.asarray(jnp.from_dlpack(value))
+
+
 def _refuse_quantised(names: list[str], prefix: str) -> None:
     for name in names:
         for endings, what, remedy in _QUANTISED:
@@ -364,31 +389,28 @@ def _sizes(terms: Iterable[tuple[str, tuple[int, ...]]]) -> dict[str, int]:
 
 def _expected(layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, int], dict[str, str]]:
     """The sizes, and the axes of every tensor that should be there."""
-    terms, experts = [], [-1]
+    terms, experts = [], []
     for tensor in layout:
         pattern = re.compile(re.escape(tensor.name).replace(re.escape("{}"), "(0|[1-9][0-9]*)"))
         matches = [match for match in map(pattern.fullmatch, shapes) if match]
         terms += [(tensor.axes, shapes[match[0]]) for match in matches]
         experts += [int(match[1]) for match in matches if match.groups()]
     size = _sizes(terms)
-    size.setdefault("E", max(experts) + 1)
-    names = ((tensor, name) for tensor in layout for name, _, _ in _pieces(tensor, size["E"]))
+    if experts:
+        size.setdefault("E", max(experts) + 1)
+    names = ((tensor, name) for tensor in layout for name, _, _ in _pieces(tensor, size.get("E", 1)))
     return size, {name: tensor.axes for tensor, name in names}
 
 
 def _sized(axes: str, size: Mapping[str, int]) -> tuple[int, ...]:
-    """The shape, as far as it is known: an unknown size is -1, which no shape has."""
-    return tuple(np.prod([size.get(letter, -1) for letter in label], dtype=int).item() for label in axes.split())
+    """The shape; where a size is unknown a negative one, which no array has."""
+    return tuple(math.prod(size.get(letter, -1) for letter in label) for label in axes.split())
 
 
 def _show(axes: str, size: Mapping[str, int]) -> str:
-    labels = [label.replace("U", "") for label in axes.split()]
-    names = [f"2{letter}" if "U" in label else letter for letter, label in zip(labels, axes.split(), strict=True)]
-    known = [
-        f"{name}={entries}" if letter in size and letter != "1" else name
-        for name, letter, entries in zip(names, labels, _sized(axes, size), strict=True)
-    ]
-    return f"[{', '.join(known)}]"
+    names = [f"2{label.replace('U', '')}" if "U" in label else label for label in axes.split()]
+    known = zip(names, _sized(axes, size), strict=True)
+    return f"[{', '.join(name if entries < 0 or name == '1' else f'{name}={entries}' for name, entries in known)}]"
 
 
 # ---- parts of parameters

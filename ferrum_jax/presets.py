@@ -53,7 +53,7 @@ class Preset:
     router_bias: bool = False
     #: The experts' products have biases: `b_gate_up` and `b_down` of `moe_mlp`.
     expert_bias: bool = False
-    #: The weights multiply the experts' input, not their output.
+    #: The weights multiply the experts' input, not their output: with top_k = 1, `moe_mlp` of x * weight, weights 1.
     weight_on_input: bool = False
     #: The `activation` of `moe_mlp`.
     activation: str = "silu"

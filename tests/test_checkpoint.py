@@ -244,6 +244,49 @@ def test_a_layout_of_ones_own():
     jax.tree.map(np.testing.assert_array_equal, load_moe(tensors, layout), params)
 
 
+def test_a_layout_of_ones_own_that_is_not_whole_or_not_of_its_parameters_shape():
+    params = load_moe(checkpoint("olmoe"), "olmoe", prefix=PREFIX)
+    router, _, down = LAYOUTS["olmoe_fused"]
+    gate = Tensor("gate_proj", "w_gate_up", "E F H", 0)
+    for layout, message in (
+        ((router, gate, down), r"must have w_gate_up, whole or both of its halves, once; got halves \[0\]"),
+        ((router, down), r"must have w_gate_up, whole or both of its halves, once; got halves \[\]"),
+        ((router, gate, gate._replace(half=None), down), r"w_down \[E F H\].*; got Tensor\(name='gate_proj'"),
+        ((router, gate._replace(param="w_gate"), down), r"w_gate_up \[E H UF\].*; got .*'w_gate'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            to_layout(params, layout)
+        with pytest.raises(ValueError, match=message):
+            load_moe({}, layout)
+
+
+class Torch:
+    """What PyTorch's bfloat16 tensors do: NumPy is refused, DLPack served."""
+
+    def __init__(self, array):
+        self.array, self.shape = jnp.asarray(array), array.shape
+
+    def __getitem__(self, index):
+        return Torch(self.array[index])
+
+    def __array__(self, *args, **kwargs):
+        raise TypeError("Got unsupported ScalarType BFloat16")
+
+    def __dlpack__(self, **kwargs):
+        return self.array.__dlpack__(**kwargs)
+
+    def __dlpack_device__(self):
+        return self.array.__dlpack_device__()
+
+
+def test_tensors_that_only_dlpack_can_read():
+    tensors = checkpoint("olmoe_fused", "bfloat16")
+    wrapped = {name: Torch(tensor) for name, tensor in tensors.items()}
+    got, want = (load_moe(each, "olmoe_fused", prefix=PREFIX) for each in (wrapped, tensors))
+    assert got.router.dtype == jnp.bfloat16
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
 # ---- memory
 
 
