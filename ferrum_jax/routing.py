@@ -63,8 +63,8 @@ def route_topk(
       num_groups: the experts form this many groups of E / num_groups neighbours; with `group_top_k`.
       group_top_k: how many groups a token keeps, in [1, num_groups], equal ones by smaller id. The others are as if
         masked by -inf. To keep all of them is to have no groups.
-      group_score: a group ranks by the sum of its two largest biased scores, "top2_sum" (of its one, where groups have
-        one expert), or by its largest, "max". Of scores with a NaN: by those that are none, else last.
+      group_score: a group ranks by the sum of its two largest biased scores, "top2_sum" (by its one, where groups have
+        one expert), or by its largest, "max"; NaN ranks last, as among the scores.
       scale: a finite number that the weights are multiplied by, last.
       zero_sum: the weights where the sum to divide by is 0, which it is where every chosen logit is -inf: "uniform",
         1/K each; "zero"; or "eps", which divides by sum + 1e-20, always.
@@ -210,7 +210,7 @@ def _weighing(op: str, scoring: str, norm_topk_prob: bool, scale: Any, zero_sum:
         raise TypeError(
             f"{op}: scale must be a Python number, known when the function is traced; got {type(scale).__name__}"
         )
-    if not abs(scale) <= jnp.finfo(jnp.float32).max:
+    if not abs(scale) <= float(jnp.finfo(jnp.float32).max):
         raise ValueError(f"{op}: scale must be finite in float32; got {scale}")
     norm = bool(norm_topk_prob) or scoring == "topk_softmax"
     return {"scoring": scoring, "norm_topk_prob": norm, "scale": float(scale), "zero_sum": zero_sum}
@@ -308,7 +308,7 @@ def _weigh(
     chosen = x.at[ids].get(mode="fill", fill_value=-jnp.inf, wrap_negative_indices=False)
     exponent, factor = _parts(chosen, scoring)
     # Relative to the largest of them, the terms' sum is 0 only where each of them really is.
-    largest = exponent if norm_topk_prob else x if scoring == "softmax" else jnp.zeros(1)
+    largest = exponent if norm_topk_prob else x if scoring == "softmax" else jnp.zeros_like(x)
     base = _finite(jnp.max(largest))
     weights = factor * jnp.exp(exponent - base)
     if norm_topk_prob:
@@ -349,16 +349,17 @@ def _tangent(
     elif scoring == "sqrt_softplus":
         bounded = jnp.maximum(chosen, -40)  # where it is 1/2, to the last bit
         change *= jax.nn.sigmoid(bounded) / (2 * jax.nn.softplus(bounded))
-    constant = ~live
+    constant, mean = ~live, jnp.zeros_like(change)
     if norm_topk_prob:
-        mean = jnp.sum(weights / scale * change, axis=-1, keepdims=True)
+        shares = weights / scale
+        mean = jnp.sum(shares * change, axis=-1, keepdims=True)
         summed_to_zero = jnp.all(~live | (chosen == -jnp.inf), axis=-1, keepdims=True)
         constant |= summed_to_zero & ~jnp.isnan(weights)
-    elif scoring == "softmax":
+    if scoring == "softmax" and (not norm_topk_prob or zero_sum == "eps"):
         masked = jnp.all(x == -jnp.inf, axis=-1, keepdims=True)
-        mean = jnp.sum(jax.nn.softmax(jnp.where(masked, 0, x), axis=-1) * dx, axis=-1, keepdims=True)
-    else:
-        mean = jnp.zeros_like(change)
+        every = jnp.sum(jax.nn.softmax(jnp.where(masked, 0, x), axis=-1) * dx, axis=-1, keepdims=True)
+        # With 1e-20 in it the sum to divide by is not only of what changes with the softmax's own sum.
+        mean += (1 - jnp.sum(shares, axis=-1, keepdims=True)) * every if norm_topk_prob else every
     return jnp.where(constant, 0, weights * (change - mean))
 
 

@@ -82,6 +82,32 @@ def logits(r, size, dtype):
     return (np.asarray(jnp.asarray(x).astype(dtype)),)
 
 
+def groups(size):
+    """Half of the groups, and more where K experts need them."""
+    count = max(n for n in (8, 4, 3, 2, 1) if size.E % n == 0)
+    return {"num_groups": count, "group_top_k": max(-(-count // 2), -(-size.K * count // size.E))}
+
+
+def router(name, settings, biased=False):
+    """A row for route_topk, with logits and a bias which leave one choice."""
+
+    def args(r, size, dtype):
+        while True:
+            (x,) = logits(r, size, dtype)
+            bias = (0.3 * r.normal(size=size.E).astype(np.float32),) if biased else ()
+            try:
+                oracle.route_topk(x, *bias, top_k=size.K, **settings(size))
+            except oracle.Undecided:
+                continue
+            return x, *bias
+
+    def call(x, *bias, size, implementation):
+        given = {"bias": bias[0]} if bias else {}
+        return ferrum_jax.route_topk(x, size.K, **given, **settings(size), implementation=implementation)
+
+    return Op(name, call, lambda *args, size: oracle.route_topk(*args, top_k=size.K, **settings(size)), args, (0,))
+
+
 def expert_ids(r, size, dtype=None):
     """Distinct experts, but for some pairs without one; the first token crowds one expert."""
     ids = np.argsort(r.random((size.T, size.E)), axis=1)[:, : size.K].astype(np.int32)
@@ -165,6 +191,8 @@ OPS = (
         logits,
         (0,),
     ),
+    router("route_topk-groups", lambda size: {"scoring": "sigmoid", "scale": 2.5, **groups(size)}, biased=True),
+    router("route_topk-max", lambda size: {"group_score": "max", "zero_sum": "eps", **groups(size)}),
     Op(
         "moe_build_pairs_by_token",
         lambda ids, size, implementation: ferrum_jax.moe_build_pairs_by_token(

@@ -37,7 +37,8 @@ def test_jit_equals_eager(op, implementation):
 @pytest.mark.parametrize("op", OPS, ids=str)
 def test_one_equation(op):
     jaxpr = jax.make_jaxpr(lambda *a: op.results(*a, size=SMALL))(*op.args(rng(op), SMALL, "float32"))
-    assert [e.primitive.name for e in jaxpr.eqns] == [PRIMITIVES[op.name.split("-")[0]]]
+    names = [e.primitive.name for e in jaxpr.eqns if e.primitive.name != "broadcast_in_dim"]  # of a bias, to its rank
+    assert names == [PRIMITIVES[op.name.split("-")[0]]]
 
 
 @pytest.mark.parametrize("op", OPS, ids=str)

@@ -125,6 +125,12 @@ def route(
     BY_LOGIT: tl.constexpr = BIAS_TOKENS == 0 and GROUPS == 1
     logit_key = rank(x)
     key = logit_key
+    if SCORING == "softmax":  # what is asked of all logits is asked before the loop, which then holds nothing but ranks
+        broken = tl.max(tl.where((x == x) & (x < float("inf")), 0, 1), 1)[:, None] > 0
+        if not NORM or ZERO_SUM == "eps":
+            top = tl.max(tl.where(x == x, x, float("-inf")), 1)[:, None]
+            top = tl.where(top == float("-inf"), 0.0, top)
+            everything = tl.sum(tl.exp(x - top), 1)[:, None]
     if not BY_LOGIT:
         value = score(x, SCORING)
         if BIAS_TOKENS > 0:
@@ -149,20 +155,19 @@ def route(
     base = tl.zeros([ROWS, 1], tl.float32)
     if NORM:
         base = tl.max(power, 1)[:, None]
+        base = tl.where(base == float("-inf"), 0.0, base)
     elif SCORING == "softmax":
-        base = tl.max(tl.where(x == x, x, float("-inf")), 1)[:, None]
-    base = tl.where(base == float("-inf"), 0.0, base)
+        base = top
     weight = tl.where(column < K, factor(chosen, SCORING) * tl.exp(power - base), 0.0)
     if NORM or SCORING == "softmax":
-        total = tl.sum(weight, 1)[:, None] if NORM else tl.sum(tl.exp(x - base), 1)[:, None]
+        total = tl.sum(weight, 1)[:, None] if NORM else everything
         if NORM and ZERO_SUM == "eps" and SCORING == "softmax":
-            total += tl.sum(tl.exp(x - base + _LOG_EPS), 1)[:, None]
+            total += tl.exp(top - base + _LOG_EPS) * everything
         elif NORM and ZERO_SUM == "eps" and SCORING != "topk_softmax":
             total += tl.exp(_LOG_EPS - base)
         otherwise: tl.constexpr = 1.0 / K if NORM and ZERO_SUM == "uniform" else 0.0
         weight = tl.where(total == 0.0, otherwise, weight / tl.where(total == 0.0, 1.0, total))
     if SCORING == "softmax":
-        broken = tl.max(tl.where((x == x) & (x < float("inf")), 0, 1), 1)[:, None] > 0
         weight = tl.where(broken, float("nan"), weight)
     kept = (row < tokens) & (column < K)
     tl.store(ids + row * K + column, chosen_id, mask=kept)
