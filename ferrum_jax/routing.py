@@ -94,7 +94,7 @@ def route_topk(
     >>> logits = jnp.array([[0.0, 2.0, 1.0, -1.0]])
     >>> ids, weights = route_topk(logits, 2, scoring="sigmoid", bias=jnp.array([0.9, 0, 0, 0]), scale=2.5)
     >>> ids.tolist(), [round(w, 4) for w in weights[0].tolist()]
-    ([[0, 1]], [0.9052, 1.5948])
+    ([[0, 1]], [0.9053, 1.5947])
     """
     op = "route_topk"
     (logits,) = canonical(op, parse("logits: rows[E] -> "), (logits,))
@@ -210,7 +210,7 @@ def _weighing(op: str, scoring: str, norm_topk_prob: bool, scale: Any, zero_sum:
         raise TypeError(
             f"{op}: scale must be a Python number, known when the function is traced; got {type(scale).__name__}"
         )
-    if not abs(scale) <= float(jnp.finfo(jnp.float32).max):
+    if not abs(float(scale)) <= float(jnp.finfo(jnp.float32).max):
         raise ValueError(f"{op}: scale must be finite in float32; got {scale}")
     norm = bool(norm_topk_prob) or scoring == "topk_softmax"
     return {"scoring": scoring, "norm_topk_prob": norm, "scale": float(scale), "zero_sum": zero_sum}
@@ -349,17 +349,17 @@ def _tangent(
     elif scoring == "sqrt_softplus":
         bounded = jnp.maximum(chosen, -40)  # where it is 1/2, to the last bit
         change *= jax.nn.sigmoid(bounded) / (2 * jax.nn.softplus(bounded))
-    constant, mean = ~live, jnp.zeros_like(change)
+    constant, mean, outside = ~live, jnp.zeros_like(change), jnp.ones((), x.dtype)
     if norm_topk_prob:
         shares = weights / scale
         mean = jnp.sum(shares * change, axis=-1, keepdims=True)
+        outside = 1 - jnp.sum(shares, axis=-1, keepdims=True)  # what the 1e-20 of "eps" has of the sum
         summed_to_zero = jnp.all(~live | (chosen == -jnp.inf), axis=-1, keepdims=True)
         constant |= summed_to_zero & ~jnp.isnan(weights)
     if scoring == "softmax" and (not norm_topk_prob or zero_sum == "eps"):
         masked = jnp.all(x == -jnp.inf, axis=-1, keepdims=True)
         every = jnp.sum(jax.nn.softmax(jnp.where(masked, 0, x), axis=-1) * dx, axis=-1, keepdims=True)
-        # With 1e-20 in it the sum to divide by is not only of what changes with the softmax's own sum.
-        mean += (1 - jnp.sum(shares, axis=-1, keepdims=True)) * every if norm_topk_prob else every
+        mean += outside * every
     return jnp.where(constant, 0, weights * (change - mean))
 
 
@@ -390,7 +390,15 @@ def _jvp(
     implementation: str | None,
     **weighing: Any,
 ) -> tuple[None, jax.Array | None]:
-    return None, _tangent(primals[0], *results, tangents[0], **weighing)
+    ids, weights = results
+    return None, _tangent(primals[0], ids, weights, tangents[0], **weighing)
+
+
+def _weigh_jvp(
+    primals: Any, results: Any, tangents: Any, *, implementation: str | None, **weighing: Any
+) -> tuple[jax.Array | None]:
+    (logits, ids), (weights,) = primals, results
+    return (_tangent(logits, ids, weights, tangents[0], **weighing),)
 
 
 _route = define(
@@ -404,9 +412,7 @@ _weighed = define(
     "route_weigh",
     "logits: rows[E], forced_ids: ids[K] -> weights[K]",
     _weigh,
-    jvp=lambda primals, results, tangents, implementation, **weighing: [
-        _tangent(*primals, *results, tangents[0], **weighing)
-    ],
+    jvp=_weigh_jvp,
 )
 
 

@@ -21,10 +21,8 @@ from ferrum_jax import route_topk
 from ferrum_jax.routing import GROUP_SCORES, SCORINGS, ZERO_SUMS
 
 GROUPS = ({}, *({"num_groups": 5, "group_top_k": 3, "group_score": score} for score in GROUP_SCORES))
-MENU = [
-    {"norm_topk_prob": norm, "zero_sum": zero_sum, "scale": 2.5, **groups}
-    for norm, zero_sum, groups in itertools.product((True, False), ZERO_SUMS, GROUPS)
-]
+DIVISIONS = [*({"norm_topk_prob": True, "zero_sum": rule} for rule in ZERO_SUMS), {"norm_topk_prob": False}]
+MENU = [{"scale": 2.5, **division, **groups} for division, groups in itertools.product(DIVISIONS, GROUPS)]
 HOSTILE = [-np.inf, np.inf, np.nan, -np.nan, 0.0, -0.0, 1e-40, -1e-45, 3e38, -3e38, -90.0, -200.0, 90.0]
 
 
@@ -232,24 +230,29 @@ def test_replay(chosen):
     """Values and gradients of the ids that a routing chose are that routing's; a stranger's are 0."""
     r = rng("replay", chosen)
     x, bias, g = jnp.asarray(rows(r, 12)), biases(r, 12)[0], r.normal(size=(10, 4)).astype(np.float32)
-    first, back = jax.vjp(lambda x: route_topk(x, 4, bias=bias, num_groups=4, group_top_k=3, **chosen)[1], x)
-    ids = route_topk(x, 4, bias=bias, num_groups=4, group_top_k=3, **chosen)[0]
-    again, back_again = jax.vjp(lambda x: route_topk(x, 4, forced_ids=ids, **chosen)[1], x)
-    np.testing.assert_array_equal(again, first)
-    np.testing.assert_array_equal(back_again(g)[0], back(g)[0])
-
-    strange = np.array(ids, np.int64)
-    strange[:, 1] = np.resize([-1, 12, 2**32 + 1], 10)
-    got, back = jax.vjp(lambda x: route_topk(x, 4, forced_ids=strange, **chosen)[1], x)
-    kept = np.where(np.arange(4) == 1, -1, ids)
-    np.testing.assert_array_equal(route_topk(x, 4, forced_ids=strange, **chosen)[0], kept)
-    defaults = {"norm_topk_prob": True, "scale": 1.0, "zero_sum": "uniform"}
-    finite = [0, 1, 2, 3, 4, 5, 6]
-    for t in finite:
-        want = oracle.topk_weights(np.asarray(x)[t], kept[t], **{**defaults, **chosen})
-        oracle.assert_close(got[t], want, np.abs(want), np.float32)
     alone = np.where(np.arange(4) == 1, g, 0).astype(np.float32)
-    np.testing.assert_array_equal(back(alone)[0][jnp.array(finite)], np.zeros((7, 12)))
+
+    @jax.jit
+    def run(x, g, alone):
+        route = functools.partial(route_topk, top_k=4, **chosen)
+        routed = functools.partial(route, bias=bias, num_groups=4, group_top_k=3)
+        ids = routed(x).expert_ids
+        first, back = jax.vjp(lambda x: routed(x).expert_weights, x)
+        again, back_again = jax.vjp(lambda x: route(x, forced_ids=ids).expert_weights, x)
+        strange = jnp.where(jnp.arange(4) == 1, jnp.arange(10)[:, None] % 2 * 13 - 1, ids)
+        kept = route(x, forced_ids=strange).expert_ids
+        got, back_strange = jax.vjp(lambda x: route(x, forced_ids=strange).expert_weights, x)
+        return ids, (first, back(g)), (again, back_again(g)), kept, got, back_strange(alone)[0]
+
+    ids, first, again, kept, got, gradient = run(x, g, alone)
+    for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(first), strict=True):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(kept, np.where(np.arange(4) == 1, -1, ids))
+    defaults = {"norm_topk_prob": True, "scale": 1.0, "zero_sum": "uniform"}
+    for t in range(7):  # those of finite logits
+        want = oracle.topk_weights(np.asarray(x)[t], np.asarray(kept)[t], **{**defaults, **chosen})
+        oracle.assert_close(got[t], want, np.abs(want), np.float32)
+    np.testing.assert_array_equal(gradient[:7], np.zeros((7, 12)))
 
 
 def test_replay_has_no_kernel_and_says_so():
@@ -258,7 +261,7 @@ def test_replay_has_no_kernel_and_says_so():
         route_topk(x, 1, forced_ids=np.zeros((2, 1), np.int32), implementation="triton")
 
 
-@pytest.mark.parametrize(("scoring", "replay"), zip(SCORINGS, [False, True, True, False], strict=True))
+@pytest.mark.parametrize(("scoring", "replay"), [*zip(SCORINGS, [False, True, True, False], strict=True)])
 def test_token_mask(scoring, replay):
     x = jnp.asarray(rows(rng("mask"), 8))
     mask = np.arange(10) % 7 < 2
@@ -268,9 +271,9 @@ def test_token_mask(scoring, replay):
     for a, b, none in zip(got, want, (-1, 0), strict=True):
         np.testing.assert_array_equal(a, np.where(mask[:, None], b, none))
     loss = lambda x, **given: jnp.sum(route(x, **given).expert_weights ** 2 * jnp.arange(1.0, 4)[None])  # noqa: E731
-    gradient = jax.grad(loss)(x, token_mask=mask)
-    np.testing.assert_array_equal(gradient[~mask], np.zeros((6, 8)))
-    np.testing.assert_array_equal(gradient[mask], jax.grad(loss)(x)[mask])
+    gradient = jax.jit(jax.grad(loss))
+    np.testing.assert_array_equal(gradient(x, token_mask=mask)[~mask], np.zeros((6, 8)))
+    np.testing.assert_array_equal(gradient(x, token_mask=mask)[mask], gradient(x)[mask])
 
 
 def test_expert_map():
@@ -298,7 +301,7 @@ def test_expert_map_and_mask_in_an_explicit_mesh():
 # ---- derivatives
 
 
-@pytest.mark.parametrize("chosen", [SETTINGS[i] for i in (1, 2, 4, 5)], ids=str)  # cases.py has the others
+@pytest.mark.parametrize("chosen", [SETTINGS[i] for i in (2, 4, 5)], ids=str)  # cases.py has the others
 def test_derivatives_to_second_order(chosen, implementation):
     x = jnp.asarray(np.argsort(rng("order").random((3, 6)), axis=1) * 0.7 - 2, jnp.float32)
     bias, groups = np.array([1.0, 0, 5, 4, 2, 3]), {"num_groups": 3, "group_top_k": 2}
@@ -327,12 +330,17 @@ def test_gradients_equal_those_of_plain_jnp(chosen):
     x[4] = np.where(np.arange(9) < 3, -46.0, 1.0)  # the chosen ones as small as 1e-20, where "eps" counts
     ids = np.array(list(itertools.islice(itertools.permutations(range(3)), 6)), np.int32)
     g = r.normal(size=ids.shape).astype(np.float32)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def both(f, x, g):
+        out, back = jax.vjp(f, x)
+        return out, back(g)[0]
+
+    got, gradient = both(lambda x: route_topk(x, 3, forced_ids=ids, **chosen).expert_weights, x, g)
     with jax.enable_x64(True):
-        want, back = jax.vjp(lambda x: plain(x, ids, **chosen), jnp.asarray(x, jnp.float64))
-        (want_gradient,) = back(jnp.asarray(g, jnp.float64))
-    got, back = jax.vjp(lambda x: route_topk(x, 3, forced_ids=ids, **chosen).expert_weights, jnp.asarray(x))
+        want, exact = both(lambda x: plain(x, ids, **chosen), x.astype(np.float64), g.astype(np.float64))
     np.testing.assert_allclose(got, want, rtol=1e-5)
-    np.testing.assert_allclose(back(g)[0], want_gradient, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(gradient, exact, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(("scoring", "zero_sum"), [*((s, "uniform") for s in SCORINGS), ("softmax", "eps")])
@@ -370,7 +378,7 @@ def test_a_bias_of_some_leading_axes(name):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("chosen", SETTINGS, ids=str)
+@pytest.mark.parametrize("chosen", SETTINGS[::2], ids=str)
 def test_x64_changes_nothing(chosen):
     x = rows(rng("x64"), 9)
     given = {"bias": np.arange(9.0) / 7, "num_groups": 3, "group_top_k": 2, **chosen}
