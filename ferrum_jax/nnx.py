@@ -99,9 +99,9 @@ class MoE(nnx.Module):
 
     >>> from flax import nnx
     >>> from ferrum_jax import presets
-    >>> moe = MoE(16, 8, presets.deepseek_v3, num_experts=32, rngs=nnx.Rngs(0))
-    >>> moe.w_gate_up.shape, moe.shared_w_down.shape, moe(jnp.ones((2, 5, 16))).shape
-    ((32, 16, 16), (8, 16), (2, 5, 16))
+    >>> moe = MoE(16, 4, presets.mixtral, num_experts=6, rngs=nnx.Rngs(0))
+    >>> moe.router.shape, moe.w_gate_up.shape, nnx.jit(lambda moe, x: moe(x))(moe, jnp.ones((2, 5, 16))).shape
+    ((16, 6), (6, 16, 8), (2, 5, 16))
     """
 
     router: Any
