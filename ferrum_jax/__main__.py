@@ -88,6 +88,7 @@ def _calls(layer: Layer) -> dict[str, tuple[Any, ...]]:
     ids, index = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((t, k), (t * k,)))
     logits, weights = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((t, e), (t, k)))
     return {
+        "route_topk": (logits, k),
         "route_topk_softmax": (logits, k),
         "moe_build_pairs_by_token": (ids, e),
         "moe_align_block_size": (ids, e, block),
