@@ -85,7 +85,8 @@ class MoE(nnx.Module):
         one: an expert's fan-in is its own. Default: `lecun_normal`, variance 1 / fan-in. Biases start at 0.
       partition: mesh axes (or flax's logical axis names) by the parameters' axes "E", "H" and "F", such as
         {"E": "expert"}; the router's matrix and biases stay whole along E. As metadata `out_sharding` of the
-        parameters: in a mesh (`jax.set_mesh`) they are made sharded.
+        parameters: in a mesh (`jax.set_mesh`) they are made sharded. This spreads memory, not work: a device gathers
+        the matrices that its tokens' products take.
       normalization: of the loss that is sown, as in `load_balancing_loss`. For "deepseek" x is [..., T, H], leading
         axes are sequences, and the experts counted are those chosen without the score bias.
       flow, block_size, implementation: as in `moe_mlp`.
