@@ -24,7 +24,7 @@ except ImportError as error:
 from ._signature import ROW_DTYPES, as_int
 from .checkpoint import MoEParams
 from .layer import ACTIVATIONS, moe_mlp
-from .losses import expert_counts, load_balancing_loss, router_z_loss, update_routing_bias
+from .losses import NORMALIZATIONS, expert_counts, load_balancing_loss, router_z_loss, update_routing_bias
 from .presets import Preset
 from .routing import RouterOutput, route_topk
 
@@ -63,6 +63,8 @@ _AXES = {
     "shared_gate": ("H", "1"),
 }
 _PARTITIONED = ("E", "H", "F")
+_ROUTER = ("router", "router_bias", "score_bias")  # whole on every device: the choice is among all experts
+_BIASES = ("router_bias", "score_bias", "b_gate_up", "b_down")
 
 
 class MoE(nnx.Module):
@@ -87,8 +89,9 @@ class MoE(nnx.Module):
         {"E": "expert"}; the router's matrix and biases stay whole along E. As metadata `out_sharding` of the
         parameters: in a mesh (`jax.set_mesh`) they are made sharded. This spreads memory, not work: a device gathers
         the matrices that its tokens' products take.
-      normalization: of the loss that is sown, as in `load_balancing_loss`. For "deepseek" x is [..., T, H], leading
-        axes are sequences, and the experts counted are those chosen without the score bias.
+      normalization: of the loss that is sown, as in `load_balancing_loss`, which takes scores by sigmoid where the
+        layer's `scoring` is that, else by softmax. For "deepseek" x is [..., T, H], leading axes are sequences, and the
+        experts counted are those chosen without the score bias.
       flow, block_size, implementation: as in `moe_mlp`.
       rngs: its stream `params` makes the parameters.
       **settings: fields of `Preset`: num_experts, top_k, scoring, norm_topk_prob, activation, shared_experts,
@@ -96,7 +99,8 @@ class MoE(nnx.Module):
 
     Raises:
       TypeError: an unknown setting, one that is missing, or a dtype that is none of the three.
-      ValueError: a size < 1, an unknown axis in `partition`, a shared gate without shared experts.
+      ValueError: a size < 1, an unknown axis in `partition`, an unknown `normalization`, a shared gate without shared
+        experts.
 
     >>> from flax import nnx
     >>> from ferrum_jax import presets
@@ -150,6 +154,8 @@ class MoE(nnx.Module):
         size |= {"FF": 2 * size["F"], "SS": 2 * as_int("MoE", "shared_width", size["S"], least=0)}
         if chosen.shared_gate and not size["S"]:
             raise ValueError("MoE: shared_gate needs shared_experts or shared_width >= 1; got 0")
+        if normalization not in NORMALIZATIONS:
+            raise ValueError(f"MoE: normalization must be one of {NORMALIZATIONS}; got {normalization!r}")
         names = dict(partition or {})
         if unknown := names.keys() - set(_PARTITIONED):
             raise ValueError(f"MoE: partition must name axes of {_PARTITIONED}; got {', '.join(sorted(unknown))}")
@@ -167,20 +173,20 @@ class MoE(nnx.Module):
             if not present.get(name, True):
                 setattr(self, name, nnx.data(None))
                 continue
-            router = name in ("router", "router_bias")
-            kind = ScoreBias if name == "score_bias" else nnx.Param
-            of = jnp.float32 if name == "score_bias" else router_dtype if router else param_dtype
             shape = tuple(size[axis] for axis in axes)
-            if "bias" in name or name.startswith("b_"):
+            of = jnp.float32 if name == "score_bias" else router_dtype if name in _ROUTER else param_dtype
+            if name in _BIASES:
                 value = jnp.zeros(shape, of)
             else:
-                value = _matrices(router_init if router else kernel_init, rngs.params(), shape, of)
-            whole = router or name == "score_bias"  # the choice is among all experts, on every device
-            spec = tuple(None if whole and axis == "E" else names.get(axis[0].replace("S", "F")) for axis in axes)
-            setattr(self, name, kind(value, **({"out_sharding": spec} if any(spec) else {})))
+                value = _matrices(router_init if name in _ROUTER else kernel_init, rngs.params(), shape, of)
+            spec = [None if axis == "E" and name in _ROUTER else names.get(axis[0].replace("S", "F")) for axis in axes]
+            kind = ScoreBias if name == "score_bias" else nnx.Param
+            setattr(self, name, kind(value, **({"out_sharding": tuple(spec)} if any(spec) else {})))
 
     def __call__(self, x: jax.Array, *, token_mask: jax.Array | None = None) -> jax.Array:
         """The layer: each token through its experts, and through the shared MLP if there is one.
+
+        Inside `nnx.capture` it sows `LoadBalancingLoss`, `RouterZLoss` and `ExpertCounts`, those that are captured.
 
         Args:
           x: [..., H] float16, bfloat16 or float32; all axes but the last are tokens.

@@ -19,8 +19,6 @@ import ferrum_jax
 from ferrum_jax import checkpoint, presets
 from ferrum_jax.nnx import ExpertCounts, LoadBalancingLoss, MoE, RouterZLoss, ScoreBias
 
-pytestmark = pytest.mark.tables
-
 T, H, F, E = 6, 8, 3, 8
 SMALL = {  # every kind of setting that the presets have, at a small size
     "mixtral": presets.mixtral,
@@ -379,6 +377,7 @@ ERRORS = {
     "a width": (lambda: MoE(H, 0, presets.mixtral, rngs=nnx.Rngs(0)), ValueError, "expert_width.*0"),
     "a dtype": (lambda: make(param_dtype=jnp.int32), TypeError, "param_dtype.*int32"),
     "a partition": (lambda: make(partition={"experts": "d"}), ValueError, "partition.*'E'.*experts"),
+    "a normalization": (lambda: make(normalization="hf"), ValueError, "normalization.*'switch'.*'hf'"),
     "a gate of nothing": (lambda: make(shared_gate=True), ValueError, "shared_experts"),
     "x's width": (lambda: make()(tokens(T, 5)), ValueError, r"H = 8.*\(6, 5\)"),
     "x's dtype": (lambda: make()(jnp.ones((T, H), int)), TypeError, "x must be.*int32"),
