@@ -21,7 +21,7 @@ def test_import_is_light_and_starts_no_backend():
     # jax.extend itself brings the definitions of jax._src.pallas; what compiles kernels is jax.experimental.pallas.
     loaded = run(
         "import sys, ferrum_jax\n"
-        "kernels = ('triton', 'jax_triton', 'torch', 'jax.experimental.pallas', 'matplotlib', 'safetensors')\n"
+        "kernels = ('triton', 'jax_triton', 'torch', 'jax.experimental.pallas', 'matplotlib', 'flax', 'safetensors')\n"
         "import jax._src.xla_bridge as bridge\n"
         "print([m for m in kernels if m in sys.modules], bridge.backends_are_initialized())"
     )

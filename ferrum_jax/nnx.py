@@ -1,0 +1,388 @@
+"""The layer as a Flax NNX module, with its router and its parameters: pip install 'ferrum_jax[nnx]'.
+
+    moe = MoE(64, 128, num_experts=8, top_k=2, rngs=nnx.Rngs(0))
+    y = moe(x)                                                # [..., 64] to [..., 64]
+    y, balance = nnx.capture(moe, LoadBalancingLoss)(x)       # and what the layer sows, where it is asked for
+
+A layer sows its losses and counts in types of their own, as `nnx.capture` takes them: unweighted, and only inside
+`nnx.capture`, from whatever depth of a model, out of `nnx.scan`, `nnx.remat` and `nnx.jit`; elsewhere they cost
+nothing. `optax.tree.sum(balance)` adds them over the layers.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+
+try:
+    from flax import nnx
+except ImportError as error:
+    raise ImportError("ferrum_jax.nnx needs flax: pip install 'ferrum_jax[nnx]'") from error
+
+from ._signature import ROW_DTYPES, as_int
+from .checkpoint import MoEParams
+from .layer import ACTIVATIONS, moe_mlp
+from .losses import NORMALIZATIONS, expert_counts, load_balancing_loss, router_z_loss, update_routing_bias
+from .presets import Preset
+from .routing import RouterOutput, route_topk
+
+Initializer = Callable[..., jax.Array]
+_BY_FAN_IN = jax.nn.initializers.lecun_normal()
+
+
+class ScoreBias(nnx.Variable):
+    """A bias that decides which experts are chosen, and nothing else: no parameter, so that no gradient trains it."""
+
+
+class LoadBalancingLoss(nnx.Intermediate):
+    """What `MoE` sows as `load_balancing_loss`: that function of its logits and choices, a float32 scalar."""
+
+
+class RouterZLoss(nnx.Intermediate):
+    """What `MoE` sows as `router_z_loss`: that function of its logits, a float32 scalar."""
+
+
+class ExpertCounts(nnx.Intermediate):
+    """What `MoE` sows as `expert_counts`: the pairs of each expert in this call, [E] int32."""
+
+
+# The axes of each parameter, those of MoEParams. H: hidden width, E: experts, F: an expert's width, S: the shared
+# experts'; FF and SS are gate, then up.
+_AXES = {
+    "router": ("H", "E"),
+    "w_gate_up": ("E", "H", "FF"),
+    "w_down": ("E", "F", "H"),
+    "router_bias": ("E",),
+    "score_bias": ("E",),
+    "b_gate_up": ("E", "FF"),
+    "b_down": ("E", "H"),
+    "shared_w_gate_up": ("H", "SS"),
+    "shared_w_down": ("S", "H"),
+    "shared_gate": ("H", "1"),
+}
+_PARTITIONED = ("E", "H", "F")
+_ROUTER = ("router", "router_bias", "score_bias")  # whole on every device: the choice is among all experts
+_BIASES = ("router_bias", "score_bias", "b_gate_up", "b_down")
+
+
+class MoE(nnx.Module):
+    """A Mixture-of-Experts layer: a router, `num_experts` gated MLPs, and perhaps an MLP that serves every token.
+
+    What the layer does is a `Preset`: one of `ferrum_jax.presets`, or settings by name, or both, of which the settings
+    win. Its parameters, those that the preset has, are attributes under the names and shapes of
+    `ferrum_jax.checkpoint.MoEParams`; `score_bias` is a `ScoreBias`, the others are `nnx.Param`s.
+
+    Args:
+      hidden_width: H, entries of a token.
+      expert_width: F, hidden entries of an expert.
+      preset: settings; default: none, and `num_experts` and `top_k` must be given.
+      shared_width: hidden entries of the shared MLP; default: the preset's `shared_experts` times F.
+      dtype: of the experts' products and the result, float16, bfloat16 or float32; default: that of x and the
+        parameters, or float32 where these differ.
+      param_dtype: of the parameters, but for the router's and the score bias, which is float32.
+      router_dtype: of the router's parameters, and of x in the router's product; its sums and the logits are float32.
+      kernel_init, router_init: initialisers of matrices, such as `jax.nn.initializers`. Experts are initialised one by
+        one: an expert's fan-in is its own. Default: `lecun_normal`, variance 1 / fan-in. Biases start at 0.
+      partition: mesh axes (or flax's logical axis names) by the parameters' axes "E", "H" and "F", such as
+        {"E": "expert"}; the router's matrix and biases stay whole along E. As metadata `out_sharding` of the
+        parameters: in a mesh (`jax.set_mesh`) they are made sharded. This spreads memory, not work: a device gathers
+        the matrices that its tokens' products take.
+      normalization: of the loss that is sown, as in `load_balancing_loss`, which takes scores by sigmoid where the
+        layer's `scoring` is that, else by softmax. For "deepseek" x is [..., T, H], leading axes are sequences, and the
+        experts counted are those chosen without the score bias.
+      flow, block_size, implementation: as in `moe_mlp`.
+      rngs: its stream `params` makes the parameters.
+      **settings: fields of `Preset`: num_experts, top_k, scoring, norm_topk_prob, activation, shared_experts,
+        router_bias, expert_bias, score_bias and the others.
+
+    Raises:
+      TypeError: an unknown setting, one that is missing, or a dtype that is none of the three.
+      ValueError: a size < 1, an unknown axis in `partition`, an unknown `normalization`, a shared gate without shared
+        experts.
+
+    >>> from flax import nnx
+    >>> from ferrum_jax import presets
+    >>> moe = MoE(16, 4, presets.mixtral, num_experts=6, rngs=nnx.Rngs(0))
+    >>> moe.router.shape, moe.w_gate_up.shape, nnx.jit(lambda moe, x: moe(x))(moe, jnp.ones((2, 5, 16))).shape
+    ((16, 6), (6, 16, 8), (2, 5, 16))
+    """
+
+    router: Any
+    w_gate_up: Any
+    w_down: Any
+    router_bias: Any
+    score_bias: Any
+    b_gate_up: Any
+    b_down: Any
+    shared_w_gate_up: Any
+    shared_w_down: Any
+    shared_gate: Any
+
+    def __init__(
+        self,
+        hidden_width: int,
+        expert_width: int,
+        preset: Preset | None = None,
+        *,
+        shared_width: int | None = None,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        router_dtype: Any = jnp.float32,
+        kernel_init: Initializer = _BY_FAN_IN,
+        router_init: Initializer = _BY_FAN_IN,
+        partition: Mapping[str, Any] | None = None,
+        normalization: str = "huggingface",
+        flow: str | None = None,
+        block_size: int | None = None,
+        implementation: str | None = None,
+        rngs: nnx.Rngs,
+        **settings: Any,
+    ):
+        self.preset = chosen = _preset(preset, settings)
+        self.dtype = None if dtype is None else _dtype("dtype", dtype)
+        self.normalization = normalization
+        self.flow, self.block_size, self.implementation = flow, block_size, implementation
+        size = {
+            "1": 1,
+            "H": as_int("MoE", "hidden_width", hidden_width),
+            "E": as_int("MoE", "num_experts", chosen.num_experts),
+            "F": as_int("MoE", "expert_width", expert_width),
+            "S": chosen.shared_experts * expert_width if shared_width is None else shared_width,
+        }
+        size |= {"FF": 2 * size["F"], "SS": 2 * as_int("MoE", "shared_width", size["S"], least=0)}
+        if chosen.shared_gate and not size["S"]:
+            raise ValueError("MoE: shared_gate needs shared_experts or shared_width >= 1; got 0")
+        if normalization not in NORMALIZATIONS:
+            raise ValueError(f"MoE: normalization must be one of {NORMALIZATIONS}; got {normalization!r}")
+        names = dict(partition or {})
+        if unknown := names.keys() - set(_PARTITIONED):
+            raise ValueError(f"MoE: partition must name axes of {_PARTITIONED}; got {', '.join(sorted(unknown))}")
+        param_dtype, router_dtype = _dtype("param_dtype", param_dtype), _dtype("router_dtype", router_dtype)
+        present = {
+            "router_bias": chosen.router_bias,
+            "score_bias": chosen.score_bias,
+            "b_gate_up": chosen.expert_bias,
+            "b_down": chosen.expert_bias,
+            "shared_w_gate_up": size["S"] > 0,
+            "shared_w_down": size["S"] > 0,
+            "shared_gate": chosen.shared_gate,
+        }
+        for name, axes in _AXES.items():
+            if not present.get(name, True):
+                setattr(self, name, nnx.data(None))
+                continue
+            shape = tuple(size[axis] for axis in axes)
+            of = jnp.float32 if name == "score_bias" else router_dtype if name in _ROUTER else param_dtype
+            if name in _BIASES:
+                value = jnp.zeros(shape, of)
+            else:
+                value = _matrices(router_init if name in _ROUTER else kernel_init, rngs.params(), shape, of)
+            spec = [None if axis == "E" and name in _ROUTER else names.get(axis[0].replace("S", "F")) for axis in axes]
+            kind = ScoreBias if name == "score_bias" else nnx.Param
+            setattr(self, name, kind(value, **({"out_sharding": tuple(spec)} if any(spec) else {})))
+
+    def __call__(self, x: jax.Array, *, token_mask: jax.Array | None = None) -> jax.Array:
+        """The layer: each token through its experts, and through the shared MLP if there is one.
+
+        Inside `nnx.capture` it sows `LoadBalancingLoss`, `RouterZLoss` and `ExpertCounts`, those that are captured.
+
+        Args:
+          x: [..., H] float16, bfloat16 or float32; all axes but the last are tokens.
+          token_mask: [...] bool; where it is False, the token has no experts and counts in no loss.
+
+        Returns:
+          [..., H] in the layer's dtype.
+
+        Raises:
+          TypeError: an argument of another dtype.
+          ValueError: shapes that do not fit.
+        """
+        if jnp.ndim(x) == 1:
+            return self(x[None], token_mask=None if token_mask is None else token_mask[None])[0]
+        logits = self.logits(x)
+        routed = self.route(logits, token_mask=token_mask)
+        # Elsewhere flax's sow is deprecated: it would grow the module by an entry at each call.
+        if hasattr(self, "__captures__"):
+            self._sow(logits, routed.expert_ids, token_mask)
+        # Of two different ones of the three dtypes, float32 is what they promote to.
+        x = x.astype(self.dtype or (x.dtype if x.dtype == self.w_gate_up.dtype else jnp.float32))
+        out = self._routed(x, routed)
+        return (out if self.shared_w_down is None else _f32(out) + self._shared(x)).astype(x.dtype)
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """The router's product with the tokens x[..., H]: [..., E] float32."""
+        width = self.router.shape[0]
+        if jnp.dtype(x.dtype).name not in ROW_DTYPES:
+            raise TypeError(f"MoE: x must be float16, bfloat16 or float32; got {x.dtype}")
+        if x.ndim < 1 or x.shape[-1] != width:
+            raise ValueError(f"MoE: x must be [..., H] with H = {width}, the layer's hidden width; got shape {x.shape}")
+        logits = _product(x.astype(self.router.dtype), self.router[...], "highest")
+        return logits if self.router_bias is None else _plus(logits, self.router_bias[...])
+
+    def route(self, logits: jax.Array, *, token_mask: jax.Array | None = None) -> RouterOutput:
+        """The experts of tokens with these logits[..., E], and their weights, by the layer's settings."""
+        return self._route(logits, None if self.score_bias is None else self.score_bias[...], token_mask)
+
+    def update_score_bias(self, counts: jax.Array, rate: jax.Array | float = 0.001) -> None:
+        """Balance by bias: `update_routing_bias` of the layer's score bias, once per training step.
+
+        Args:
+          counts: [E] integers: `ExpertCounts` of the step, added over all calls and devices. For layers stacked by
+            `nnx.vmap`, [layers, E].
+          rate: a scalar.
+
+        Raises:
+          ValueError: the layer has no score bias; shapes that do not fit.
+        """
+        if self.score_bias is None:
+            raise ValueError("MoE: update_score_bias needs a layer with score_bias=True")
+        self.score_bias[...] = update_routing_bias(self.score_bias[...], counts, rate)
+
+    # ---- parameters made elsewhere
+
+    @classmethod
+    def from_params(cls, params: MoEParams, preset: Preset | None = None, **kwargs: Any) -> Self:
+        """A layer with these parameters, such as `checkpoint.load_moe` reads them. Random ones are never made.
+
+        Args:
+          params: arrays of NumPy or JAX. Sizes, and which parameters there are, come from here, whatever the preset
+            says; dtypes too, unless `kwargs` has others.
+          preset, **kwargs: as in `MoE`, without its widths and `rngs`.
+
+        Raises:
+          TypeError, ValueError: as `MoE` and `load`.
+        """
+        hidden_width, num_experts = params.router.shape
+        settings = {
+            "param_dtype": params.w_gate_up.dtype,
+            "router_dtype": params.router.dtype,
+            "shared_width": 0 if params.shared_w_down is None else params.shared_w_down.shape[0],
+            "num_experts": num_experts,
+            "router_bias": params.router_bias is not None,
+            "score_bias": params.score_bias is not None,
+            "expert_bias": params.b_down is not None,
+            "shared_gate": params.shared_gate is not None,
+            **kwargs,
+        }
+        expert_width = params.w_down.shape[1]
+        make = lambda: cls(hidden_width, expert_width, preset, rngs=nnx.Rngs(0), **settings)  # noqa: E731
+        module = nnx.as_abstract(nnx.eval_shape(make))
+        module.load(params)
+        return module
+
+    def load(self, params: MoEParams) -> None:
+        """Take these parameters, cast to the dtypes and put where the layer's own are, or where they belong.
+
+        Raises:
+          ValueError: a parameter that only one of the two has, or of another shape; all are named.
+        """
+        wrong = []
+        for name, value in params._asdict().items():
+            have = None if getattr(self, name) is None else getattr(self, name).shape
+            got = None if value is None else tuple(value.shape)
+            wrong += [] if have == got else [f"{name} must be {have}; got {got}"]
+        if wrong:
+            raise ValueError("MoE: params do not fit the layer: " + "; ".join(wrong))
+        for name, value in params._asdict().items():
+            if value is not None:
+                variable = getattr(self, name)
+                own = variable.get_value()
+                where = own.sharding
+                if isinstance(own, jax.ShapeDtypeStruct) and where is not None:
+                    where = where.spec  # its mesh is abstract: the one that is set has the devices
+                variable.set_value(jax.device_put(value.astype(own.dtype), where))
+
+    def params(self) -> MoEParams:
+        """The layer's parameters, for `checkpoint.to_layout` or `moe_mlp`."""
+        return MoEParams(**{name: None if (v := getattr(self, name)) is None else v.get_value() for name in _AXES})
+
+    # ---- parts
+
+    def _route(self, logits: jax.Array, bias: jax.Array | None, token_mask: jax.Array | None) -> RouterOutput:
+        return route_topk(logits, **self.preset, bias=bias, token_mask=token_mask, implementation=self.implementation)
+
+    def _routed(self, x: jax.Array, routed: RouterOutput) -> jax.Array:
+        matrices = (_cast(p, x.dtype) for p in (self.w_gate_up, self.w_down))
+        run = {
+            "b_gate_up": _cast(self.b_gate_up, x.dtype),
+            "b_down": _cast(self.b_down, x.dtype),
+            "activation": self.preset.activation,
+            "flow": self.flow,
+            "block_size": self.block_size,
+            "implementation": self.implementation,
+        }
+        if not self.preset.weight_on_input:
+            return moe_mlp(x, None, *matrices, router_output=routed, **run)
+        # Every pair is a token of its own, with one expert and weight 1.
+        ids, weights = routed
+        rows = (_f32(x)[..., None, :] * weights[..., None]).astype(x.dtype)
+        single = RouterOutput(ids[..., None], jnp.ones_like(weights)[..., None])
+        return jnp.sum(_f32(moe_mlp(rows, None, *matrices, router_output=single, **run)), axis=-2)
+
+    def _shared(self, x: jax.Array) -> jax.Array:
+        name: Any = self.preset.activation
+        act: Any = name if callable(name) else ACTIVATIONS[name]
+        gate, up = jnp.split(_product(x, _cast(self.shared_w_gate_up, x.dtype)), 2, axis=-1)
+        out = _product(act(gate, up).astype(x.dtype), _cast(self.shared_w_down, x.dtype))
+        if self.shared_gate is None:
+            return out
+        return out * jax.nn.sigmoid(_product(x, _cast(self.shared_gate, x.dtype)))
+
+    def _sow(self, logits: jax.Array, ids: jax.Array, token_mask: jax.Array | None) -> None:
+        num_experts = logits.shape[-1]
+        counts = expert_counts(ids, num_experts, token_mask=token_mask)
+        self.sow(ExpertCounts, "expert_counts", jnp.sum(counts, axis=range(counts.ndim - 1), dtype=jnp.int32))
+        self.sow(RouterZLoss, "router_z_loss", router_z_loss(logits, token_mask=token_mask))
+        if self.normalization == "deepseek" and self.score_bias is not None:
+            ids = self._route(logits, None, token_mask).expert_ids
+        balance = load_balancing_loss(
+            logits,
+            ids,
+            num_experts,
+            normalization=self.normalization,
+            scoring="sigmoid" if self.preset.scoring == "sigmoid" else "softmax",
+            token_mask=token_mask,
+        )
+        self.sow(LoadBalancingLoss, "load_balancing_loss", balance)
+
+
+def _preset(preset: Preset | None, settings: dict[str, Any]) -> Preset:
+    fields = {field.name for field in dataclasses.fields(Preset)}
+    if unknown := settings.keys() - fields:
+        raise TypeError(f"MoE: settings must be fields of Preset, {', '.join(sorted(fields))}; got {sorted(unknown)}")
+    if preset is not None:
+        return dataclasses.replace(preset, **settings)
+    if missing := {"num_experts", "top_k"} - settings.keys():
+        raise TypeError(f"MoE: {' and '.join(sorted(missing))} must be given, or a preset")
+    return Preset(**settings)
+
+
+def _dtype(name: str, dtype: Any) -> Any:
+    if jnp.dtype(dtype).name not in ROW_DTYPES:
+        raise TypeError(f"MoE: {name} must be float16, bfloat16 or float32; got {jnp.dtype(dtype)}")
+    return jnp.dtype(dtype)
+
+
+def _matrices(init: Initializer, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """A matrix, or one for each expert; by vmap, so that an initialiser's fans are those of one matrix."""
+    if len(shape) == 2:
+        return init(key, shape, dtype)
+    return jax.vmap(lambda key: init(key, shape[1:], dtype))(jax.random.split(key, shape[0]))
+
+
+def _cast(parameter: Any, dtype: Any) -> Any:
+    return None if parameter is None else parameter[...].astype(dtype)
+
+
+def _f32(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32)
+
+
+def _plus(logits: jax.Array, bias: jax.Array) -> jax.Array:
+    return logits + _f32(bias).reshape((1,) * (logits.ndim - 1) + bias.shape)
+
+
+def _product(x: jax.Array, matrix: jax.Array, precision: Any = None) -> jax.Array:
+    return jnp.matmul(x, matrix, precision=precision, preferred_element_type=jnp.float32)
