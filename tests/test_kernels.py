@@ -132,7 +132,7 @@ def test_ids_and_tables_equal_xla_bit_for_bit(seed):
 
 
 def test_three_launches_equal_one(monkeypatch):
-    """Of many pairs the counts come through memory: here with tiles of 32 pairs, so that there are many, ranked by 16."""
+    """Of many pairs the counts come through memory: here in tiles of 32 pairs, so that there are many, ranked by 16."""
     from ferrum_jax.kernels import triton
 
     tables = triton.interpreted("tables")

@@ -8,9 +8,9 @@ import triton.language as tl
 
 from . import launch
 
-# What was changed, what was expected of it, if anything was, and what came: microseconds of moe_plan's kernels, E=128 and
-# K=8 unless said, on one H100 80GB, Triton 3.6.0, 2026-11-25. Before and after stood side by side in one run, but for
-# the last change.
+# What was changed, what was expected of it, if anything was, and what came: microseconds of moe_plan's kernels, E=128
+# and K=8 unless said, on one H100 80GB, Triton 3.6.0, 2026-11-25. Before and after stood side by side in one run, but
+# for the last change.
 #
 #   change                                                          P        before  expected  after
 #   ranks by comparing 64 pairs with each other, in place of        1024     10.3    4         3.2   kept
