@@ -16,6 +16,7 @@ import json
 import pathlib
 import statistics
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -500,8 +501,11 @@ def rows(op_name: str, s: Size, peak: Mapping[str, Any]) -> Iterator[dict[str, A
     # On a CPU there is but xla, which is the default too.
     names = (*ferrum_jax.kernels.IMPLEMENTATIONS, None) if jax.default_backend() == "gpu" else ("xla",)
     ours = {name: op.ours(s, name) for name in names}
-    ways = ours | op.today(s)
-    for way, program in zip(ways, _programs(ways.values(), sets[0]), strict=True):
+    today = op.today(s)
+    programs = _programs(ours.values(), sets[0])
+    for function in today.values():  # one after the other: XLA tries out ragged_dot in half of a GPU's memory
+        programs += _programs([function], sets[0])
+    for way, program in zip((*ours, *today), programs, strict=True):
         row = known | {"way": way or "default", "ours": way in ours, "us": None, "launches": None, "method": None}
         if isinstance(program, NotImplementedError):
             continue  # there is no such kernel
@@ -545,7 +549,7 @@ def _version(name: str) -> str | None:
 
 def _print_here(found: Mapping[str, Any]) -> None:
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)
-    print(f"{found['device']}, {found['date']}: {versions}")
+    print(textwrap.fill(f"{found['device']}, {found['date']}: {versions}", 116))
     copy, product = _rate(found["bytes_per_s"], 1e6, "B/s"), _rate(found["flops_per_s"], 1e6, "FLOP/s")
     print(f"Floors are made of {copy} of a copy and {product} of a matrix product, measured just now.")
     if found["platform"] != "gpu":

@@ -192,7 +192,10 @@ def benchmark(report: Any, *, axes: "Sequence[Axes] | None" = None) -> "list[Axe
     drawn = _grid(len(panels), title) if axes is None else list(axes)
     for ax, (op, model) in zip(drawn, panels, strict=False):
         here = [row for row in timed if (row["op"], row["model"]) == (op, model)]
-        for i, way in enumerate(dict.fromkeys(row["way"] for row in here)):
+        ours = ("xla", "triton", "pallas", "default")  # of one colour in all panels
+        ways = dict.fromkeys(row["way"] for row in here)
+        for way in ways:
+            i = [*ours, *(other for other in ways if other not in ours)].index(way)
             times = sorted((row["T"], row["us"]) for row in here if row["way"] == way)
             ax.plot(*zip(*times, strict=True), color=COLOURS[i % len(COLOURS)], marker="osD^vP*X"[i % 8], label=way)
         floor = sorted({(row["T"], row["floor_us"]) for row in here})

@@ -1,7 +1,5 @@
 """The choice of implementation: `which`, and refusals that say why."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -84,14 +82,16 @@ def chosen(f, *shapes, device_kind="NVIDIA H200", **kwargs):
 
 @needs_plugin
 @pytest.mark.parametrize(
-    ("k", "taken", "why"),
-    [(8, "xla", "xla comes first, measured .* H100 at K >= 8"), (2, "triton", "triton comes first$")],
+    ("k", "taken", "other", "why"),
+    [
+        (8, "xla", "triton", "xla comes first, measured as fast or faster on an H100 at K >= 8"),
+        (2, "triton", "xla", "triton comes first"),
+    ],
 )
-def test_combine_takes_what_was_measured(k, taken, why):
+def test_combine_takes_what_was_measured(k, taken, other, why):
     choice = chosen(ferrum_jax.moe_combine, (64 * k, 16), (64, k), (64, k), ids=(1,))
     assert choice.implementation == taken
-    for reason in choice.passed_over.values():
-        assert re.match(why, reason)
+    assert choice.passed_over[other] == why
     # Leading axes are not choices per token.
     assert chosen(ferrum_jax.moe_combine, (9, 64 * k, 16), (9, 64, k), (9, 64, k), ids=(1,)).implementation == taken
 
