@@ -2,7 +2,8 @@
 
 The layer is `moe_mlp` in both data flows: rows packed by expert, added back with `moe_combine`; and rows in pair order,
 added back with `weighted_sum_batched`. Beside it stands the same layer through `jax.lax.ragged_dot`. All results are
-compared with NumPy in float64. `python -m ferrum_jax grouped` times `grouped_matmul` against `ragged_dot` alone.
+compared with NumPy in float64. `python -m ferrum_jax grouped` times `grouped_matmul` against `ragged_dot` alone,
+`python -m ferrum_jax bench` every op against what one would write in JAX today.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import numpy as np
 
 # Ops are called through the package, so that what is checked is what a user's import finds.
 import ferrum_jax
+from ferrum_jax import bench
 
 
 class Layer(NamedTuple):
@@ -42,8 +44,17 @@ FLOWS = {"packed rows": "packed", "pair ids": "pair_ids", "ragged_dot": None}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m ferrum_jax", description="What would run here, and does it work?")
-    parser.add_argument("command", nargs="?", choices=("info", "demo", "grouped"), help="one part; default: info, demo")
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        prog="python -m ferrum_jax",
+        description="What would run here, does it work, and how fast is it?",
+        epilog="bench has options of its own: python -m ferrum_jax bench --help",
+    )
+    parser.add_argument(
+        "command", nargs="?", choices=("info", "demo", "grouped", "bench"), help="one part; default: info, demo"
+    )
+    if argv[:1] == ["bench"]:
+        return bench.main(argv[1:])
     command = parser.parse_args(argv).command
     if command == "grouped":
         return grouped()
@@ -205,24 +216,10 @@ def _moe(layer: Layer, flow: str | None, inputs: tuple[jax.Array, ...]) -> Ran:
     logits = _product(x, router)
     routing = ferrum_jax.route_topk_softmax(logits, layer.top_k)
     if flow is None:
-        return Ran(logits, *_ragged(layer, logits, inputs))
+        chosen = ferrum_jax.RouterOutput(*bench.softmax_top_k(logits, layer.top_k))
+        return Ran(logits, chosen, bench.ragged_layer(x, logits, gate_up, down, layer.top_k))
     out = ferrum_jax.moe_mlp(x, None, gate_up, down, router_output=routing, flow=flow, block_size=layer.block_size)
     return Ran(logits, routing, out)
-
-
-def _ragged(
-    layer: Layer, logits: jax.Array, inputs: tuple[jax.Array, ...]
-) -> tuple[ferrum_jax.RouterOutput, jax.Array]:
-    """The layer without this library's ops, as it is often written: softmax, top_k, argsort, ragged_dot."""
-    x, _, gate_up, down = inputs
-    weights, ids = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), layer.top_k)
-    weights /= weights.sum(-1, keepdims=True)
-    order = jnp.argsort(ids.reshape(-1))
-    counts = jnp.zeros(layer.num_experts, jnp.int32).at[ids.reshape(-1)].add(1)
-    rows = jax.lax.ragged_dot(x[order // layer.top_k], gate_up, counts)
-    rows = jax.lax.ragged_dot(_activation(rows), down, counts).astype(jnp.float32)
-    out = jnp.zeros(x.shape, jnp.float32).at[order // layer.top_k].add(weights.reshape(-1)[order, None] * rows)
-    return ferrum_jax.RouterOutput(ids, weights), out.astype(x.dtype)
 
 
 def _product(x: jax.Array, y: jax.Array) -> jax.Array:

@@ -4,6 +4,7 @@ Experts have the colours of Okabe and Ito, which the colour-blind can tell apart
 turn; loads have matplotlib's cividis. Nothing depends on colour alone.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -161,6 +162,60 @@ def load_heatmap(tokens_per_expert: Any, *, rows: str = "layer", ax: "Axes | Non
     axes.set(title=f"Load of the experts by {rows}", xlabel="expert", ylabel=rows)
     axes.figure.colorbar(image, ax=axes, label="load / mean load", pad=0.02)
     return axes
+
+
+def benchmark(report: Any, *, axes: "Sequence[Axes] | None" = None) -> "list[Axes]":
+    """Times over T, both logarithmic: a panel for each op and model, a line for each way, the floor dashed.
+
+    Args:
+      report: what `python -m ferrum_jax bench --json FILE` writes, loaded.
+      axes: where to draw, one for each op and model in order; default: a new figure.
+
+    Returns:
+      The list of Axes.
+
+    Raises:
+      ImportError: matplotlib is not installed.
+      ValueError: a report without a time; too few `axes`.
+
+    >>> row = {"op": "moe_plan", "model": "qwen3", "way": "xla", "T": 16, "us": 9.0, "floor_us": 1.0}
+    >>> report = {"device": "a GPU", "date": "today", "versions": {"jax": "0"}, "rows": [row]}
+    >>> [line.get_label() for line in benchmark(report)[0].lines]
+    ['xla', 'floor']
+    """
+    timed = [row for row in report["rows"] if row["us"] is not None]
+    panels = list(dict.fromkeys((row["op"], row["model"]) for row in timed))
+    if not timed or (axes is not None and len(axes) < len(panels)):
+        got = "no time" if not timed else f"{len(panels)} panels and {len(axes or ())} axes"
+        raise ValueError(f"benchmark: report must have times, and axes one for each op and model; got {got}")
+    title = f"{report['device']}, jax {report['versions']['jax']}, {report['date']}"
+    drawn = _grid(len(panels), title) if axes is None else list(axes)
+    for ax, (op, model) in zip(drawn, panels, strict=False):
+        here = [row for row in timed if (row["op"], row["model"]) == (op, model)]
+        ours = ("xla", "triton", "pallas", "default")  # of one colour in all panels
+        ways = dict.fromkeys(row["way"] for row in here)
+        for way in ways:
+            i = [*ours, *(other for other in ways if other not in ours)].index(way)
+            times = sorted((row["T"], row["us"]) for row in here if row["way"] == way)
+            ax.plot(*zip(*times, strict=True), color=COLOURS[i % len(COLOURS)], marker="osD^vP*X"[i % 8], label=way)
+        floor = sorted({(row["T"], row["floor_us"]) for row in here})
+        ax.plot(*zip(*floor, strict=True), color="black", linestyle="--", linewidth=1, label="floor")
+        ax.set(title=f"{op}, {model}", xlabel="tokens", ylabel="microseconds", xscale="log", yscale="log")
+        ax.set_xticks([t for t, _ in floor], [str(t) for t, _ in floor])
+        ax.minorticks_off()
+        ax.legend(frameon=False, fontsize=7)
+        ax.spines[["top", "right"]].set_visible(False)
+    return drawn[: len(panels)]
+
+
+def _grid(panels: int, title: str) -> "list[Axes]":
+    columns = min(panels, 4)
+    rows = -(-panels // columns)
+    first = _new_axes(4 * columns, 3 * rows)
+    figure = first.figure
+    first.remove()
+    figure.suptitle(title)
+    return [figure.add_subplot(rows, columns, i + 1) for i in range(panels)]
 
 
 def _new_axes(width: float, height: float) -> "Axes":

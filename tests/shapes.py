@@ -1,10 +1,5 @@
-"""Shapes of real models: experts, choices per token, hidden width."""
+"""Shapes of real models, those that the benchmark knows, and one wider than any: experts, choices per token, width."""
 
-MODELS = {
-    "mixtral": (8, 2, 4096),
-    "qwen3": (128, 8, 2048),
-    "deepseek_v3": (256, 8, 7168),
-    "kimi_k2": (384, 8, 7168),
-    "qwen3_next": (512, 10, 2048),
-    "wide": (4096, 64, 2048),
-}
+from ferrum_jax import bench
+
+MODELS = {name: model[:3] for name, model in bench.MODELS.items()} | {"wide": (4096, 64, 2048)}
