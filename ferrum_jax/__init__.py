@@ -1,5 +1,6 @@
 """Mixture-of-Experts routing and combine for JAX, as primitives under every transformation."""
 
+from . import parallel as parallel
 from . import profile as profile
 from . import viz as viz
 from ._primitive import which

@@ -35,7 +35,7 @@ class Op(NamedTuple):
         if implementation not in (None, *kernels.IMPLEMENTATIONS):
             choices = ", ".join(map(repr, (None, *kernels.IMPLEMENTATIONS)))
             raise ValueError(f"{self.name}: implementation must be one of {choices}; got {implementation!r}")
-        operands = _equally_varying(_signature.canonical(self.name, self.signature, args))
+        operands = equally_varying(_signature.canonical(self.name, self.signature, args))
         results = self.primitive.bind(*operands, implementation=implementation, **params)
         return results if len(self.signature.results) > 1 else results[0]
 
@@ -110,7 +110,7 @@ def _abstract(op: Op, *avals: Any, implementation: str | None, **params: Any) ->
     return _signature.results(op.name, op.signature, avals, sizes, params.get("dtype"))
 
 
-def _equally_varying(operands: Sequence[Array]) -> list[Array]:
+def equally_varying(operands: Sequence[Array]) -> list[Array]:
     """Inside shard_map, operands that vary over the same manual axes: so their cotangents are summed over the rest."""
     varying = [jax.typeof(x).manual_axis_type.varying for x in operands]
     every = frozenset().union(*varying)
@@ -188,7 +188,7 @@ def _jvp(op: Op, transposes: dict[int, Any], jvp: Any, primals: Any, tangents: A
     results = op.primitive.bind(*primals, **params)
     if transposes:
         terms = [
-            op.primitive.bind(*_equally_varying([*primals[:i], tangents[i], *primals[i + 1 :]]), **params)[0]
+            op.primitive.bind(*equally_varying([*primals[:i], tangents[i], *primals[i + 1 :]]), **params)[0]
             for i in transposes
             if not isinstance(tangents[i], ad.Zero)
         ]
