@@ -222,7 +222,7 @@ def _like(cotangent: Array, aval: Any) -> Array:
         cotangent = jnp.sum(cotangent, axis=wide, keepdims=True)
     have, want = jax.typeof(cotangent).sharding, aval.sharding
     if AxisType.Explicit in want.mesh.axis_types and have.spec != want.spec:
-        cotangent = jax.sharding.reshard(cotangent, want.spec)
+        cotangent = jax.sharding.reshard(cotangent, want)
     return cotangent
 
 

@@ -134,8 +134,8 @@ def moe_mlp(
         `ferrum_jax.moe_mlp`.
 
     Returns:
-      [..., T, H] in x's dtype; with `return_dropped`, (that, dropped), where dropped is an int32 scalar that varies over
-      the axis: `jax.lax.psum` it for the total.
+      [..., T, H] in x's dtype; with `return_dropped`, (that, dropped): an int32 scalar that varies over the axis;
+      `jax.lax.psum` gives the total.
 
     Raises:
       TypeError, ValueError, NotImplementedError: as `ferrum_jax.moe_mlp`; and ValueError for an `axis_name` that is no

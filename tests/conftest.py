@@ -1,8 +1,8 @@
-"""JAX as strict as it gets: on four CPU devices, or with `-m gpu` on the GPUs there are."""
+"""JAX as strict as it gets: on eight CPU devices, or with `-m gpu` on the GPUs there are."""
 
 import os
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 import jax
 import pytest
