@@ -5,7 +5,9 @@ arguments and binds one equation, `ferrum_<name>`. What all ops share is decided
 lowering per platform, batching, forward and reverse differentiation, meshes and shard_map.
 """
 
+import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +18,7 @@ from jax import Array
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from . import _signature, kernels
 
@@ -27,6 +29,8 @@ class Op(NamedTuple):
     meaning: Callable[..., Any]
     sizes: Callable[..., dict[str, int]]
     leading_axes: bool
+    independent: str
+    summed: str
     primitive: Primitive
     export_error: str | None = None
 
@@ -41,6 +45,7 @@ class Op(NamedTuple):
 
 
 _ops: dict[Primitive, Op] = {}
+_MESH_AXIS = "shards"
 
 
 def define(
@@ -50,6 +55,8 @@ def define(
     *,
     sizes: Callable[..., dict[str, int]] = lambda size, **params: {},
     leading_axes: bool = False,
+    independent: str = "",
+    summed: str = "",
     transposes: dict[int, Callable[..., Array]] | None = None,
     jvp: Callable[..., Sequence[Any]] | None = None,
     export_error: str | None = None,
@@ -61,6 +68,8 @@ def define(
     sizes(size, **params): sizes of the results' axes that are no operand's, from those that are.
     leading_axes: the meaning takes operands with their leading axes, and broadcasts these itself. For a meaning whose
         vmap would be wasteful.
+    independent, summed: trailing axes, as in "T H", along which the meaning acts slice by slice, and those over which
+        it adds: what shards of a mesh compute by themselves, the latter with one psum.
     transposes: for an op linear in each of some operands (bilinear: two): operand index -> the map
         (cotangent, *operands, **params) -> that operand's cotangent; the operand itself comes as its abstract value.
     jvp(primals, results, tangents, **params): the results' tangents (None: no dependence); `tangents` holds None
@@ -69,7 +78,9 @@ def define(
     """
     primitive = Primitive(f"ferrum_{name}")
     primitive.multiple_results = True
-    op = _ops[primitive] = Op(name, _signature.parse(signature), meaning, sizes, leading_axes, primitive, export_error)
+    op = _ops[primitive] = Op(
+        name, _signature.parse(signature), meaning, sizes, leading_axes, independent, summed, primitive, export_error
+    )
 
     primitive.def_impl(functools.partial(_eager, primitive))
     primitive.def_abstract_eval(functools.partial(_abstract, op))
@@ -130,7 +141,12 @@ def _lower(op: Op, platform: str | None, ctx: Any, *operands: Any, implementatio
     platform = platform or "/".join(p for p in ctx.module_context.platforms if p != "cuda")
     choice = kernels.choose(op.name, implementation, ctx.avals_in, params, platform)
     empty = any(0 in aval.shape for aval in (*ctx.avals_in, *ctx.avals_out))
-    run = (None if empty else kernels.load(choice.implementation, op.name, ctx.avals_out)) or _with_leading_axes(op)
+    divided = None if empty else _for_partitioning(ctx.module_context)
+    if divided:
+        ctx = ctx.replace(module_context=divided)
+        run = _by_shards(op, ctx.avals_in, ctx.avals_out, implementation)
+    else:
+        run = (None if empty else kernels.load(choice.implementation, op.name, ctx.avals_out)) or _with_leading_axes(op)
     mesh = ctx.avals_out[0].sharding.mesh
     if AxisType.Explicit in mesh.axis_types:
         axes = tuple(n for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Explicit)
@@ -145,6 +161,57 @@ def _lower(op: Op, platform: str | None, ctx: Any, *operands: Any, implementatio
             return run(*operands, **params)
 
     return mlir.lower_fun(traced, multiple_results=True)(ctx, *operands)
+
+
+def _for_partitioning(module_context: Any) -> Any:
+    """The context in which `custom_partitioning` lowers a program that will be divided among devices; else None.
+
+    It wants a mesh, to say in its terms how arrays are sharded. The program's own, of which there may be several or
+    none with devices, are not known to a lowering rule. But only shapes count, and where a prime's power is the number
+    of devices, the axes of any mesh are products of the axes of one whose sizes are that prime.
+    """
+    axes, backend = module_context.axis_context, module_context.backend
+    count = getattr(axes, "num_devices", 1)
+    prime = next((p for p in range(2, count + 1) if count % p == 0), 1)
+    power = round(math.log(count, prime)) if prime > 1 else 0
+    divides = hasattr(axes, "device_assignment")  # not inside shard_map
+    # Neither an exported program nor its parts, which lose their hold on callbacks, may come back to this process.
+    if not divides or count == 1 or prime**power != count or backend is None or backend.device_count() < count:
+        return None
+    if module_context.lowering_parameters.for_export or kernels.interpreting():
+        return None
+    mesh = AbstractMesh((prime,) * power, tuple(f"{_MESH_AXIS}{i}" for i in range(power)))
+    devices = tuple(backend.devices()[:count])
+    axes = dataclasses.replace(axes, device_assignment=devices, abstract_mesh=mesh)
+    return module_context.replace(axis_context=axes)
+
+
+def _by_shards(op: Op, operands: Sequence[Any], results: Sequence[Any], implementation: str | None) -> Callable[..., Any]:
+    """The op in a program that is partitioned after this lowering: bound again, on shards that need no others."""
+    from jax.experimental.custom_partitioning import custom_partitioning
+
+    factors = _signature.factors(op.signature, operands, results, op.independent, op.summed)
+
+    def run(*operands: Array, **params: Any) -> tuple[Array, ...]:
+        bind = functools.partial(op.primitive.bind, implementation=implementation, **params)
+
+        def partition(mesh: Any, operands: Any, results: Any) -> tuple[Any, ...]:
+            found = _signature.shards(factors, [x.sharding.spec for x in (*operands, *results)])
+            added = tuple(axis for name in factors.summed for axis in found.get(name, ()))
+
+            def on_shards(*operands: Array) -> list[Array]:
+                with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+                    parts = bind(*operands)
+                return [jax.lax.psum(p.astype(jnp.float32), added).astype(p.dtype) for p in parts] if added else parts
+
+            of = lambda axes: NamedSharding(mesh, PartitionSpec(*map(found.get, axes)))  # noqa: E731
+            return mesh, on_shards, list(map(of, factors.results)), tuple(map(of, factors.operands))
+
+        call = custom_partitioning(lambda *operands: bind(*operands))
+        call.def_partition(partition, sharding_rule=str(factors), need_replication_factors=factors.whole)
+        return tuple(call(*operands))
+
+    return run
 
 
 def _local(avals: Sequence[Any]) -> list[Any]:
