@@ -152,8 +152,7 @@ def _lower(op: Op, platform: str | None, ctx: Any, *operands: Any, implementatio
         axes = tuple(n for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Explicit)
         run = jax.sharding.auto_axes(run, axes=axes, out_sharding=tuple(a.sharding.spec for a in ctx.avals_out))
     else:
-        # What an op computes on one device has nothing to do with meshes: trace it without one.
-        mesh = AbstractMesh((), (), abstract_device=jax.sharding.get_abstract_mesh().abstract_device)
+        mesh = _no_mesh()
         ctx = ctx.replace(avals_in=_local(ctx.avals_in), avals_out=_local(ctx.avals_out))
 
     def traced(*operands: Array) -> Any:
@@ -180,27 +179,34 @@ def _for_partitioning(module_context: Any) -> Any:
         return None
     if module_context.lowering_parameters.for_export or kernels.interpreting():
         return None
+    if not jax.config.jax_use_shardy_partitioner:
+        return None
     mesh = AbstractMesh((prime,) * power, tuple(f"{_MESH_AXIS}{i}" for i in range(power)))
     devices = tuple(backend.devices()[:count])
     axes = dataclasses.replace(axes, device_assignment=devices, abstract_mesh=mesh)
     return module_context.replace(axis_context=axes)
 
 
-def _by_shards(op: Op, operands: Sequence[Any], results: Sequence[Any], implementation: str | None) -> Callable[..., Any]:
+def _by_shards(
+    op: Op, operands: Sequence[Any], results: Sequence[Any], implementation: str | None
+) -> Callable[..., Any]:
     """The op in a program that is partitioned after this lowering: bound again, on shards that need no others."""
     from jax.experimental.custom_partitioning import custom_partitioning
 
+    without = _no_mesh()
     factors = _signature.factors(op.signature, operands, results, op.independent, op.summed)
 
     def run(*operands: Array, **params: Any) -> tuple[Array, ...]:
         bind = functools.partial(op.primitive.bind, implementation=implementation, **params)
 
         def partition(mesh: Any, operands: Any, results: Any) -> tuple[Any, ...]:
-            found = _signature.shards(factors, [x.sharding.spec for x in (*operands, *results)])
+            arrays = *operands, *results
+            specs = [x.sharding.spec for x in arrays]
+            found = _signature.shards(factors, [x.shape for x in arrays], specs, mesh.shape)
             added = tuple(axis for name in factors.summed for axis in found.get(name, ()))
 
             def on_shards(*operands: Array) -> list[Array]:
-                with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+                with jax.sharding.use_abstract_mesh(without):
                     parts = bind(*operands)
                 return [jax.lax.psum(p.astype(jnp.float32), added).astype(p.dtype) for p in parts] if added else parts
 
@@ -212,6 +218,11 @@ def _by_shards(op: Op, operands: Sequence[Any], results: Sequence[Any], implemen
         return tuple(call(*operands))
 
     return run
+
+
+def _no_mesh() -> AbstractMesh:
+    """What an op computes on one device has nothing to do with meshes: it is traced without, but for the same GPU."""
+    return AbstractMesh((), (), abstract_device=jax.sharding.get_abstract_mesh().abstract_device)
 
 
 def _local(avals: Sequence[Any]) -> list[Any]:

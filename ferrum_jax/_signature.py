@@ -11,6 +11,7 @@ float32), `ids` (any integer, used in int32). A result may also be a `product`: 
 parameter `dtype` names. Trailing operands may be left out of a call.
 """
 
+import math
 import operator
 import re
 from collections.abc import Callable
@@ -223,12 +224,17 @@ def factors(signature: Signature, operands: Any, results: Any, independent: str,
     return Factors(*both, tuple(whole), tuple(name for name in summed.split() if name in present))
 
 
-def shards(of: Factors, specs: Any) -> dict[str, tuple[Any, ...]]:
-    """The mesh axes of each factor that is sharded: the first that the specs [operands, results] name, each once."""
+def shards(of: Factors, shapes: Any, specs: Any, mesh_shape: Any) -> dict[str, tuple[Any, ...]]:
+    """The mesh axes of each factor that is sharded: the first that the specs [operands, results] name, each once.
+
+    What they do not divide evenly stays whole: a shard's padding would count where shards are added.
+    """
     found: dict[str, tuple[Any, ...]] = {}
-    for axes, spec in zip((*of.operands, *of.results), specs, strict=True):
-        for name, entry in zip(axes, spec, strict=True):
+    for axes, shape, spec in zip((*of.operands, *of.results), shapes, specs, strict=True):
+        for name, size, entry in zip(axes, shape, spec, strict=True):
             names = entry if isinstance(entry, tuple) else () if entry is None else (entry,)
-            if names and name not in (*of.whole, *found) and not {*names} & {n for used in found.values() for n in used}:
+            free = not {*names} & {n for used in found.values() for n in used}
+            parts = math.prod(mesh_shape[n] for n in names)
+            if names and free and size % parts == 0 and name not in (*of.whole, *found):
                 found[name] = names
     return found

@@ -173,6 +173,8 @@ def moe_mlp(
                 f"{_OP}: router_logits must have shape {want}: E is {devices} devices times the "
                 f"{jnp.shape(w_gate_up)[0]} experts of w_gate_up; got shape {shape}"
             )
+        if top_k is None:
+            raise TypeError(f"{_OP}: top_k must be an int with router_logits; got None")
         router_output = route_topk_softmax(
             router_logits, top_k, norm_topk_prob=norm_topk_prob, implementation=implementation
         )

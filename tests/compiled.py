@@ -100,9 +100,13 @@ def h200s(count):
 
 
 def whole_program_for_h200(f, *args):
-    """XLA's final program, compiled for an H200 on any host, and the Mosaic kernels in it."""
+    """XLA's final program, compiled for an H200 on any host, and the Mosaic kernels in it.
+
+    For several, where the arguments are ShapeDtypeStructs with shardings of their own.
+    """
     there = jax.sharding.SingleDeviceSharding(h200s(1)[0])
-    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there), args)
+    own = lambda x: x.sharding if isinstance(x, jax.ShapeDtypeStruct) else None  # noqa: E731
+    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own(x) or there), args)
     with on_h200(), pytest.MonkeyPatch.context() as patch, _written_to_stdout() as log:
         patch.setenv("PATH", _newer_assembler().name, prepend=os.pathsep)
         patch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
