@@ -206,9 +206,9 @@ def _by_shards(
             added = tuple(axis for name in factors.summed for axis in found.get(name, ()))
 
             def on_shards(*operands: Array) -> list[Array]:
+                add = lambda part: jax.lax.psum(part.astype(jnp.float32), added).astype(part.dtype)  # noqa: E731
                 with jax.sharding.use_abstract_mesh(without):
-                    parts = bind(*operands)
-                return [jax.lax.psum(p.astype(jnp.float32), added).astype(p.dtype) for p in parts] if added else parts
+                    return list(map(add, bind(*operands))) if added else bind(*operands)
 
             of = lambda axes: NamedSharding(mesh, PartitionSpec(*map(found.get, axes)))  # noqa: E731
             return mesh, on_shards, list(map(of, factors.results)), tuple(map(of, factors.operands))

@@ -25,8 +25,16 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """What Pallas has no kernel for it refuses, which test_implementations tests; here is nothing more to test."""
-    items[:] = [item for item in items if not refused(item)]
+    """What Pallas has no kernel for it refuses, which test_implementations tests; here is nothing more to test.
+
+    Nor is there for several GPUs where there are fewer.
+    """
+    items[:] = [item for item in items if not refused(item) and not lacks_gpus(item)]
+
+
+def lacks_gpus(item):
+    needed = item.get_closest_marker("gpus")
+    return needed is not None and on_gpu(item.config) and jax.device_count() < needed.args[0]
 
 
 def refused(item):

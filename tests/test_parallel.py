@@ -1,7 +1,12 @@
 """Experts spread over devices: equal to the unsharded layer, nothing lost unless counted, the collective asked for."""
 
 import functools
+import os
+import pathlib
 import re
+import socket
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -102,6 +107,25 @@ def test_values_and_gradients_equal_the_unsharded_layers(devices, exchange, kind
     for ids in routings(devices):
         placed = (jax.device_put(a, NamedSharding(mesh, P("d"))) for a in (ids, x, *rest))
         close(f(*placed), unsharded()(ids, x, *rest))
+
+
+def test_two_processes_equal_one(tmp_path):
+    """Four devices of two processes, which talk over the loopback address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    worker, path = pathlib.Path(__file__).with_name("two_processes.py"), tmp_path / "results.npz"
+    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    env["PYTHONPATH"] = str(worker.parents[1])
+    processes = [
+        subprocess.Popen([sys.executable, worker, str(port), str(i), path], env=env, stderr=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
+    ended = [(p.communicate(timeout=300)[1], p.returncode) for p in processes]
+    assert all(code == 0 for _, code in ended), ended
+    ids, (x, _, *rest) = routings(4)[0], arguments()
+    with np.load(path) as results:
+        close(results.values(), unsharded()(ids, x, *rest))
 
 
 def test_axes_of_a_larger_mesh():
