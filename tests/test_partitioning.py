@@ -26,13 +26,10 @@ AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 CASES = [
     ("route_topk_softmax", False, (T,), AUTO, [], True),
     ("route_topk_softmax", True, (T,), EXPLICIT, [], True),
-    ("moe_combine", False, (NONE, T, T), AUTO, [], False),
     ("moe_combine", False, (NONE, T, T), EXPLICIT, [], False),
     ("moe_combine", False, (H, NONE, NONE), AUTO, [], True),
-    ("moe_combine", False, (H, NONE, NONE), EXPLICIT, [], True),
     ("moe_combine", True, (T, T, T), AUTO, [], True),
     ("moe_combine-repeated", True, (HEAD, NONE, NONE), EXPLICIT, [], True),
-    ("moe_dispatch-pairs", False, (H, NONE, NONE), AUTO, [], True),
     ("moe_dispatch", True, (T, T), AUTO, [], True),
     ("weighted_sum_batched", False, (T, T), EXPLICIT, [], True),
     ("weighted_sum_batched", False, (HEAD, NONE), AUTO, [], True),
