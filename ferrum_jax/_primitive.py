@@ -170,20 +170,19 @@ def _for_partitioning(module_context: Any) -> Any:
     of devices, the axes of any mesh are products of the axes of one whose sizes are that prime.
     """
     axes, backend = module_context.axis_context, module_context.backend
-    count = getattr(axes, "num_devices", 1)
+    if not all(hasattr(axes, field) for field in ("num_devices", "device_assignment", "abstract_mesh")):
+        return None  # inside shard_map (or a JAX that names them otherwise: then the compiler decides, as it can)
+    if module_context.lowering_parameters.for_export or kernels.interpreting():
+        return None  # callbacks into this process: an exported program has none, and one that is divided loses them
+    count = axes.num_devices
     prime = next((p for p in range(2, count + 1) if count % p == 0), 1)
     power = round(math.log(count, prime)) if prime > 1 else 0
-    divides = hasattr(axes, "device_assignment")  # not inside shard_map
-    # Neither an exported program nor its parts, which lose their hold on callbacks, may come back to this process.
-    if not divides or count == 1 or prime**power != count or backend is None or backend.device_count() < count:
+    if count == 1 or prime**power != count or not jax.config.jax_use_shardy_partitioner:
         return None
-    if module_context.lowering_parameters.for_export or kernels.interpreting():
-        return None
-    if not jax.config.jax_use_shardy_partitioner:
+    if backend is None or backend.device_count() < count:
         return None
     mesh = AbstractMesh((prime,) * power, tuple(f"{_MESH_AXIS}{i}" for i in range(power)))
-    devices = tuple(backend.devices()[:count])
-    axes = dataclasses.replace(axes, device_assignment=devices, abstract_mesh=mesh)
+    axes = dataclasses.replace(axes, device_assignment=tuple(backend.devices()[:count]), abstract_mesh=mesh)
     return module_context.replace(axis_context=axes)
 
 
