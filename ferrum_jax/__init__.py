@@ -1,6 +1,7 @@
 """Mixture-of-Experts routing and combine for JAX, as primitives under every transformation."""
 
 from . import checkpoint as checkpoint
+from . import parallel as parallel
 from . import presets as presets
 from . import profile as profile
 from . import viz as viz

@@ -3,13 +3,16 @@
 The layer is `moe_mlp` in both data flows: rows packed by expert, added back with `moe_combine`; and rows in pair order,
 added back with `weighted_sum_batched`. Beside it stands the same layer through `jax.lax.ragged_dot`. All results are
 compared with NumPy in float64. `python -m ferrum_jax grouped` times `grouped_matmul` against `ragged_dot` alone,
-`python -m ferrum_jax bench` every op against what one would write in JAX today.
+`python -m ferrum_jax bench` every op against what one would write in JAX today, and `python -m ferrum_jax parallel
+--devices N` spreads the layer's experts over N devices.
 """
 
 import argparse
+import contextlib
 import functools
 import importlib.metadata
 import importlib.resources
+import os
 import platform
 import statistics
 import sys
@@ -40,6 +43,7 @@ class Layer(NamedTuple):
 
 QWEN3_30B = Layer("the shape of Qwen3-30B-A3B", 128, 8, 2048, 768, 4096, 128, jnp.bfloat16)
 SMALL = Layer("a small layer for a CPU", 32, 4, 256, 128, 512, 16, jnp.float32)
+COMMANDS = ("info", "demo", "grouped", "parallel", "bench")
 FLOWS = {"packed rows": "packed", "pair ids": "pair_ids", "ragged_dot": None}
 
 
@@ -50,14 +54,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="What would run here, does it work, and how fast is it?",
         epilog="bench has options of its own: python -m ferrum_jax bench --help",
     )
-    parser.add_argument(
-        "command", nargs="?", choices=("info", "demo", "grouped", "bench"), help="one part; default: info, demo"
-    )
+    parser.add_argument("command", nargs="?", choices=COMMANDS, help="one part; default: info, demo")
+    parser.add_argument("--devices", type=int, help="for `parallel`; default: all there are, on a CPU 4")
     if argv[:1] == ["bench"]:
         return bench.main(argv[1:])
-    command = parser.parse_args(argv).command
+    command, devices = vars(parser.parse_args(argv)).values()
     if command == "grouped":
         return grouped()
+    if command == "parallel":
+        return parallel(devices)
     layer = SMALL if jax.default_backend() == "cpu" else QWEN3_30B
     if command != "demo":
         info(layer)
@@ -295,6 +300,50 @@ def grouped(rows: int = 1024, width: int = 512) -> int:
     title = f"{rows} rows, {width}x{width}, float32, on {jax.devices()[0].device_kind}: milliseconds, median of 9"
     _table(title, [("experts", "grouped_matmul", "ragged_dot", "times as fast", "largest difference"), *lines])
     return 0
+
+
+# ---- the layer over several devices
+
+
+def parallel(devices: int | None = None) -> int:
+    """Run the layer with its experts spread over devices, by every exchange, time it and check it; the exit status."""
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        with contextlib.suppress(RuntimeError):  # JAX runs already, with the devices that it has
+            jax.config.update("jax_num_cpu_devices", devices or 4)
+    on_gpu, devices = jax.default_backend() == "gpu", devices or jax.device_count()
+    layer = QWEN3_30B if on_gpu else SMALL
+    if not 0 < devices <= jax.device_count() or layer.num_experts % devices or layer.tokens % devices:
+        have = f"{jax.device_count()} are here, and {layer.num_experts} experts and {layer.tokens} tokens to divide"
+        print(f"--devices {devices} cannot be used: {have}")
+        return 2
+    source, text = _text()
+    x, router, *matrices = inputs = _inputs(layer, text)
+    logits = jax.jit(_product)(x, router)
+    routing = ferrum_jax.route_topk_softmax(logits, layer.top_k)
+    _print_layer(layer, f"pairs of bytes of {source}, {len(text)} bytes", routing.expert_ids)
+    spec, kind = jax.sharding.PartitionSpec("expert"), jax.sharding.AxisType.Auto
+    mesh = jax.make_mesh((devices,), ("expert",), axis_types=(kind,), devices=jax.devices()[:devices])
+    placed = [jax.device_put(a, jax.sharding.NamedSharding(mesh, spec)) for a in (x, logits, *matrices)]
+    out, seconds = _timed(functools.partial(ferrum_jax.moe_mlp, top_k=layer.top_k), x, logits, *matrices)
+    lines, ran = [("one device", f"{seconds * 1e3:.3f}", "")], {"one device": out}
+    balanced = layer.tokens * layer.top_k // devices
+    for exchange in ("gather", "padded", "ragged")[: 3 if on_gpu else 2]:
+        for capacity in (None, balanced)[: 1 if exchange == "gather" else 2]:
+            options = {"axis_name": "expert", "exchange": exchange, "capacity": capacity, "return_dropped": True}
+
+            def run(*args: Any, options: dict[str, Any] = options) -> tuple[jax.Array, jax.Array]:
+                out, dropped = ferrum_jax.parallel.moe_mlp(*args, top_k=layer.top_k, **options)
+                return out, dropped[None]
+
+            f = jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec)
+            (out, dropped), seconds = _timed(f, *placed)
+            name = exchange if capacity is None else f"{exchange}, {capacity} rows a device"
+            lines.append((name, f"{seconds * 1e3:.3f}", str(jnp.sum(dropped))))
+            if capacity is None:
+                ran[name] = out
+    header = ("exchange", "milliseconds", "pairs dropped")
+    _table(f"On {devices} devices, {jax.devices()[0].device_kind} (compiled and warm; median of 9)", [header, *lines])
+    return _report([_check(name, inputs, Ran(logits, routing, out))[-1] for name, out in ran.items()])
 
 
 # ---- checks: a name, the largest error, and the largest of error over bound

@@ -5,7 +5,9 @@ arguments and binds one equation, `ferrum_<name>`. What all ops share is decided
 lowering per platform, batching, forward and reverse differentiation, meshes and shard_map.
 """
 
+import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +18,7 @@ from jax import Array
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from . import _signature, kernels
 
@@ -27,6 +29,8 @@ class Op(NamedTuple):
     meaning: Callable[..., Any]
     sizes: Callable[..., dict[str, int]]
     leading_axes: bool
+    independent: str
+    summed: str
     primitive: Primitive
     export_error: str | None = None
 
@@ -35,12 +39,13 @@ class Op(NamedTuple):
         if implementation not in (None, *kernels.IMPLEMENTATIONS):
             choices = ", ".join(map(repr, (None, *kernels.IMPLEMENTATIONS)))
             raise ValueError(f"{self.name}: implementation must be one of {choices}; got {implementation!r}")
-        operands = _equally_varying(_signature.canonical(self.name, self.signature, args))
+        operands = equally_varying(_signature.canonical(self.name, self.signature, args))
         results = self.primitive.bind(*operands, implementation=implementation, **params)
         return results if len(self.signature.results) > 1 else results[0]
 
 
 _ops: dict[Primitive, Op] = {}
+_MESH_AXIS = "shards"
 
 
 def define(
@@ -50,6 +55,8 @@ def define(
     *,
     sizes: Callable[..., dict[str, int]] = lambda size, **params: {},
     leading_axes: bool = False,
+    independent: str = "",
+    summed: str = "",
     transposes: dict[int, Callable[..., Array]] | None = None,
     jvp: Callable[..., Sequence[Any]] | None = None,
     export_error: str | None = None,
@@ -61,6 +68,8 @@ def define(
     sizes(size, **params): sizes of the results' axes that are no operand's, from those that are.
     leading_axes: the meaning takes operands with their leading axes, and broadcasts these itself. For a meaning whose
         vmap would be wasteful.
+    independent, summed: trailing axes, as in "T H", along which the meaning acts slice by slice, and those over which
+        it adds: what shards of a mesh compute by themselves, the latter with one psum.
     transposes: for an op linear in each of some operands (bilinear: two): operand index -> the map
         (cotangent, *operands, **params) -> that operand's cotangent; the operand itself comes as its abstract value.
     jvp(primals, results, tangents, **params): the results' tangents (None: no dependence); `tangents` holds None
@@ -69,7 +78,9 @@ def define(
     """
     primitive = Primitive(f"ferrum_{name}")
     primitive.multiple_results = True
-    op = _ops[primitive] = Op(name, _signature.parse(signature), meaning, sizes, leading_axes, primitive, export_error)
+    op = _ops[primitive] = Op(
+        name, _signature.parse(signature), meaning, sizes, leading_axes, independent, summed, primitive, export_error
+    )
 
     primitive.def_impl(functools.partial(_eager, primitive))
     primitive.def_abstract_eval(functools.partial(_abstract, op))
@@ -110,7 +121,7 @@ def _abstract(op: Op, *avals: Any, implementation: str | None, **params: Any) ->
     return _signature.results(op.name, op.signature, avals, sizes, params.get("dtype"))
 
 
-def _equally_varying(operands: Sequence[Array]) -> list[Array]:
+def equally_varying(operands: Sequence[Array]) -> list[Array]:
     """Inside shard_map, operands that vary over the same manual axes: so their cotangents are summed over the rest."""
     varying = [jax.typeof(x).manual_axis_type.varying for x in operands]
     every = frozenset().union(*varying)
@@ -130,14 +141,18 @@ def _lower(op: Op, platform: str | None, ctx: Any, *operands: Any, implementatio
     platform = platform or "/".join(p for p in ctx.module_context.platforms if p != "cuda")
     choice = kernels.choose(op.name, implementation, ctx.avals_in, params, platform)
     empty = any(0 in aval.shape for aval in (*ctx.avals_in, *ctx.avals_out))
-    run = (None if empty else kernels.load(choice.implementation, op.name, ctx.avals_out)) or _with_leading_axes(op)
+    divided = None if empty else _for_partitioning(ctx.module_context)
+    if divided:
+        ctx = ctx.replace(module_context=divided)
+        run = _by_shards(op, ctx.avals_in, ctx.avals_out, implementation)
+    else:
+        run = (None if empty else kernels.load(choice.implementation, op.name, ctx.avals_out)) or _with_leading_axes(op)
     mesh = ctx.avals_out[0].sharding.mesh
     if AxisType.Explicit in mesh.axis_types:
         axes = tuple(n for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Explicit)
         run = jax.sharding.auto_axes(run, axes=axes, out_sharding=tuple(a.sharding.spec for a in ctx.avals_out))
     else:
-        # What an op computes on one device has nothing to do with meshes: trace it without one.
-        mesh = AbstractMesh((), (), abstract_device=jax.sharding.get_abstract_mesh().abstract_device)
+        mesh = _no_mesh()
         ctx = ctx.replace(avals_in=_local(ctx.avals_in), avals_out=_local(ctx.avals_out))
 
     def traced(*operands: Array) -> Any:
@@ -145,6 +160,68 @@ def _lower(op: Op, platform: str | None, ctx: Any, *operands: Any, implementatio
             return run(*operands, **params)
 
     return mlir.lower_fun(traced, multiple_results=True)(ctx, *operands)
+
+
+def _for_partitioning(module_context: Any) -> Any:
+    """The context in which `custom_partitioning` lowers a program that will be divided among devices; else None.
+
+    It wants a mesh, to say in its terms how arrays are sharded. The program's own, of which there may be several or
+    none with devices, are not known to a lowering rule. But only shapes count, and where a prime's power is the number
+    of devices, the axes of any mesh are products of the axes of one whose sizes are that prime.
+    """
+    axes, backend = module_context.axis_context, module_context.backend
+    if not all(hasattr(axes, field) for field in ("num_devices", "device_assignment", "abstract_mesh")):
+        return None  # inside shard_map (or a JAX that names them otherwise: then the compiler decides, as it can)
+    if module_context.lowering_parameters.for_export or kernels.interpreting():
+        return None  # callbacks into this process: an exported program has none, and one that is divided loses them
+    count = axes.num_devices
+    prime = next((p for p in range(2, count + 1) if count % p == 0), 1)
+    power = round(math.log(count, prime)) if prime > 1 else 0
+    if count == 1 or prime**power != count or not jax.config.jax_use_shardy_partitioner:
+        return None
+    if backend is None or backend.device_count() < count:
+        return None
+    mesh = AbstractMesh((prime,) * power, tuple(f"{_MESH_AXIS}{i}" for i in range(power)))
+    axes = dataclasses.replace(axes, device_assignment=tuple(backend.devices()[:count]), abstract_mesh=mesh)
+    return module_context.replace(axis_context=axes)
+
+
+def _by_shards(
+    op: Op, operands: Sequence[Any], results: Sequence[Any], implementation: str | None
+) -> Callable[..., Any]:
+    """The op in a program that is partitioned after this lowering: bound again, on shards that need no others."""
+    from jax.experimental.custom_partitioning import custom_partitioning
+
+    without = _no_mesh()
+    factors = _signature.factors(op.signature, operands, results, op.independent, op.summed)
+
+    def run(*operands: Array, **params: Any) -> tuple[Array, ...]:
+        bind = functools.partial(op.primitive.bind, implementation=implementation, **params)
+
+        def partition(mesh: Any, operands: Any, results: Any) -> tuple[Any, ...]:
+            arrays = *operands, *results
+            specs = [x.sharding.spec for x in arrays]
+            found = _signature.shards(factors, [x.shape for x in arrays], specs, mesh.shape)
+            added = tuple(axis for name in factors.summed for axis in found.get(name, ()))
+
+            def on_shards(*operands: Array) -> list[Array]:
+                add = lambda part: jax.lax.psum(part.astype(jnp.float32), added).astype(part.dtype)  # noqa: E731
+                with jax.sharding.use_abstract_mesh(without):
+                    return list(map(add, bind(*operands))) if added else bind(*operands)
+
+            of = lambda axes: NamedSharding(mesh, PartitionSpec(*map(found.get, axes)))  # noqa: E731
+            return mesh, on_shards, list(map(of, factors.results)), tuple(map(of, factors.operands))
+
+        call = custom_partitioning(lambda *operands: bind(*operands))
+        call.def_partition(partition, sharding_rule=str(factors), need_replication_factors=factors.whole)
+        return tuple(call(*operands))
+
+    return run
+
+
+def _no_mesh() -> AbstractMesh:
+    """What an op computes on one device has nothing to do with meshes: it is traced without, but for the same GPU."""
+    return AbstractMesh((), (), abstract_device=jax.sharding.get_abstract_mesh().abstract_device)
 
 
 def _local(avals: Sequence[Any]) -> list[Any]:
@@ -188,7 +265,7 @@ def _jvp(op: Op, transposes: dict[int, Any], jvp: Any, primals: Any, tangents: A
     results = op.primitive.bind(*primals, **params)
     if transposes:
         terms = [
-            op.primitive.bind(*_equally_varying([*primals[:i], tangents[i], *primals[i + 1 :]]), **params)[0]
+            op.primitive.bind(*equally_varying([*primals[:i], tangents[i], *primals[i + 1 :]]), **params)[0]
             for i in transposes
             if not isinstance(tangents[i], ad.Zero)
         ]
@@ -222,7 +299,7 @@ def _like(cotangent: Array, aval: Any) -> Array:
         cotangent = jnp.sum(cotangent, axis=wide, keepdims=True)
     have, want = jax.typeof(cotangent).sharding, aval.sharding
     if AxisType.Explicit in want.mesh.axis_types and have.spec != want.spec:
-        cotangent = jax.sharding.reshard(cotangent, want.spec)
+        cotangent = jax.sharding.reshard(cotangent, want)
     return cotangent
 
 

@@ -11,6 +11,7 @@ float32), `ids` (any integer, used in int32). A result may also be a `product`: 
 parameter `dtype` names. Trailing operands may be left out of a call.
 """
 
+import math
 import operator
 import re
 from collections.abc import Callable
@@ -178,3 +179,62 @@ def _spec(result: Term, terms: tuple[Term, ...], avals: tuple[Any, ...], leads: 
         spec.append(None if axes & used else entry)
         used |= axes
     return PartitionSpec(*spec)
+
+
+# ---- shards
+
+
+class Factors(NamedTuple):
+    """The axes of all operands and results by factor: axes of one factor go together, shard by shard.
+
+    whole: factors that no mesh axis may shard. summed: those along which results of shards are added.
+    """
+
+    operands: tuple[tuple[str, ...], ...]
+    results: tuple[tuple[str, ...], ...]
+    whole: tuple[str, ...]
+    summed: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return " -> ".join(", ".join(" ".join(axes) for axes in side) for side in (self.operands, self.results))
+
+
+def factors(signature: Signature, operands: Any, results: Any, independent: str, summed: str) -> Factors:
+    """Factors of an op's axes, from its signature: leading axes, the trailing ones named, and the others, kept whole.
+
+    independent, summed: names of trailing axes, as in "T H": along the former the op acts slice by slice, as along
+    leading ones; along the latter it adds.
+    """
+    split, whole = {*independent.split(), *summed.split()}, []
+
+    def factor(name: str | int, size: int) -> str:
+        if size != 1 and (isinstance(name, int) or name in split):
+            return f"lead{name}" if isinstance(name, int) else name
+        whole.append(f"whole{len(whole)}")  # also what broadcasts
+        return whole[-1]
+
+    def sides(terms: tuple[Term, ...], arrays: Any) -> tuple[tuple[str, ...], ...]:
+        return tuple(
+            tuple(map(factor, (*range(len(a.shape) - len(t.dims)), *t.dims), a.shape))
+            for t, a in zip(terms, arrays, strict=True)
+        )
+
+    both = sides(signature.operands[: len(operands)], operands), sides(signature.results, results)
+    present = {name for axes in both[0] for name in axes}
+    return Factors(*both, tuple(whole), tuple(name for name in summed.split() if name in present))
+
+
+def shards(of: Factors, shapes: Any, specs: Any, mesh_shape: Any) -> dict[str, tuple[Any, ...]]:
+    """The mesh axes of each factor that is sharded: the first that the specs [operands, results] name, each once.
+
+    What they do not divide evenly stays whole: a shard's padding would count where shards are added.
+    """
+    found: dict[str, tuple[Any, ...]] = {}
+    for axes, shape, spec in zip((*of.operands, *of.results), shapes, specs, strict=True):
+        for name, size, entry in zip(axes, shape, spec, strict=True):
+            names = entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+            free = not {*names} & {n for used in found.values() for n in used}
+            parts = math.prod(mesh_shape[n] for n in names)
+            if names and free and size % parts == 0 and name not in (*of.whole, *found):
+                found[name] = names
+    return found

@@ -198,6 +198,7 @@ _dispatch = define(
     "moe_dispatch",
     f"x: rows[T,H], {_TABLES} -> rows[R,H]",
     _dispatch_meaning,
+    independent="R H",
     transposes={0: lambda ct, x, *tables, **params: _collect(ct, *tables, num_tokens=x.shape[-2], **params)},
 )
 _collect = define(
@@ -205,12 +206,14 @@ _collect = define(
     f"rows: rows[R,H], {_TABLES} -> rows[T,H]",
     _collect_meaning,
     sizes=lambda size, num_tokens: {"T": num_tokens},
+    independent="H",
     transposes={0: lambda ct, rows, *tables, num_tokens, **params: _dispatch(ct, *tables, **params)},
 )
 _combine = define(
     "moe_combine",
     "packed_down: rows[R,H], pair_weights: weights[T,K], pairs_by_token: ids[T,K] -> rows[T,H]",
     _combine_meaning,
+    independent="T H",
     transposes={
         0: lambda ct, rows, weights, pairs, **params: _spread(ct, weights, pairs, num_rows=rows.shape[-2], **params),
         1: lambda ct, rows, weights, pairs, **params: _row_dot(rows, ct, pairs, **params),
@@ -221,6 +224,7 @@ _spread = define(
     "g: rows[T,H], pair_weights: weights[T,K], pairs_by_token: ids[T,K] -> rows[R,H]",
     _spread_meaning,
     sizes=lambda size, num_rows, unique_rows: {"R": num_rows},
+    independent="H",
     transposes={
         0: lambda ct, g, weights, pairs, *, num_rows, **params: _combine(ct, weights, pairs, **params),
         1: lambda ct, g, weights, pairs, *, num_rows, **params: _row_dot(ct, g, pairs, **params),
@@ -230,6 +234,8 @@ _row_dot = define(
     "moe_row_dot",
     "packed_down: rows[R,H], g: rows[T,H], pairs_by_token: ids[T,K] -> weights[T,K]",
     _row_dot_meaning,
+    independent="T",
+    summed="H",
     transposes={
         0: lambda ct, rows, g, pairs, **params: _spread(g, ct, pairs, num_rows=rows.shape[-2], **params),
         1: lambda ct, rows, g, pairs, **params: _combine(rows, ct, pairs, **params),
@@ -239,6 +245,7 @@ _weighted_sum = define(
     "weighted_sum_batched",
     "slots: rows[T,K,H], weights: weights[T,K] -> rows[T,H]",
     lambda slots, weights: jnp.sum(weights[..., None] * slots.astype(jnp.float32), axis=1).astype(slots.dtype),
+    independent="T H",
     transposes={
         0: lambda ct, slots, weights, **params: _slot_scale(ct, weights, **params),
         1: lambda ct, slots, weights, **params: _slot_dot(slots, ct, **params),
@@ -248,6 +255,7 @@ _slot_scale = define(
     "slot_scale",
     "g: rows[T,H], weights: weights[T,K] -> rows[T,K,H]",
     lambda g, weights: (weights[..., None] * g[:, None].astype(jnp.float32)).astype(g.dtype),
+    independent="T K H",
     transposes={
         0: lambda ct, g, weights, **params: _weighted_sum(ct, weights, **params),
         1: lambda ct, g, weights, **params: _slot_dot(ct, g, **params),
@@ -257,6 +265,8 @@ _slot_dot = define(
     "slot_dot",
     "slots: rows[T,K,H], g: rows[T,H] -> weights[T,K]",
     lambda slots, g: jnp.sum(slots.astype(jnp.float32) * g[:, None].astype(jnp.float32), axis=2),
+    independent="T K",
+    summed="H",
     transposes={
         0: lambda ct, slots, g, **params: _slot_scale(g, ct, **params),
         1: lambda ct, slots, g, **params: _weighted_sum(slots, ct, **params),

@@ -212,6 +212,8 @@ _matmul = define(
     _matmul_meaning,
     sizes=lambda size, top_k, dtype: {"P": size["M"] * top_k},
     leading_axes=True,
+    independent="N",
+    summed="H",
     transposes={
         0: lambda ct, lhs, rhs, *tables, dtype, **params: _lhs_cotangent(ct, lhs, rhs, *tables, **params),
         1: lambda ct, lhs, rhs, *tables, dtype, **params: _outer(
@@ -224,6 +226,8 @@ _transposed = define(
     f"g: rows[P,N], rhs: rows[E,H,N], {_TABLES} -> rows[P,H]",
     _transposed_meaning,
     leading_axes=True,
+    independent="H",
+    summed="N",
     transposes={
         0: lambda ct, g, rhs, *tables, **params: _matmul(ct, rhs, *tables, top_k=1, dtype=g.dtype.name, **params),
         1: lambda ct, g, rhs, *tables, **params: _outer(ct, g, *tables, top_k=1, num_experts=rhs.shape[-3], **params),
@@ -235,6 +239,7 @@ _outer = define(
     _outer_meaning,
     sizes=lambda size, top_k, num_experts: {"E": num_experts},
     leading_axes=True,
+    independent="H N",
     transposes={
         0: lambda ct, lhs, g, *tables, num_experts, **params: _lhs_cotangent(g, lhs, ct, *tables, **params),
         1: lambda ct, lhs, g, *tables, num_experts, **params: _matmul(lhs, ct, *tables, dtype=g.dtype.name, **params),

@@ -90,14 +90,23 @@ class Kernel(NamedTuple):
     ptx: str
 
 
-def whole_program_for_h200(f, *args):
-    """XLA's final program, compiled for an H200 on any host, and the Mosaic kernels in it."""
+def h200s(count):
+    """Devices to compile for, on any host: H200s of one machine."""
     from jax.experimental import topologies
 
     target = pathlib.Path(__file__).with_name("h200_target.txtpb").read_text()
-    topology = topologies.get_topology_desc("", platform="cuda", topology="1x1x1", target_config=target)
-    there = jax.sharding.SingleDeviceSharding(topology.devices[0])
-    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there), args)
+    topology = f"1x1x{count}"
+    return topologies.get_topology_desc("", platform="cuda", topology=topology, target_config=target).devices
+
+
+def whole_program_for_h200(f, *args):
+    """XLA's final program, compiled for an H200 on any host, and the Mosaic kernels in it.
+
+    For several, where the arguments are ShapeDtypeStructs with shardings of their own.
+    """
+    there = jax.sharding.SingleDeviceSharding(h200s(1)[0])
+    own = lambda x: x.sharding if isinstance(x, jax.ShapeDtypeStruct) else None  # noqa: E731
+    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own(x) or there), args)
     with on_h200(), pytest.MonkeyPatch.context() as patch, _written_to_stdout() as log:
         patch.setenv("PATH", _newer_assembler().name, prepend=os.pathsep)
         patch.setenv("MOSAIC_GPU_DUMP_PTX", "1")

@@ -1,8 +1,8 @@
-"""JAX as strict as it gets: on four CPU devices, or with `-m gpu` on the GPUs there are."""
+"""JAX as strict as it gets: on eight CPU devices, or with `-m gpu` on the GPUs there are."""
 
 import os
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 import jax
 import pytest
@@ -25,8 +25,16 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """What Pallas has no kernel for it refuses, which test_implementations tests; here is nothing more to test."""
-    items[:] = [item for item in items if not refused(item)]
+    """What Pallas has no kernel for it refuses, which test_implementations tests; here is nothing more to test.
+
+    Nor is there for several GPUs where there are fewer.
+    """
+    items[:] = [item for item in items if not refused(item) and not lacks_gpus(item)]
+
+
+def lacks_gpus(item):
+    needed = item.get_closest_marker("gpus")
+    return needed is not None and on_gpu(item.config) and jax.device_count() < needed.args[0]
 
 
 def refused(item):

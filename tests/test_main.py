@@ -102,6 +102,30 @@ def test_grouped_product_beside_ragged_dot(capsys):
     assert all(float(row[4]) < 1e-5 for row in rows)
 
 
+SPREAD = """
+import sys
+from ferrum_jax import __main__ as program
+program.SMALL = program.SMALL._replace(num_experts=8, hidden=32, expert_width=32, tokens=48)
+sys.exit(program.main(["parallel", "--devices", "{devices}"]))
+"""
+
+
+def test_layer_over_several_devices(monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    ended = run("-c", SPREAD.format(devices=2))
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert line(ended.stdout, "On 2 devices, cpu")
+    for name in ("one device", "gather", "padded"):
+        assert " ok " in line(ended.stdout, f"{name}: layer")
+    assert int(line(ended.stdout, "padded, 96 rows").split()[-1]) > 0  # an uneven router overflows an even share
+    assert ended.stdout.endswith("All checks passed.\n")
+
+
+def test_devices_that_are_not_here(capsys):
+    assert program.parallel(7) == 2
+    assert "--devices 7 cannot be used" in capsys.readouterr().out
+
+
 class Installed:
     def __init__(self, metadata, files):
         self.metadata, self.read_text = metadata, files.get

@@ -117,6 +117,17 @@ def test_gradient_in_an_explicit_mesh(op, axis, implementation):
             np.testing.assert_allclose(got, w, rtol=1e-5, atol=1e-6)
 
 
+def test_gradient_of_sharded_matrices_outside_set_mesh():
+    mesh = jax.make_mesh((DEVICES,), ("d",))
+    routing = ferrum_jax.moe_align_block_size_pair_ids(np.arange(8).reshape(8, 1) % 4, 4, 2)
+    loss = lambda w: jnp.sum(ferrum_jax.grouped_matmul(np.ones((8, 3), np.float32), w, routing) ** 2)  # noqa: E731
+    w = rng("w").normal(size=(4, 3, 5)).astype(np.float32)
+    (placed,) = place(mesh, [P("d")], [w])
+    gradient = jax.jit(jax.grad(loss))(placed)
+    np.testing.assert_allclose(gradient, jax.grad(loss)(w), rtol=1e-5, atol=1e-6)
+    assert gradient.sharding.spec == P("d", None, None)
+
+
 @pytest.mark.parametrize("spec", [P("d"), P(None, "d"), P()], ids=str)
 def test_vmap_in_an_explicit_mesh(spec):
     mesh = jax.make_mesh((DEVICES,), ("d",))

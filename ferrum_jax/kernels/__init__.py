@@ -189,6 +189,10 @@ def target_capability(device_kind: str | None = None) -> int | None:
 _interpreting = jax.make_user_context(False)
 
 
+def interpreting() -> bool:
+    return _interpreting.value
+
+
 def interpret_kernels() -> contextlib.AbstractContextManager[Any]:
     """In this context the GPU kernels run on the CPU, interpreted, under the normal API: eager, jit, vmap, grad.
 

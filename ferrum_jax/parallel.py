@@ -1,0 +1,380 @@
+"""The layer over many devices: each holds some of the experts, and tokens travel to them and back.
+
+For use inside `jax.shard_map`. JAX's own collectives carry the rows, the layer of one device is `ferrum_jax.moe_mlp`,
+and ids of -1 mask what is not a device's own. "gather": every device gets all tokens. "ragged" and "padded": every pair
+(token, choice) goes to the device of its expert, packed without gaps or into slots of fixed number.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from . import layer
+from ._primitive import equally_varying
+from ._signature import INT32_MAX, as_int
+from .combine import moe_combine, moe_dispatch
+from .routing import RouterOutput, route_topk_softmax
+from .tables import moe_build_pairs_by_token
+
+EXCHANGES = ("gather", "padded", "ragged")
+_OP = "parallel.moe_mlp"
+
+# Bytes that an NVLink of 450 GB/s carries in 10 microseconds, about what starting one more collective takes.
+_FEW_BYTES = 2**22
+
+
+class ExchangeSizes(NamedTuple):
+    """What `jax.lax.ragged_all_to_all` takes after its two buffers, [devices] int32 each."""
+
+    input_offsets: jax.Array
+    send_sizes: jax.Array
+    output_offsets: jax.Array
+    recv_sizes: jax.Array
+
+
+def exchange_sizes(
+    expert_offsets: jax.Array, device: int | jax.Array, *, capacity: int | None = None
+) -> tuple[ExchangeSizes, ExchangeSizes]:
+    """Sizes and offsets for `jax.lax.ragged_all_to_all`: of packed rows to the experts' devices, and of the way back.
+
+    Device d owns experts d*E/D to (d+1)*E/D - 1, so what it gets of a sender's packed rows (those of
+    `moe_build_pairs_by_token` with all E experts) is one slice. It keeps the slices of its senders one after another:
+
+        rows = lax.ragged_all_to_all(packed, jnp.zeros((capacity, H)), *there, axis_name=name)
+        packed = lax.ragged_all_to_all(rows, jnp.zeros((P, H)), *back, axis_name=name)
+
+    Kept on every device, whatever the offsets: what it sends lies in its expert_offsets[0] to expert_offsets[E], in
+    disjoint slices; what it takes in fills rows 0 to sum(recv_sizes) - 1 <= capacity - 1 without gaps or overlaps, in
+    the senders' order; each sender's send_sizes are the receivers' recv_sizes. `back` is `there` with the buffers'
+    roles changed. Past `capacity`, rows stay where they are: those of later senders first, and of one sender those of
+    later experts. So what stays of device s is (the rows of its expert_offsets) - sum(there.send_sizes on s).
+
+    Args:
+      expert_offsets: [D, E+1] of any integer dtype: every device's, as `jax.lax.all_gather` gives them.
+      device: the caller's index among the D, as `jax.lax.axis_index` gives it.
+      capacity: rows that a device takes in, >= 0; None: as many as come.
+
+    Returns:
+      (there, back), an ExchangeSizes each, int32.
+
+    Raises:
+      TypeError: expert_offsets of a dtype that is no integer, a `capacity` that is no int.
+      ValueError: expert_offsets of another rank, E no multiple of D, `capacity` < 0.
+
+    >>> import jax.numpy as jnp
+    >>> there, _ = exchange_sizes(jnp.array([[0, 1, 3], [0, 2, 5]]), 1)
+    >>> there.input_offsets.tolist(), there.send_sizes.tolist()
+    ([0, 2], [2, 3])
+    >>> there.output_offsets.tolist(), there.recv_sizes.tolist()
+    ([1, 2], [2, 3])
+    """
+    op = "exchange_sizes"
+    shape, dtype = jnp.shape(expert_offsets), jnp.result_type(expert_offsets)
+    if not jnp.issubdtype(dtype, jnp.integer):
+        raise TypeError(f"{op}: expert_offsets must hold integers; got {dtype}")
+    if len(shape) != 2 or not shape[0] or not shape[1] or (shape[1] - 1) % shape[0]:
+        raise ValueError(f"{op}: expert_offsets must be [D, E+1] with E a multiple of D, D >= 1; got shape {shape}")
+    bounds = _bounds(jnp.asarray(expert_offsets).astype(jnp.int32))
+    rows = INT32_MAX if capacity is None else as_int(op, "capacity", capacity, 0)
+    start, size = _packed(jnp.diff(bounds), rows)
+    there = ExchangeSizes(bounds[device, :-1], size[device], start[device], size[:, device])
+    back = ExchangeSizes(start[:, device], size[:, device], bounds[:, device], size[device])
+    return there, back
+
+
+def moe_mlp(
+    x: jax.Array,
+    router_logits: jax.Array | None,
+    w_gate_up: jax.Array,
+    w_down: jax.Array,
+    *,
+    axis_name: str | Sequence[str],
+    top_k: int | None = None,
+    norm_topk_prob: bool = True,
+    router_output: RouterOutput | None = None,
+    exchange: str | None = None,
+    capacity: int | None = None,
+    return_dropped: bool = False,
+    block_size: int | None = None,
+    implementation: str | None = None,
+    **options: Any,
+) -> Any:
+    """`ferrum_jax.moe_mlp` with experts spread over a mesh axis: called inside `jax.shard_map`, on each device's part.
+
+    Each device holds T tokens and E/D experts: of D devices in the axis, the d-th owns experts d*E/D to (d+1)*E/D - 1.
+    The result is that of the unsharded layer for this device's tokens, and gradients are exact, through the exchange
+    too (with check_vma, as always). Nothing is dropped unless a `capacity` is given.
+
+    Args:
+      x: [..., T, H] float16, bfloat16 or float32: this device's tokens.
+      router_logits: [..., T, E], over the experts of all devices; None with `router_output`.
+      w_gate_up: [E/D, H, 2F] of x's dtype: this device's experts.
+      w_down: [E/D, F, H] of x's dtype.
+      axis_name: the mesh axis over which experts are spread, or several.
+      top_k, norm_topk_prob: as in `ferrum_jax.moe_mlp`.
+      router_output: ids over the experts of all devices; one outside [0, E) is no expert, so that a token, or all of a
+        device, may be left out.
+      exchange: "gather": all-gather tokens, compute this device's experts, reduce-scatter in float32. "ragged":
+        `jax.lax.ragged_all_to_all` of a row per pair, there and back, only those that exist; GPUs have it, XLA:CPU does
+        not. "padded": `jax.lax.all_to_all` of as many slots for every pair of devices. None: "gather" where that moves
+        few bytes or fewer than the pairs' rows would be (decode, few devices); else, decided at lowering, "ragged" on
+        NVIDIA GPUs and "padded" elsewhere.
+      capacity: rows that a device takes in, rounded up to a multiple of D and limited to the worst case; "padded"
+        shares them evenly among the senders. A pair whose row does not fit adds nothing, as if it had no expert, and is
+        counted: pass `return_dropped=True`. None: the worst case, T*D*min(K, E/D) rows (T*D*K with `router_output`,
+        which may name an expert twice). "gather" has no such rows, and drops nothing.
+      return_dropped: also return how many pairs of this device's tokens were dropped, exactly.
+      block_size: as in `ferrum_jax.moe_mlp`; None: for the rows of an average expert, as if routing were balanced.
+      implementation: None (the fastest of each op), "xla", "triton" or "pallas".
+      options: `activation`, `flow`, and `b_gate_up`[E/D, 2F] and `b_down`[E/D, H] of this device's experts, as in
+        `ferrum_jax.moe_mlp`.
+
+    Returns:
+      [..., T, H] in x's dtype; with `return_dropped`, (that, dropped): an int32 scalar that varies over the axis;
+      `jax.lax.psum` gives the total.
+
+    Raises:
+      TypeError, ValueError, NotImplementedError: as `ferrum_jax.moe_mlp`; and ValueError for an `axis_name` that is no
+        axis of a `jax.shard_map` around the call, E that is not D times the experts of a device, an unknown `exchange`,
+        a `capacity` < 1 or without `return_dropped`.
+
+    Under `jax.vmap`, JAX's ragged_all_to_all needs routing that is mapped too: with one routing for all, take another
+    exchange.
+
+    Expert parallelism is that of GShard, https://arxiv.org/abs/2006.16668, without its capacity as in MegaBlocks,
+    https://arxiv.org/abs/2211.15841.
+
+    >>> import jax, jax.numpy as jnp, ferrum_jax
+    >>> from jax.sharding import PartitionSpec as P
+    >>> mesh, layer = jax.make_mesh((1,), ("expert",)), ferrum_jax.parallel.moe_mlp
+    >>> layer = jax.shard_map(functools.partial(layer, axis_name="expert", top_k=2), mesh=mesh, out_specs=P("expert"))
+    >>> with jax.set_mesh(mesh):
+    ...     args = jnp.ones((5, 4)), jnp.ones((5, 3)), jnp.ones((3, 4, 12)), jnp.ones((3, 6, 4))
+    ...     layer(*(jax.device_put(a, P("expert")) for a in args)).shape
+    (5, 4)
+    """
+    devices = _axis_size(axis_name)
+    if exchange not in (None, *EXCHANGES):
+        raise ValueError(f"{_OP}: exchange must be one of {', '.join(map(repr, (None, *EXCHANGES)))}; got {exchange!r}")
+    if capacity is not None:
+        capacity = as_int(_OP, "capacity", capacity)
+        if not return_dropped:
+            raise ValueError(f"{_OP}: capacity may drop pairs; pass return_dropped=True to get their count too")
+    distinct = router_output is None
+    if distinct and router_logits is not None:
+        shape = jnp.shape(router_logits)
+        want = (*jnp.shape(x)[:-1], jnp.shape(w_gate_up)[0] * devices)
+        if shape != want:
+            raise ValueError(
+                f"{_OP}: router_logits must have shape {want}: E is {devices} devices times the "
+                f"{jnp.shape(w_gate_up)[0]} experts of w_gate_up; got shape {shape}"
+            )
+        if top_k is None:
+            raise TypeError(f"{_OP}: top_k must be an int with router_logits; got None")
+        router_output = route_topk_softmax(
+            router_logits, top_k, norm_topk_prob=norm_topk_prob, implementation=implementation
+        )
+        router_logits = None
+    biases = options.get("b_gate_up"), options.get("b_down")
+    x, _, (ids, weights), *_ = layer._checked(x, router_logits, router_output, w_gate_up, w_down, *biases)
+    if top_k is not None and top_k != ids.shape[-1]:
+        raise ValueError(f"{_OP}: top_k must be that of router_output, {ids.shape[-1]}; got {top_k}")
+    shape, experts = x.shape, w_gate_up.shape[0]
+    x, ids, weights = (a.reshape(-1, a.shape[-1]) for a in (x, ids, weights))
+    x, ids, weights, _ = equally_varying([x, ids, weights, lax.axis_index(axis_name)])
+    if block_size is None:
+        block_size = layer._block_size(ids.size, experts)
+
+    def local(rows: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
+        return layer.moe_mlp(
+            rows,
+            None,
+            w_gate_up,
+            w_down,
+            router_output=RouterOutput(ids, weights),
+            block_size=block_size,
+            implementation=implementation,
+            **options,
+        )
+
+    worst = as_int(_OP, "rows", devices * x.shape[0] * (min(ids.shape[-1], experts) if distinct else ids.shape[-1]), 0)
+    rows = worst if capacity is None else min(worst, -(-capacity // devices) * devices)
+    if exchange is None and _gather_is_cheaper(x, ids.shape[-1], devices):
+        exchange = "gather"
+    if ids.size == 0:  # collectives refuse empty arrays
+        out, dropped = local(x, ids, weights), _count(ids >= 0)
+    elif exchange == "gather":
+        out, dropped = _gathered(local, axis_name, x, ids, weights, experts)
+    else:
+        out, dropped = _exchanged(local, axis_name, exchange, x, ids, weights, experts, rows, implementation)
+    out = out.reshape(shape)
+    return (out, dropped) if return_dropped else out
+
+
+def _axis_size(axis_name: Any) -> int:
+    try:
+        return lax.axis_size(axis_name)
+    except (NameError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{_OP}: axis_name must name an axis of a jax.shard_map around the call; got {axis_name!r}"
+        ) from error
+
+
+def _gather_is_cheaper(x: jax.Array, top_k: int, devices: int) -> bool:
+    """By the bytes that a device takes in, there and back, with balanced routing."""
+    item = x.dtype.itemsize
+    gather = x.size * (devices - 1) * (item + 4)
+    pairs = x.size * (devices - 1) * 2 * item * top_k // devices
+    return gather <= max(_FEW_BYTES, pairs)
+
+
+# ---- gather: all tokens to every device
+
+
+def _gathered(
+    local: Any, axis_name: Any, x: jax.Array, ids: jax.Array, weights: jax.Array, experts: int
+) -> tuple[jax.Array, jax.Array]:
+    every, ids, weights = (lax.all_gather(a, axis_name, tiled=True) for a in (x, ids, weights))
+    first = lax.axis_index(axis_name) * experts
+    mine = (ids >= first) & (ids < first + experts)
+    part = local(every, jnp.where(mine, ids - first, -1), weights)
+    out = lax.psum_scatter(part.astype(jnp.float32), axis_name, tiled=True).astype(x.dtype)
+    return out, _count(mine & ~mine)
+
+
+def _count(mask: jax.Array) -> jax.Array:
+    return jnp.sum(mask, dtype=jnp.int32)
+
+
+# ---- ragged and padded: each pair's row to the device of its expert
+
+
+class _Tables(NamedTuple):
+    """Of this device's pairs: expert and packed row of each, token of each packed row; and of every device offsets."""
+
+    ids: jax.Array
+    pairs: jax.Array
+    tokens: jax.Array
+    offsets: jax.Array
+
+
+def _exchanged(
+    local: Any,
+    axis_name: Any,
+    exchange: str | None,
+    x: jax.Array,
+    ids: jax.Array,
+    weights: jax.Array,
+    experts: int,
+    rows: int,
+    implementation: str | None,
+) -> tuple[jax.Array, jax.Array]:
+    devices = lax.axis_size(axis_name)
+    num_experts = as_int(_OP, "E", devices * experts)
+    pairs, tokens, offsets = moe_build_pairs_by_token(ids, num_experts, implementation=implementation)
+    tables = _Tables(ids, pairs, tokens, lax.all_gather(offsets, axis_name))
+
+    def run(step: Any, *args: Any) -> Any:
+        step = functools.partial(step, axis_name=axis_name, rows=rows, implementation=implementation)
+        by = {name: functools.partial(step, name) for name in ("ragged", "padded")}
+        if exchange:
+            return by[exchange](*args)
+        # The platform is known at lowering only; both are traced, one is lowered.
+        return lax.platform_dependent(*args, cuda=by["ragged"], default=by["padded"])
+
+    received, local_ids, pairs, dropped = run(_send, x, tables)
+    done = local(received, local_ids[:, None], jnp.ones((rows, 1), jnp.float32))
+    return run(_bring_back, done, weights, pairs, tables.offsets), dropped
+
+
+def _send(
+    exchange: str, x: jax.Array, tables: _Tables, *, axis_name: Any, rows: int, implementation: str | None
+) -> tuple[jax.Array, ...]:
+    """What this device receives [rows, H] and the own expert of each; each pair's row in what comes back, or -1."""
+    ids, pairs, tokens, offsets = tables
+    me, devices = lax.axis_index(axis_name), offsets.shape[0]
+    experts = (offsets.shape[1] - 1) // devices
+    bounds = _bounds(offsets)
+    start, size = (_packed if exchange == "ragged" else _slotted)(jnp.diff(bounds), rows)
+    device = jnp.clip(ids // experts, 0, devices - 1)
+    place = pairs - bounds[me][device]
+    fits = (pairs >= 0) & (place < size[me][device])
+    dispatch = functools.partial(moe_dispatch, implementation=implementation)
+    if exchange == "ragged":
+        there, _ = exchange_sizes(offsets, me, capacity=rows)
+        packed = dispatch(x, tokens, pairs_by_token=pairs)
+        received = _ragged(packed, rows, there, axis_name)
+        returned = jnp.where(fits, pairs, -1)
+    else:
+        slots = rows // devices
+        returned = jnp.where(fits, device * slots + place, -1)
+        slot = jnp.arange(slots, dtype=jnp.int32)[None]
+        token = tokens.at[bounds[me, :-1, None] + slot].get(mode="clip")
+        token = jnp.where(slot < size[me][:, None], token, x.shape[0]).reshape(rows)
+        received = lax.all_to_all(dispatch(x, token, pairs_by_token=returned), axis_name, 0, 0, tiled=True)
+    ends = lax.dynamic_slice_in_dim(offsets, me * experts, experts + 1, axis=1)
+    own = _experts_of_rows(ends[:, 1:] - ends[:, :1], start[:, me], size[:, me], rows)
+    return received, own, returned, _count((pairs >= 0) & ~fits)
+
+
+def _bring_back(
+    exchange: str,
+    done: jax.Array,
+    weights: jax.Array,
+    pairs: jax.Array,
+    offsets: jax.Array,
+    *,
+    axis_name: Any,
+    rows: int,
+    implementation: str | None,
+) -> jax.Array:
+    if exchange == "ragged":
+        _, back = exchange_sizes(offsets, lax.axis_index(axis_name), capacity=rows)
+        done = _ragged(done, pairs.size, back, axis_name)
+    else:
+        done = lax.all_to_all(done, axis_name, 0, 0, tiled=True)
+    return moe_combine(done, pairs, weights, unique_rows=True, implementation=implementation)
+
+
+def _ragged(packed: jax.Array, rows: int, sizes: ExchangeSizes, axis_name: Any) -> jax.Array:
+    empty, packed = equally_varying([jnp.zeros((rows, packed.shape[1]), packed.dtype), packed])
+    return lax.ragged_all_to_all(packed, empty, *sizes, axis_name=axis_name)
+
+
+def _bounds(offsets: jax.Array) -> jax.Array:
+    """[D, D+1]: where in sender s's packed rows those for device d begin, and where the last one's end."""
+    return offsets[:, :: max((offsets.shape[1] - 1) // offsets.shape[0], 1)]
+
+
+def _packed(counts: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
+    """Where in device d's `rows` rows those of sender s begin, and how many fit: one sender's after another's."""
+    end = jnp.cumsum(counts, axis=0, dtype=jnp.int32)
+    start = jnp.minimum(end - counts, rows)
+    return start, jnp.minimum(end, rows) - start
+
+
+def _slotted(counts: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
+    """The same where every sender has as many rows of its own."""
+    slots = rows // counts.shape[0]
+    start = jnp.broadcast_to(jnp.arange(counts.shape[0], dtype=jnp.int32)[:, None] * slots, counts.shape)
+    return start, jnp.minimum(counts, slots)
+
+
+def _experts_of_rows(ends: jax.Array, start: jax.Array, size: jax.Array, rows: int) -> jax.Array:
+    """The expert of each row in a device's buffer; -1 where none is.
+
+    ends[s, e]: rows of sender s up to and with those of expert e; they begin at start[s], and size[s] of them came.
+    """
+    ends = start[:, None] + jnp.minimum(ends, size[:, None])
+    passed = _passed(ends.reshape(-1), rows)
+    inside = _passed(start, rows) > _passed(start + size, rows)
+    return jnp.where(inside, passed % ends.shape[1], -1)
+
+
+def _passed(marks: jax.Array, rows: int) -> jax.Array:
+    """How many marks each row has reached."""
+    return jnp.cumsum(jnp.zeros(rows + 1, jnp.int32).at[marks].add(1, mode="drop"), dtype=jnp.int32)[:rows]

@@ -1,0 +1,152 @@
+"""Experts over two GPUs: equal to one GPU's layer, and timed against it and against one-hot dispatch.
+
+`pytest -m gpu -s tests/test_gpus.py` on a machine with two GPUs prints the times.
+"""
+
+import functools
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import ferrum_jax
+from ferrum_jax.parallel import moe_mlp
+
+pytestmark = [pytest.mark.gpu, pytest.mark.gpus(2)]
+
+QWEN3_30B = {"experts": 128, "top_k": 8, "hidden": 2048, "width": 768}
+SMALL = {"experts": 16, "top_k": 3, "hidden": 256, "width": 128}
+EXCHANGES = ("gather", "padded", "ragged", None)
+
+
+def mesh_of_two():
+    return jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+
+
+def arguments(tokens, dtype, experts, top_k, hidden, width):
+    """Logits with a slope: some experts are chosen often, some hardly."""
+    shapes = (tokens, hidden), (tokens, experts), (experts, hidden, 2 * width), (experts, width, hidden)
+    keys = jax.random.split(jax.random.key(tokens), 4)
+    x, logits, *matrices = (jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True))
+    logits += jnp.linspace(1, -1, experts)[None]
+    return [a.astype(dtype) for a in (x, logits, *(m / m.shape[1] ** 0.5 for m in matrices))]
+
+
+def spread(f):
+    return jax.shard_map(f, mesh=mesh_of_two(), in_specs=P("d"), out_specs=P("d"))
+
+
+def placed(args):
+    return [jax.device_put(a, NamedSharding(mesh_of_two(), P("d"))) for a in args]
+
+
+def with_gradients(f):
+    def run(*args):
+        out, vjp = jax.vjp(f, *args)
+        return out, *vjp(jnp.sin(out.astype(jnp.float32)).astype(out.dtype))
+
+    return jax.jit(run)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tokens", [32, 2048])
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_two_gpus_equal_one(exchange, tokens, dtype):
+    args = arguments(tokens, dtype, **SMALL)
+    fixed = {"top_k": SMALL["top_k"]}
+    got = with_gradients(spread(functools.partial(moe_mlp, axis_name="d", exchange=exchange, **fixed)))(*placed(args))
+    want = with_gradients(functools.partial(ferrum_jax.moe_mlp, **fixed))(*args)
+    for g, w in zip(got, want, strict=True):
+        g, w = (np.asarray(a.astype(jnp.float32)) for a in (g, w))
+        bound = float(jnp.finfo(dtype).eps) ** (2 / 3) * (1 + np.abs(w).max())
+        np.testing.assert_allclose(g, w, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("exchange", ["padded", "ragged"])
+def test_overflow_is_counted(exchange):
+    """All pairs name the first GPU's experts: it takes in its capacity, and the rest is counted."""
+    tokens, capacity = 64, 40
+    x, _, *matrices = arguments(tokens, "float32", **SMALL)
+    ids = jnp.arange(tokens * 2, dtype=jnp.int32).reshape(tokens, 2) % (SMALL["experts"] // 2)
+
+    def run(x, ids, *matrices):
+        routed = ferrum_jax.RouterOutput(ids, jnp.ones(ids.shape))
+        fixed = {"axis_name": "d", "exchange": exchange, "capacity": capacity, "return_dropped": True}
+        out, dropped = moe_mlp(x, None, *matrices, router_output=routed, **fixed)
+        return out, dropped[None]
+
+    out, dropped = jax.jit(spread(run))(*placed([x, ids, *matrices]))
+    assert int(dropped.sum()) == tokens * 2 - capacity
+    assert bool(jnp.all(jnp.isfinite(out)))
+
+
+def test_plain_jit_computes_shards_where_they_are():
+    """The kernels run on each GPU's part: no collective, the same values."""
+    logits = jax.random.normal(jax.random.key(0), (4096, 128), jnp.bfloat16)
+    f = jax.jit(lambda x: ferrum_jax.route_topk_softmax(x, 8))
+    (there,) = placed([logits])
+    assert "all-gather" not in f.lower(there).compile().as_text()
+    for g, w in zip(f(there), f(logits), strict=True):
+        np.testing.assert_array_equal(g, w)
+
+
+def one_hot_dispatch(x, logits, w_gate_up, w_down, *, top_k, capacity):
+    """GShard's layer on one device of the axis: one-hot [T, E, C] products around an all_to_all of fixed slots."""
+    weights, ids = lax.top_k(jax.nn.softmax(logits.astype(jnp.float32), axis=-1), top_k)
+    weights = weights / weights.sum(-1, keepdims=True)
+    chosen = jax.nn.one_hot(ids, logits.shape[-1], dtype=jnp.float32)  # [T, K, E]
+    place = (jnp.cumsum(chosen.reshape(-1, logits.shape[-1]), axis=0).reshape(chosen.shape) - 1) * chosen
+    slot = jax.nn.one_hot(place.sum(-1).astype(jnp.int32), capacity, dtype=jnp.float32)  # [T, K, C]
+    dispatch = jnp.einsum("tke,tkc->tec", chosen, slot).astype(x.dtype)
+    combine = jnp.einsum("tke,tkc,tk->tec", chosen, slot, weights).astype(x.dtype)
+    rows = lax.all_to_all(jnp.einsum("th,tec->ech", x, dispatch), "d", 0, 1, tiled=True)
+    gate, up = jnp.split(jnp.einsum("ech,ehf->ecf", rows, w_gate_up), 2, axis=-1)
+    rows = lax.all_to_all(jnp.einsum("ecf,efh->ech", jax.nn.silu(gate) * up, w_down), "d", 1, 0, tiled=True)
+    return jnp.einsum("ech,tec->th", rows, combine)
+
+
+def milliseconds(f, args, repeat=20):
+    jax.block_until_ready(f(*args))
+    times = []
+    for _ in range(repeat):
+        start = time.perf_counter()
+        jax.block_until_ready(f(*args))
+        times.append(time.perf_counter() - start)
+    return statistics.median(times) * 1e3
+
+
+@pytest.mark.parametrize("tokens", [32, 1024, 16384])
+def test_times(tokens):
+    """Wall time of the whole layer of Qwen3-30B-A3B's shape, forward and with gradients, bf16."""
+    args, k = arguments(tokens, "bfloat16", **QWEN3_30B), QWEN3_30B["top_k"]
+    balanced = tokens * k // 2
+    layers = {"one GPU": (functools.partial(ferrum_jax.moe_mlp, top_k=k), args)}
+    for exchange in EXCHANGES:
+        layers[f"two GPUs, {exchange}"] = (
+            spread(functools.partial(moe_mlp, axis_name="d", top_k=k, exchange=exchange)),
+            placed(args),
+        )
+    for exchange in ("padded", "ragged"):
+
+        def bounded(*args, exchange=exchange):
+            fixed = {"axis_name": "d", "top_k": k, "exchange": exchange}
+            return moe_mlp(*args, capacity=balanced * 5 // 4, return_dropped=True, **fixed)[0]
+
+        layers[f"two GPUs, {exchange}, capacity 1.25"] = spread(bounded), placed(args)
+    if tokens <= 1024:  # [T, E, C] arrays grow with the square of the tokens
+        slots = max(4, 2 * tokens * k // 2 // QWEN3_30B["experts"])
+        layers["two GPUs, one-hot, capacity 2"] = (
+            spread(functools.partial(one_hot_dispatch, top_k=k, capacity=slots)),
+            placed(args),
+        )
+    print(f"\n{tokens} tokens, {jax.devices()[0].device_kind}, jax {jax.__version__}: milliseconds, median of 20")
+    for name, (f, given) in layers.items():
+        forward, both = (milliseconds(g, given) for g in (jax.jit(f), with_gradients(f)))
+        assert forward > 0
+        print(f"  {name:36} forward {forward:9.3f}   with gradients {both:9.3f}")

@@ -1,0 +1,333 @@
+"""Experts spread over devices: equal to the unsharded layer, nothing lost unless counted, the collective asked for."""
+
+import functools
+import os
+import pathlib
+import re
+import socket
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import Size, rng
+from compiled import h200s, needs_pjrt
+from jax import lax
+from jax.interpreters import mlir
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import ferrum_jax
+from ferrum_jax import parallel
+from ferrum_jax.parallel import exchange_sizes, moe_mlp
+
+EXCHANGES = ("gather", "padded", "ragged")
+F = 3
+
+
+def one_after_another(
+    operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name, axis_index_groups
+):
+    """What JAX documents of ragged_all_to_all, from collectives that a CPU has. Its derivatives stay JAX's own."""
+    me = lax.axis_index(axis_name)
+    sent, begin, put = (lax.all_gather(a, axis_name) for a in (operand, input_offsets, output_offsets))
+    place = jnp.arange(output.shape[0], dtype=jnp.int32)[None] - put[:, me, None]
+    inside = (place >= 0) & (place < recv_sizes[:, None])
+    sender = jnp.argmax(inside, axis=0)
+    row = jnp.take_along_axis(place + begin[:, me, None], sender[None], axis=0)[0]
+    rows = sent.at[sender, row].get(mode="clip")
+    return jnp.where(jnp.any(inside, axis=0)[:, None], rows, output)
+
+
+on_cpu = mlir.lower_fun(one_after_another, multiple_results=False)
+mlir.register_lowering(lax.ragged_all_to_all_p, on_cpu, platform="cpu")
+
+SIZE = Size(24, 16, 3, 5)
+
+
+@functools.cache
+def arguments():
+    """x, logits, weights, w_gate_up, w_down, b_gate_up, b_down of the unsharded layer."""
+    t, e, k, h, _ = SIZE
+    shapes = (t, h), (t, e), (t, k), (e, h, 2 * F), (e, F, h), (e, 2 * F), (e, h)
+    r = rng("parallel")
+    return [jnp.asarray(r.normal(size=s).astype(np.float32)) for s in shapes]
+
+
+def routings(devices):
+    """Any; all tokens to one device's experts; a device without tokens; no pair at all."""
+    t, e, k, *_ = SIZE
+    ids = rng("ids", devices).integers(0, e, (t, k)).astype(np.int32)
+    without = ids.copy()
+    without[t // devices : 2 * t // devices] = [-1, e, -(2**31)]
+    return ids, np.where(ids % 2, e - 2, e - 1).astype(np.int32), without, np.full_like(ids, -1)
+
+
+def layer(x, ids, weights, gate_up, down, b_gate_up, b_down, run=ferrum_jax.moe_mlp, **kwargs):
+    routed = ferrum_jax.RouterOutput(ids, weights)
+    return run(x, None, gate_up, down, router_output=routed, b_gate_up=b_gate_up, b_down=b_down, **kwargs)
+
+
+def value_and_gradients(f):
+    def run(ids, x, weights, *rest):
+        out, vjp = jax.vjp(lambda x, weights, *rest: f(x, ids, weights, *rest), x, weights, *rest)
+        return out, *vjp(jnp.sin(out))
+
+    return jax.jit(run)
+
+
+@functools.cache
+def unsharded():
+    return value_and_gradients(layer)
+
+
+def mesh_of(devices, kind=AxisType.Auto):
+    return jax.make_mesh((devices,), ("d",), axis_types=(kind,))
+
+
+def close(got, want):
+    """Terms' size is that of the largest: sums that cancel."""
+    for g, w in zip(got, want, strict=True):
+        bound = float(np.finfo(np.float32).eps) ** (2 / 3) * (1 + np.max(np.abs(w), initial=0))
+        np.testing.assert_allclose(g, w, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize(
+    ("devices", "exchange", "kind"),
+    [(2, "gather", AxisType.Explicit), (4, "ragged", AxisType.Auto), (8, None, AxisType.Explicit)],
+    ids=str,
+)
+def test_values_and_gradients_equal_the_unsharded_layers(devices, exchange, kind, monkeypatch):
+    """Without a capacity nothing is dropped, wherever the tokens go; a token may name an expert twice.
+
+    None is "padded" here, chosen at lowering.
+    """
+    monkeypatch.setattr(parallel, "_FEW_BYTES", 0)
+    mesh = mesh_of(devices, kind)
+    f = functools.partial(layer, run=moe_mlp, axis_name="d", exchange=exchange)
+    f = value_and_gradients(jax.shard_map(f, mesh=mesh, in_specs=P("d"), out_specs=P("d")))
+    x, _, *rest = arguments()
+    for ids in routings(devices):
+        placed = (jax.device_put(a, NamedSharding(mesh, P("d"))) for a in (ids, x, *rest))
+        close(f(*placed), unsharded()(ids, x, *rest))
+
+
+def test_two_processes_equal_one(tmp_path):
+    """Four devices of two processes, which talk over the loopback address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    worker, path = pathlib.Path(__file__).with_name("two_processes.py"), tmp_path / "out.npy"
+    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    env["PYTHONPATH"] = str(worker.parents[1])
+    processes = [
+        subprocess.Popen([sys.executable, worker, str(port), str(i), path], env=env, stderr=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
+    ended = [(p.communicate(timeout=300)[1], p.returncode) for p in processes]
+    assert all(code == 0 for _, code in ended), ended
+    ids, (x, _, *rest) = routings(4)[0], arguments()
+    close((np.load(path),), unsharded()(ids, x, *rest)[:1])
+
+
+def test_axes_of_a_larger_mesh():
+    """Experts over two mesh axes, copies of them along a third; leading axes are more tokens; ids from logits."""
+    x, logits, _, *rest = arguments()
+    mesh = jax.make_mesh((2, 2, 2), ("data", "host", "chip"), axis_types=(AxisType.Auto,) * 3)
+    every, spread = P(("data", "host", "chip")), ("host", "chip")
+    run = functools.partial(moe_mlp, axis_name=spread, top_k=SIZE.K, exchange="padded")
+    f = jax.shard_map(run, mesh=mesh, in_specs=(every, every, P(spread), P(spread)), out_specs=every)
+    loss = lambda f: lambda *a: jnp.sum(jnp.sin(f(*a)))  # noqa: E731
+    got = jax.jit(jax.grad(loss(f), 1))(x.reshape(8, 3, -1), logits.reshape(8, 3, -1), *rest[:2])
+    want = jax.jit(jax.grad(loss(functools.partial(ferrum_jax.moe_mlp, top_k=SIZE.K)), 1))(x, logits, *rest[:2])
+    close((got.reshape(logits.shape),), (want,))
+
+
+@pytest.mark.parametrize("exchange", [None, *EXCHANGES])
+def test_no_tokens(exchange):
+    x, logits, _, gate_up, down, *_ = arguments()
+    run = functools.partial(moe_mlp, axis_name="d", top_k=SIZE.K, exchange=exchange)
+    f = jax.shard_map(run, mesh=mesh_of(4), in_specs=P("d"), out_specs=P("d"))
+    both = jax.jit(lambda *a: (lambda out, vjp: (out, *vjp(out)))(*jax.vjp(f, *a)))
+    out, *gradients = both(x[:0], logits[:0], gate_up, down)
+    assert out.shape == (0, SIZE.H)
+    assert not any(np.any(g) for g in gradients)
+
+
+# ---- capacity
+
+
+def left_behind(ids, devices, num_experts, capacity, exchange):
+    """In loops: the pairs that do not fit."""
+    slots, owned = -(-capacity // devices), num_experts // devices
+    dropped, taken = np.zeros(ids.shape, bool), np.zeros((devices, devices), int)
+    pairs = [(t * devices // len(ids), ids[t, k], t, k) for t, k in np.ndindex(ids.shape)]
+    for sender, expert, t, k in sorted(p for p in pairs if 0 <= p[1] < num_experts):
+        to = expert // owned
+        full = taken[sender, to] >= slots if exchange == "padded" else taken[:, to].sum() >= slots * devices
+        dropped[t, k] = full
+        taken[sender, to] += not full
+    return dropped
+
+
+@pytest.mark.parametrize("exchange", ["padded", "ragged"])
+def test_overflow_is_counted_exactly_and_adds_nothing(exchange):
+    devices, capacity = 4, 13  # 16, shared by four: 4 rows from each, or 16 from any
+    x, _, weights, *rest = arguments()
+
+    def run(*args):
+        fixed = {"axis_name": "d", "exchange": exchange, "capacity": capacity, "return_dropped": True}
+        out, dropped = layer(*args, run=moe_mlp, **fixed)
+        return out, dropped[None]
+
+    f = jax.jit(jax.shard_map(run, mesh=mesh_of(devices), in_specs=P("d"), out_specs=P("d")))
+    balanced = (np.arange(24 * 3).reshape(24, 3) % SIZE.E).astype(np.int32)
+    counts = []
+    for ids in (*routings(devices), balanced):
+        gone = left_behind(ids, devices, SIZE.E, capacity, exchange)
+        out, dropped = f(x, ids, weights, *rest)
+        np.testing.assert_array_equal(dropped, gone.reshape(devices, -1).sum(1))
+        close((out,), unsharded()(np.where(gone, -1, ids).astype(np.int32), x, weights, *rest)[:1])
+        counts.append(int(dropped.sum()))
+    assert counts[1] == 24 * 3 - 16
+    assert counts[3] == 0
+
+
+def simulated(operands, outputs, sizes):
+    """jax.lax.ragged_all_to_all in NumPy, all devices; every slice must lie in its buffer, and no two writes meet."""
+    outputs, written = [o.copy() for o in outputs], [np.zeros(len(o), int) for o in outputs]
+    for s, sender in enumerate(sizes):
+        for d, receiver in enumerate(sizes):
+            begin, size, put = (int(a[d]) for a in sender[:3])
+            assert size == receiver.recv_sizes[s]
+            assert 0 <= begin <= begin + size <= len(operands[s])
+            assert 0 <= put <= put + size <= len(outputs[d])
+            outputs[d][put : put + size] = operands[s][begin : begin + size]
+            written[d][put : put + size] += 1
+    assert all(np.max(w, initial=0) <= 1 for w in written)
+    return outputs
+
+
+@pytest.mark.parametrize("capacity", [None, 0, 5, 11, 1000])
+def test_sizes_and_offsets(capacity):
+    devices, experts, pairs = 4, 8, 10
+    r = rng("offsets", capacity)
+    f = jax.jit(jax.vmap(functools.partial(exchange_sizes, capacity=capacity), (None, 0)))
+    for case in range(6):
+        owner = [np.sort(r.integers(0, experts, size=r.integers(0, pairs + 1))) for _ in range(devices)]
+        owner = [np.zeros_like(o) for o in owner] if case == 0 else owner
+        offsets = np.stack([np.searchsorted(o, np.arange(experts + 1)) for o in owner]).astype(np.int32)
+        there, back = (
+            [parallel.ExchangeSizes(*np.stack(way)[:, d]) for d in range(devices)]
+            for way in f(offsets, np.arange(devices))
+        )
+        rows = devices * pairs if capacity is None else capacity
+        packed = [np.array([(d, i, e) for i, e in enumerate(o)], int).reshape(-1, 3) for d, o in enumerate(owner)]
+        received = simulated(packed, [np.full((rows, 3), -1)] * devices, there)
+        for d, got in enumerate(received):
+            mine = np.concatenate([p[p[:, 2] // (experts // devices) == d] for p in packed])
+            np.testing.assert_array_equal(got[: len(mine)], mine[:rows])
+            assert np.all(got[len(mine) :] == -1)
+        returned = simulated(received, [np.full((pairs, 3), -1)] * devices, back)
+        for d, got in enumerate(returned):
+            home = got[got[:, 0] >= 0]
+            np.testing.assert_array_equal(home, packed[d][home[:, 1]])
+            assert len(home) == there[d].send_sizes.sum()
+
+
+# ---- the collective that was asked for
+
+
+def abstract(mesh, tokens=16, width=32):
+    shapes = (tokens, width), (tokens, 8), (8, width, 2 * F), (8, F, width)
+    spread = NamedSharding(mesh, P("d"))
+    return [jax.ShapeDtypeStruct(s, jnp.float32, sharding=spread) for s in shapes]
+
+
+def shard_mapped(mesh, **kwargs):
+    run = functools.partial(moe_mlp, axis_name="d", top_k=2, implementation="xla", **kwargs)
+    return jax.shard_map(run, mesh=mesh, in_specs=P("d"), out_specs=P("d"))
+
+
+def row_collectives(program, width=32):
+    """XLA's collectives of a program that carry rows of this width."""
+    names = "ragged-all-to-all|all-to-all|all-gather|reduce-scatter|all-reduce|collective-permute"
+    found = re.findall(rf"= (.*?) ({names})(?:-start)?\(", program)
+    return sorted(name for types, name in found if f",{width}]" in types)
+
+
+@pytest.mark.parametrize(
+    ("exchange", "collectives"), [("gather", ["all-gather", "reduce-scatter"]), ("padded", ["all-to-all"] * 2)]
+)
+def test_rows_travel_by_the_collectives_asked_for(exchange, collectives):
+    mesh = mesh_of(4)
+    program = jax.jit(shard_mapped(mesh, exchange=exchange)).lower(*abstract(mesh)).compile().as_text()
+    assert row_collectives(program) == collectives
+
+
+def test_choice_by_shapes_and_platform():
+    mesh = mesh_of(4)
+    f = jax.jit(shard_mapped(mesh))
+    for tokens, width, platform, names in (
+        (16, 32, "cpu", {"all_gather", "reduce_scatter"}),
+        (2**14, 1024, "cpu", {"all_gather", "all_to_all"}),
+        (2**14, 1024, "cuda", {"all_gather", "ragged_all_to_all"}),
+    ):
+        text = f.trace(*abstract(mesh, tokens, width)).lower(lowering_platforms=(platform,)).as_text()
+        pattern = r"(?:stablehlo\.|@)(ragged_all_to_all|all_to_all|all_gather|reduce_scatter)\b"
+        assert set(re.findall(pattern, text)) == names
+
+
+@needs_pjrt
+def test_ragged_layer_compiles_for_two_gpus():
+    mesh = jax.sharding.Mesh(np.array(h200s(2)), ("d",), axis_types=(AxisType.Auto,))
+    traced = jax.jit(shard_mapped(mesh, exchange="ragged")).trace(*abstract(mesh))
+    program = traced.lower(lowering_platforms=("cuda",)).compile().as_text()
+    assert row_collectives(program) == ["ragged-all-to-all"] * 2
+
+
+# ---- errors
+
+
+WRONG = {
+    "axis": ({"axis_name": "e"}, ["axis_name", "jax.shard_map", "'e'"]),
+    "exchange": ({"exchange": "all_to_all"}, ["exchange", "'ragged'", "'all_to_all'"]),
+    "uncounted": ({"capacity": 8}, ["capacity", "return_dropped=True"]),
+    "capacity": ({"capacity": 0, "return_dropped": True}, ["capacity", "got 0"]),
+    "E": ({"experts": 6}, ["router_logits", "4 devices", "2 experts", "(6, 8)", "(6, 6)"]),
+    "top_k": ({"top_k": 9}, ["top_k", "[1, 8]", "got 9"]),
+    "neither": ({"router_logits": None}, ["router_logits", "neither"]),
+    "of a device": ({"activation": "swish"}, ["activation", "'swish'"]),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_named_error(name):
+    change, words = WRONG[name]
+    options = {"axis_name": "d", "top_k": 2, "experts": 8, **change}
+    experts, logits = options.pop("experts"), options.pop("router_logits", True)
+    mesh = mesh_of(4)
+
+    def run(x, logits_, *matrices):
+        return moe_mlp(x, logits_ if logits else None, *matrices, **options)
+
+    args = [jnp.ones(s) for s in ((24, 4), (24, experts), (8, 4, 2 * F), (8, F, 4))]
+    with pytest.raises(ValueError) as info:  # noqa: PT011
+        jax.eval_shape(jax.shard_map(run, mesh=mesh, in_specs=P("d"), out_specs=P("d")), *args)
+    for word in words:
+        assert word in str(info.value), str(info.value)
+
+
+def test_named_errors_of_exchange_sizes():
+    for offsets, capacity, error, words in (
+        (np.zeros((3, 5), int), None, ValueError, ["expert_offsets", "(3, 5)"]),
+        (np.zeros(5, int), None, ValueError, ["expert_offsets", "(5,)"]),
+        (np.zeros((2, 5)), None, TypeError, ["expert_offsets", "float"]),
+        (np.zeros((2, 5), int), -1, ValueError, ["capacity", "-1"]),
+    ):
+        with pytest.raises(error) as info:
+            exchange_sizes(offsets, 0, capacity=capacity)
+        for word in words:
+            assert word in str(info.value), str(info.value)

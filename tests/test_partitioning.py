@@ -1,0 +1,129 @@
+"""Plain jit over sharded arrays: each device computes its shards, and nothing is gathered."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import OPS, Size, finite_args, rng
+from compiled import h200s, needs_pjrt, whole_program_for_h200
+from jax import export
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import ferrum_jax
+
+SIZE = Size(8, 8, 4, 16)
+BY_NAME = {op.name: op for op in OPS}
+T, H, HEAD, NONE = P("d"), P(None, "d"), P(None, None, "d"), P()
+
+AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
+
+# op, whether under vmap, the operands' specs, the mesh, the collectives of its values, and whether its gradients too
+# gather nothing (a gradient to replicated rows needs every token)
+CASES = [
+    ("route_topk_softmax", False, (T,), AUTO, [], True),
+    ("route_topk_softmax", True, (T,), EXPLICIT, [], True),
+    ("moe_combine", False, (NONE, T, T), EXPLICIT, [], False),
+    ("moe_combine", False, (H, NONE, NONE), AUTO, [], True),
+    ("moe_combine", True, (T, T, T), AUTO, [], True),
+    ("moe_combine-repeated", True, (HEAD, NONE, NONE), EXPLICIT, [], True),
+    ("moe_dispatch", True, (T, T), AUTO, [], True),
+    ("weighted_sum_batched", False, (T, T), EXPLICIT, [], True),
+    ("weighted_sum_batched", False, (HEAD, NONE), AUTO, [], True),
+    ("grouped_matmul", True, (T, NONE, T, T, T), AUTO, [], True),
+    ("grouped_matmul", False, (NONE, HEAD, NONE, NONE, NONE), EXPLICIT, [], True),
+    ("grouped_matmul-pair_ids", False, (H, H, NONE, NONE, NONE), AUTO, ["all-reduce"], True),
+    ("moe_plan", True, (T,), AUTO, [], False),
+]
+
+
+def collectives(program):
+    names = "all-gather|all-to-all|reduce-scatter|all-reduce|collective-permute"
+    return re.findall(rf"= .*? ({names})(?:-start)?\(", program)
+
+
+def with_collectives(f, *args):
+    compiled = jax.jit(f).lower(*args).compile()
+    return compiled(*args), collectives(compiled.as_text())
+
+
+def mesh_of(devices, kind=AxisType.Auto):
+    return jax.make_mesh((devices,), ("d",), axis_types=(kind,))
+
+
+@pytest.mark.parametrize(("name", "mapped", "specs", "kind", "collected", "also_gradients"), CASES)
+def test_shards_are_computed_where_they_are(name, mapped, specs, kind, collected, also_gradients):
+    op, mesh = BY_NAME[name], mesh_of(4, kind)
+    slices = [list(finite_args(op, rng(name, i), SIZE)) for i in range(4 if mapped else 1)]
+    for args in slices if name.startswith("grouped") else []:
+        args[1] = np.pad(args[1], ((0, 0), (0, 0), (0, -args[1].shape[2] % 4)))
+    shared = {1} if name == "grouped_matmul" and mapped else set()
+    args = [np.stack(a) if mapped and i not in shared else a[0] for i, a in enumerate(zip(*slices, strict=True))]
+    run = functools.partial(op.results, size=SIZE)
+    f = jax.vmap(run, [None if i in shared else 0 for i in range(len(args))]) if mapped else run
+
+    def loss(*args):
+        (out,) = (r for r in f(*args) if jnp.issubdtype(r.dtype, jnp.floating))
+        return jnp.sum(jnp.sin(out))
+
+    placed = [jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip(args, specs, strict=True)]
+    results, found = with_collectives(f, *placed)
+    assert found == collected
+    want = f(*args)
+    if also_gradients:
+        gradients, found = with_collectives(jax.grad(loss, op.floats), *placed)
+        assert set(found) <= {"all-reduce"}
+        results, want = (*results, *gradients), (*want, *jax.grad(loss, op.floats)(*args))
+    for g, w in zip(results, want, strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5)
+
+
+def test_two_axes_and_a_mesh_that_is_not_the_results():
+    """Rows by width and tokens by count at once; a second mesh over the same devices in one program."""
+    (rows, pairs, weights) = finite_args(BY_NAME["moe_combine"], rng("two"), SIZE)
+    mesh = jax.make_mesh((2, 2), ("t", "h"), axis_types=(AUTO, AUTO))
+    specs = P(None, "h"), P("t"), P("t")
+    placed = [jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip((rows, pairs, weights), specs, strict=True)]
+    got, found = with_collectives(ferrum_jax.moe_combine, *placed)
+    assert (got.sharding.spec, found) == (P("t", "h"), [])
+    f = jax.jit(ferrum_jax.moe_combine, out_shardings=NamedSharding(mesh_of(4), P("d")))
+    want = ferrum_jax.moe_combine(rows, pairs, weights)
+    for result in (got, f(*placed)):
+        np.testing.assert_allclose(result, want, rtol=1e-6)
+
+
+def test_other_numbers_of_devices():
+    """Three and eight are powers of a prime. Six is not: there the compiler decides, and values are the same."""
+    logits = rng("n").normal(size=(24, 8)).astype(np.float32)
+    f = lambda x: ferrum_jax.route_topk_softmax(x, 2)  # noqa: E731
+    for devices in (3, 8, 6):
+        results, found = with_collectives(f, jax.device_put(logits, NamedSharding(mesh_of(devices), P("d"))))
+        assert not found or devices == 6
+        for g, w in zip(results, f(logits), strict=True):
+            np.testing.assert_allclose(g, w, rtol=1e-6)
+
+
+def test_programs_without_devices_and_exported_ones():
+    f = jax.jit(lambda x: tuple(ferrum_jax.route_topk_softmax(x, 2)))
+    logits = rng("e").normal(size=(8, 6)).astype(np.float32)
+    placed = jax.device_put(logits, NamedSharding(mesh_of(4), P("d")))
+    abstract = NamedSharding(AbstractMesh((4,), ("d",), axis_types=(AUTO,)), P("d"))
+    for x in (placed, jax.ShapeDtypeStruct((8, 6), np.float32, sharding=abstract)):
+        exported = export.export(f)(x) if x is placed else export.export(f, platforms=("cpu",))(x)
+        for g, w in zip(export.deserialize(exported.serialize()).call(placed), f(logits), strict=True):
+            np.testing.assert_array_equal(g, w)
+
+
+@needs_pjrt
+def test_kernels_run_on_shards_on_gpus():
+    """Triton's custom call has the shapes of one device's part."""
+    mesh = jax.sharding.Mesh(np.array(h200s(4)), ("d",), axis_types=(AUTO,))
+    x = jax.ShapeDtypeStruct((512, 128), jnp.bfloat16, sharding=NamedSharding(mesh, P("d")))
+    program, _ = whole_program_for_h200(
+        lambda x: ferrum_jax.route_topk_softmax(x, 2, implementation="triton").expert_weights, x
+    )
+    assert re.findall(r"f32\[([\d,]+)\][^=]*custom-call\(.*triton_kernel_call", program) == ["128,2"]
+    assert collectives(program) == []
