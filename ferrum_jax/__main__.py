@@ -8,6 +8,7 @@ compared with NumPy in float64. `python -m ferrum_jax grouped` times `grouped_ma
 """
 
 import argparse
+import collections
 import contextlib
 import functools
 import importlib.metadata
@@ -85,7 +86,8 @@ def info(layer: Layer) -> None:
     """Print versions, devices, and which implementation of each op would run on them."""
     own = [("python", platform.python_version()), ("ferrum_jax", ferrum_jax.__version__)]
     others = [(name, _version(name)) for name in ("jax", "jaxlib", "triton", "jax_triton")]
-    _table("Here", own + others + [(str(d), d.device_kind) for d in jax.devices()])
+    devices = collections.Counter(d.device_kind for d in jax.devices())
+    _table("Here", own + others + [("devices", f"{number} x {kind}") for kind, number in devices.items()])
     rows: list[tuple[str, ...]] = [("op", "runs", "not", "because")]
     last = None
     for op, args in _calls(layer).items():

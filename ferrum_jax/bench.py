@@ -618,7 +618,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.json:  # as far as it is: a run can take long
             pathlib.Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
     if args.plot:
-        ferrum_jax.viz.benchmark(report)[0].figure.savefig(args.plot, dpi=120)
+        figure: Any = ferrum_jax.viz.benchmark(report)[0].figure
+        figure.savefig(args.plot, dpi=120)
     wrong = [r for r in report["rows"] if (r["error"] or "").startswith(ArithmeticError.__name__)]
     return 1 if wrong else 0
 

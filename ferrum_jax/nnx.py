@@ -181,7 +181,7 @@ class MoE(nnx.Module):
                 value = _matrices(router_init if name in _ROUTER else kernel_init, rngs.params(), shape, of)
             spec = [None if axis == "E" and name in _ROUTER else names.get(axis[0].replace("S", "F")) for axis in axes]
             kind = ScoreBias if name == "score_bias" else nnx.Param
-            setattr(self, name, kind(value, **({"out_sharding": tuple(spec)} if any(spec) else {})))
+            setattr(self, name, kind(value, out_sharding=tuple(spec)) if any(spec) else kind(value))
 
     def __call__(self, x: jax.Array, *, token_mask: jax.Array | None = None) -> jax.Array:
         """The layer: each token through its experts, and through the shared MLP if there is one.

@@ -29,8 +29,9 @@ def test_import_is_light_and_starts_no_backend():
 
 
 def test_import_adds_less_than_100_ms_to_jax():
+    # Of the processor's time: what other processes do meanwhile does not count.
     times = [
-        float(run("import time, jax; t = time.perf_counter(); import ferrum_jax; print(time.perf_counter() - t)"))
+        float(run("import time, jax; t = time.process_time(); import ferrum_jax; print(time.process_time() - t)"))
         for _ in range(5)
     ]
     assert min(times) < 0.1, times
