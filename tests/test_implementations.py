@@ -1,12 +1,18 @@
 """The choice of implementation: `which`, and refusals that say why."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import OPS, SMALL, rng
+from compiled import needs_plugin
+from conftest import KERNELS
 
 import ferrum_jax
+
+needs_pallas = pytest.mark.skipif("pallas" not in KERNELS, reason="the Pallas kernels need a newer JAX")
 
 
 @pytest.mark.parametrize("op", OPS, ids=str)
@@ -66,3 +72,71 @@ def test_an_older_jax_than_pallas_needs_is_refused_by_version(monkeypatch):
     assert passed_over["pallas"] == "it needs jax >= 0.11.2; this is jax 0.10.2"
     with ferrum_jax.interpret_kernels(), pytest.raises(NotImplementedError, match=r"0\.11\.2.*0\.10\.2"):
         ferrum_jax.route_topk_softmax(x, 2, implementation="pallas")
+
+
+def chosen(f, *shapes, device_kind="NVIDIA H200", **kwargs):
+    args = [
+        jax.ShapeDtypeStruct(s, jnp.int32 if i in kwargs.get("ids", ()) else jnp.bfloat16) for i, s in enumerate(shapes)
+    ]
+    kwargs.pop("ids", None)
+    return ferrum_jax.which(f, *args, platform="cuda", device_kind=device_kind, **kwargs)
+
+
+@needs_plugin
+@pytest.mark.parametrize(
+    ("k", "taken", "why"),
+    [(8, "xla", "xla comes first, measured .* H100 at K >= 8"), (2, "triton", "triton comes first$")],
+)
+def test_combine_takes_what_was_measured(k, taken, why):
+    choice = chosen(ferrum_jax.moe_combine, (64 * k, 16), (64, k), (64, k), ids=(1,))
+    assert choice.implementation == taken
+    for reason in choice.passed_over.values():
+        assert re.match(why, reason)
+    # Leading axes are not choices per token.
+    assert chosen(ferrum_jax.moe_combine, (9, 64 * k, 16), (9, 64, k), (9, 64, k), ids=(1,)).implementation == taken
+
+
+@needs_plugin
+@pytest.mark.parametrize(("pairs", "taken"), [((16, 8), "xla"), ((128, 8), "pallas"), ((8192, 8), "xla")])
+@needs_pallas
+def test_the_weighted_sum_by_its_size(pairs, taken):
+    choice = chosen(ferrum_jax.weighted_sum_batched, (*pairs, 16), pairs)
+    assert choice.implementation == taken
+    assert "T*K" in choice.passed_over["triton"]
+    # A GPU without that kernel takes the next: no word of a measurement then.
+    old = chosen(ferrum_jax.weighted_sum_batched, (*pairs, 16), pairs, device_kind="NVIDIA A100-SXM4-80GB")
+    assert old.implementation == ("xla" if taken == "xla" else "triton")
+    if taken == "pallas":
+        assert old.passed_over["xla"] == "triton comes first"
+        assert "compute capability" in old.passed_over["pallas"]
+
+
+@needs_plugin
+@needs_pallas
+@pytest.mark.parametrize(
+    ("tokens", "unique", "taken"), [(16, True, "xla"), (8192, True, "pallas"), (16, False, "triton")]
+)
+def test_the_gradient_of_combine_by_its_size(tokens, unique, taken):
+    """Repeated rows were not measured: there the first kernel is taken."""
+    g, weights, pairs = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((tokens, 4), (tokens, 8), (tokens, 8)))
+    params = {"num_rows": tokens * 8, "unique_rows": unique}
+    got = ferrum_jax.kernels.choose("moe_spread", None, (g, weights, pairs), params, "cuda", "NVIDIA H100 80GB HBM3")
+    assert got.implementation == taken
+
+
+def test_interpretation_takes_a_kernel_whatever_was_measured():
+    with ferrum_jax.interpret_kernels():
+        assert chosen(ferrum_jax.moe_combine, (512, 16), (64, 8), (64, 8), ids=(1,)).implementation == "triton"
+
+
+@needs_plugin
+def test_what_was_asked_for_is_the_reason():
+    choice = chosen(ferrum_jax.moe_combine, (512, 16), (64, 8), (64, 8), ids=(1,), implementation="triton")
+    assert choice.implementation == "triton"
+    assert choice.passed_over["xla"] == "triton was asked for"
+
+
+def test_measured_names_ops_and_implementations():
+    for op, rules in ferrum_jax.kernels.MEASURED.items():
+        assert any(op in ops for family in ferrum_jax.kernels.KERNELS.values() for ops in family.values())
+        assert all(rule.implementation in ferrum_jax.kernels.IMPLEMENTATIONS and rule.where for rule in rules)

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import importlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -36,6 +37,48 @@ KERNELS: Mapping[str, Mapping[str, Sequence[str]]] = {
 }
 
 
+class Measured(NamedTuple):
+    """What is taken first, and where: in words, and of the operands' shapes and the parameters."""
+
+    implementation: str
+    where: str
+    holds: Callable[[Sequence[tuple[int, ...]], Mapping[str, Any]], bool]
+
+
+def _pairs(shape: tuple[int, ...]) -> int:
+    return math.prod(shape[-2:])
+
+
+# Where the first kernel of KERNELS that can run is not taken first. From times of `python -m ferrum_jax bench` in
+# microseconds, xla/triton/pallas, bfloat16, on one NVIDIA H100 80GB HBM3, jax 0.11.2, Triton 3.6.0, 2026-11-25, at the
+# K=8 and H=2048 of Qwen3 unless said; between two sizes measured, the nearer decides. Where xla is as fast as a kernel,
+# within 2%, it comes first: it can also fuse what stands around the op.
+MEASURED: Mapping[str, Sequence[Measured]] = {
+    # T=16 2.4/2.5/2.2, T=128 3.8/3.8/3.7, T=8192 104/103/103; H=7168 352/359/350; K=2 H=4096 76/68/68.
+    "moe_combine": (Measured("xla", "K >= 8", lambda shapes, params: shapes[2][-1] >= 8),),
+    # With pairs_by_token: T=16 2.0/3.9/2.2, T=128 3.6/5.2/3.7, T=8192 104/104/103.
+    "moe_collect": (Measured("xla", "K >= 8", lambda shapes, params: len(shapes) == 3 and shapes[2][-1] >= 8),),
+    # Both gradients of combine with unique_rows: T=16 4.7/6.7/7.2, T=128 7.7/9.2/9.4, T=8192 268/278/236; H=7168
+    # 965/1004/752; K=2 H=4096 156/168/150.
+    "moe_spread": (
+        Measured("xla", "T*K <= 4096", lambda shapes, params: params["unique_rows"] and _pairs(shapes[2]) <= 4096),
+        Measured("pallas", "T*K > 4096", lambda shapes, params: params["unique_rows"]),
+    ),
+    "moe_row_dot": (
+        Measured("xla", "T*K <= 4096", lambda shapes, params: _pairs(shapes[2]) <= 4096),
+        Measured("pallas", "T*K > 4096", lambda shapes, params: True),
+    ),
+    # T=16 1.7/2.5/1.7, T=128 4.3/3.6/3.2, T=8192 99/100/99.
+    "weighted_sum_batched": (
+        Measured("pallas", "512 <= T*K <= 8192", lambda shapes, params: 512 <= _pairs(shapes[1]) <= 8192),
+        Measured("xla", "T*K < 512 and T*K > 8192", lambda shapes, params: True),
+    ),
+    # Both gradients of the weighted sum, which xla computes in one pass: T=16 2.0/3.9/5.1, T=128 3.9/6.2/6.9, T=8192
+    # 191/212/218.
+    "slot_scale": (Measured("xla", "every size tried", lambda shapes, params: True),),
+    "slot_dot": (Measured("xla", "every size tried", lambda shapes, params: True),),
+}
+
 # Compute capability by the GPU's name, for a GPU that is named but not there. Longer names before the shorter ones
 # that they contain.
 _CAPABILITIES = {
@@ -63,10 +106,22 @@ def choose(
     reasons = {name: _refusal(name, op, operands, params, platform, device_kind) for name in KERNELS}
     if asked and reasons.get(asked):
         raise NotImplementedError(f"{op}: implementation={asked!r} cannot be used: {reasons[asked]}")
-    able = [name for name, reason in reasons.items() if not reason]
-    taken = asked or next(iter(able), "xla")
-    others = {name: reasons.get(name) or f"{taken} comes first" for name in IMPLEMENTATIONS if name != taken}
+    order, where = _order(op, operands, params)
+    taken = asked or next(name for name in order if not reasons.get(name))
+    why = "was asked for" if asked else "comes first"
+    if where and taken == order[0] and not asked:
+        why += f", measured as fast or faster on an H100 at {where}"
+    others = {name: reasons.get(name) or f"{taken} {why}" for name in IMPLEMENTATIONS if name != taken}
     return Choice(taken, others)
+
+
+def _order(op: str, operands: Sequence[Any], params: Mapping[str, Any]) -> tuple[tuple[str, ...], str]:
+    """The implementations, best first, and where that was measured; kernels first where they are interpreted."""
+    usual, shapes = (*KERNELS, "xla"), [x.shape for x in operands]
+    for first, where, holds in () if _interpreting.value else MEASURED.get(op, ()):
+        if holds(shapes, params):
+            return tuple(dict.fromkeys((first, *usual))), where
+    return usual, ""
 
 
 def load(implementation: str, op: str, results: Sequence[Any]) -> Callable[..., Any] | None:

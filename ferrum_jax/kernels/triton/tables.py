@@ -8,16 +8,39 @@ import triton.language as tl
 
 from . import launch
 
-TILE = 1024  # pairs that a program places
-BINS = 1024  # experts that it counts at a time, at most
-ONE_LAUNCH_TILES = 8  # up to here each program counts every pair itself
+# What was changed, what was expected of it, if anything was, and what came: microseconds of moe_plan's kernels, E=128 and
+# K=8 unless said, on one H100 80GB, Triton 3.6.0, 2026-11-25. Before and after stood side by side in one run, but for
+# the last change.
+#
+#   change                                                          P        before  expected  after
+#   ranks by comparing 64 pairs with each other, in place of        1024     10.3    4         3.2   kept
+#     a sort of 1024; few pairs: a program for 64                   8192     14.0              7.5   kept
+#                                                                   524288   41.9    20        34.4  kept
+#   three launches: two warps a program, not four                   524288   34.4              26.3  kept
+#   two warps comparing 128 pairs, not 64                           524288   26.7              33.0
+#   scan: 8 experts of 256 tiles at a time, not 32 of 64            524288   38.7              34.4  kept
+#   three launches: 256 tiles of 256 pairs, not 64 of 1024          65536    16.7              9.0   kept
+#   one launch: pairs counted by 512, by 2048, not by 1024          8192     7.5               9.4, 8.8
+#   three launches in place of one, E=512 K=10                      8000     16.6    7         6.7   kept
+#   slots and owners written in order, an owner found by bisection  524288   26.1    18        23.5  kept
+#     in the offsets, not scattered from the pairs; so it is no     65536    9.0               9.4   kept
+#     slower where all tokens go to one expert                      1024     3.2     3.8       3.4   kept
+
+ONE_LAUNCH = 2**20  # pairs times experts, up to which each program counts all the pairs itself
+PROGRAMS = 512  # programs among which more pairs than that are divided, while a program's tile is within ...
+TILE = (64, 1024)  # ... these numbers of pairs
+RANKED = 64  # pairs that are compared with each other at a time
+CHUNK = 1024  # pairs that a program counts at a time
+BINS = 1024  # experts that are counted at a time, at most
+FILL = 1024  # slots, or entries of tails, written at a time
 
 
 @triton.jit
-def histogram(ids, start, first, P: tl.constexpr, E: tl.constexpr, BINS: tl.constexpr, TILE: tl.constexpr):
-    # How many of the TILE pairs from `start` on each of BINS experts from `first` on has; those of no expert, nowhere.
-    pair = start + tl.arange(0, TILE)
-    expert = tl.load(ids + pair, mask=pair < P, other=-1)
+def histogram(ids, start, end, first, E: tl.constexpr, BINS: tl.constexpr, WIDTH: tl.constexpr):
+    # How many of the pairs from `start` on, WIDTH of them and none from `end` on, each of BINS experts from `first` on
+    # has; those of no expert count nowhere.
+    pair = start + tl.arange(0, WIDTH)
+    expert = tl.load(ids + pair, mask=pair < end, other=-1)
     live = (expert >= first) & (expert < E) & (expert - first < BINS)
     return tl.histogram(tl.where(live, expert - first, 0), BINS, mask=live)
 
@@ -29,7 +52,7 @@ def count(ids, counts, P: tl.constexpr, E: tl.constexpr, TILES: tl.constexpr, BI
     program = tl.program_id(0).to(tl.int64)
     for first in range(0, E, BINS):
         lane = first + tl.arange(0, BINS)
-        found = histogram(ids + program // TILES * P, program % TILES * TILE, first, P, E, BINS, TILE)
+        found = histogram(ids + program // TILES * P, program % TILES * TILE, P, first, E, BINS, TILE)
         tl.store(counts + program * E + lane, found, mask=lane < E)
 
 
@@ -52,82 +75,114 @@ def scan(counts, before, totals, E: tl.constexpr, TILES: tl.constexpr, ROWS: tl.
 
 
 @triton.jit
+def owners(ends, position, HALF: tl.constexpr, BITS: tl.constexpr):
+    # For each position how many of the ascending ends are at or before it, by bisection; fewer than all of them.
+    low = tl.zeros_like(position)
+    for bit in tl.static_range(BITS):
+        low += tl.where(tl.gather(ends, low + (HALF >> bit) - 1, 0) <= position, HALF >> bit, 0)
+    return low
+
+
+@triton.jit
+def fill(table, start, end, value, step, FILL: tl.constexpr):
+    # table[start:end] = value, by programs `step` apart.
+    while start < end:
+        entry = start + tl.arange(0, FILL)
+        tl.store(table + entry, tl.full([FILL], value, tl.int32), mask=entry < end)
+        start += step
+
+
+@triton.jit
 def place(
     ids, before, totals, pairs, tokens, offsets, slots, blocks, padded,
     P: tl.constexpr, E: tl.constexpr, T: tl.constexpr, K: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr,
-    TILES: tl.constexpr, BINS: tl.constexpr, TILE: tl.constexpr, PAD: tl.constexpr,
+    TILES: tl.constexpr, BINS: tl.constexpr, TILE: tl.constexpr, RANKED: tl.constexpr, CHUNK: tl.constexpr,
+    FILL: tl.constexpr, BITS: tl.constexpr,
     COUNTED: tl.constexpr, PAIRS: tl.constexpr, ALIGNED: tl.constexpr, PAIR_IDS: tl.constexpr,
 ):  # fmt: skip
-    # The last launch, and for few pairs the only one: a program sorts one tile of a slice's pairs, places them, and
-    # writes its share of padding and tails. It goes through the experts BINS at a time and first learns how many pairs
-    # each has, here and before: from launch two, or by counting all the pairs itself, 4 bytes a pair out of L2.
-    slice_id, program = tl.program_id(0).to(tl.int64) // TILES, tl.program_id(0) % TILES
+    # The last launch, and for few pairs the only one: a program places one tile of a slice's pairs, and writes its
+    # share of padding and tails. It goes through the experts BINS at a time and first learns how many pairs each has,
+    # here and before: from launch two, or by counting all the pairs itself, 4 bytes a pair out of L2. Then it takes
+    # RANKED pairs at a time: a pair's row is its expert's next one plus the number of its expert's pairs before it.
+    slice_id, program = tl.program_id(0).to(tl.int64) // TILES, tl.program_id(0).to(tl.int64) % TILES
     ids += slice_id * P
-    place_in_tile, start = tl.arange(0, TILE), program.to(tl.int64) * TILE
-    expert = tl.load(ids + start + place_in_tile, mask=start + place_in_tile < P, other=-1)
-    expert = tl.where((expert >= 0) & (expert < E), expert, E)
-    # Sorting (expert, place in the tile) is stable.
-    order = tl.sort((expert if E * TILE < 2**31 - TILE else expert.to(tl.int64)) * TILE + place_in_tile)
-    expert, pair = (order // TILE).to(tl.int32), start + order % TILE
-    row, slot = tl.zeros([TILE], tl.int32), tl.zeros([TILE], tl.int32)
-    live_rows, live_slots, own_rows = tl.sum(row, 0), tl.sum(row, 0), tl.sum(row, 0)
+    pairs += slice_id * P
+    tokens += slice_id * P
+    offsets += slice_id * (E + 1)
+    slots += slice_id * S
+    blocks += slice_id * (S // BLOCK)
+    start = program * TILE
+    end = tl.minimum(start + TILE, P)
+    number = tl.arange(0, RANKED)
+    live_rows, live_slots = tl.zeros([], tl.int32), tl.zeros([], tl.int32)
 
     for first in range(0, E, BINS):
         lane = first + tl.arange(0, BINS)
-        own = histogram(ids, start, first, P, E, BINS, TILE)
         if COUNTED:
             total = tl.load(totals + slice_id * E + lane, mask=lane < E, other=0)
             earlier = tl.load(before + (slice_id * TILES + program) * E + lane, mask=lane < E, other=0)
         else:
-            total = tl.zeros([BINS], tl.int32)
             earlier = tl.zeros([BINS], tl.int32)
-            for other in range(0, P, TILE):
-                found = histogram(ids, other, first, P, E, BINS, TILE)
-                total += found
-                earlier += tl.where(other < start, found, 0)
+            total = tl.zeros([BINS], tl.int32)
+            other = start * 0
+            while other < tl.minimum(start, P):
+                earlier += histogram(ids, other, tl.minimum(start, P), first, E, BINS, CHUNK)
+                other += CHUNK
+            other = start
+            while other < P:
+                total += histogram(ids, other, P, first, E, BINS, CHUNK)
+                other += CHUNK
+            total += earlier
         first_row = live_rows + tl.cumsum(total, 0) - total
-        here = (expert >= first) & (expert < E) & (expert - first < BINS)
-        bin = tl.where(here, expert - first, 0)
-        # What a pair's place in the sorted tile is short of its row: the same for all of its expert's.
-        shift = first_row + earlier - (own_rows + tl.cumsum(own, 0) - own)
-        row = tl.where(here, tl.gather(shift, bin, 0) + place_in_tile, row)
+        next_row = first_row + earlier
+        used = tl.where(total > 0, (total - 1) // BLOCK + 1, 0) * BLOCK
+        first_slot = live_slots + tl.cumsum(used, 0) - used
         if PAIRS and program == 0:
-            tl.store(offsets + slice_id * (E + 1) + lane, first_row, mask=lane < E)
+            tl.store(offsets + lane, first_row, mask=lane < E)
+
+        at = start
+        while at < end:
+            pair = at + number
+            expert = tl.load(ids + pair, mask=pair < end, other=-1)
+            live = (expert >= 0) & (expert < E)
+            here = live & (expert >= first) & (expert - first < BINS)
+            bin = tl.where(here, expert - first, 0)
+            earlier_equal = (expert[:, None] == expert[None, :]) & (number[:, None] < number[None, :])
+            row = tl.gather(next_row, bin, 0) + tl.sum(earlier_equal.to(tl.int32), 0)
+            if PAIRS:
+                tl.store(pairs + pair, tl.where(live, row, -1), mask=here | (~live & (first == 0) & (pair < end)))
+                tl.store(tokens + row, (pair // K).to(tl.int32), mask=here)
+            if ALIGNED and PAIR_IDS:
+                slot = tl.gather(first_slot - first_row, bin, 0) + row
+                tl.store(slots + slot, pair.to(tl.int32), mask=here)
+            if TILE > RANKED:
+                next_row += tl.histogram(bin, BINS, mask=here)
+            at += RANKED
+
         if ALIGNED:
-            used = tl.where(total > 0, (total - 1) // BLOCK + 1, 0) * BLOCK
-            first_slot = live_slots + tl.cumsum(used, 0) - used
-            slot = tl.where(here, tl.gather(first_slot - first_row, bin, 0) + row, slot)
-            mine = lane % TILES == program
-            at = (first_slot + total)[:, None] + tl.arange(0, PAD)[None, :]
-            end = tl.where(mine, first_slot + used, 0)[:, None]
-            longest = tl.max(tl.where(mine, used - total, 0), 0)
-            while longest > 0:
-                tl.store(slots + slice_id * S + at, tl.full([BINS, PAD], P, tl.int32), mask=at < end)
-                at += PAD
-                longest -= PAD
+            # Slots in turn, with whom they belong to: their blocks' owners, padding, and packed rows, which ascend.
+            ahead, last_slot = live_slots + program * FILL, live_slots + tl.sum(used, 0)
+            while ahead < last_slot:
+                inside = ahead + tl.arange(0, FILL) < last_slot
+                slot = tl.minimum(ahead + tl.arange(0, FILL), last_slot - 1).to(tl.int32)
+                owner = owners(first_slot + used, slot, BINS // 2, BITS)
+                behind = slot - tl.gather(first_slot, owner, 0)
+                filled = behind < tl.gather(total, owner, 0)
+                value = tl.where(filled, tl.gather(first_row, owner, 0) + behind, P)
+                tl.store(slots + slot, value, mask=inside & ~(filled & PAIR_IDS))
+                tl.store(blocks + slot // BLOCK, first + owner, mask=inside & (slot % BLOCK == 0))
+                ahead += TILES * FILL
             live_slots += tl.sum(used, 0)
         live_rows += tl.sum(total, 0)
-        own_rows += tl.sum(own, 0)
 
-    live = expert < E
+    ahead, step = program * FILL, TILES * FILL
     if PAIRS:
-        tl.store(pairs + slice_id * P + pair, tl.where(live, row, -1), mask=pair < P)
-        tl.store(tokens + slice_id * P + row, (pair // K).to(tl.int32), mask=live)
-        tail = start + place_in_tile
-        tl.store(tokens + slice_id * P + tail, tl.full([TILE], T, tl.int32), mask=(tail >= live_rows) & (tail < P))
+        fill(tokens, live_rows + ahead, P, T, step, FILL)
         if program == 0:
-            tl.store(offsets + slice_id * (E + 1) + E, live_rows)
+            tl.store(offsets + E, live_rows)
     if ALIGNED:
-        tl.store(slots + slice_id * S + slot, pair.to(tl.int32) if PAIR_IDS else row, mask=live)
-        # Every live block's first slot holds a pair, which names the block's owner.
-        tl.store(blocks + slice_id * (S // BLOCK) + slot // BLOCK, expert, mask=live & (slot % BLOCK == 0))
-        while start < S:
-            tail = start + place_in_tile
-            empty = (tail >= live_slots) & (tail < S)
-            tl.store(slots + slice_id * S + tail, tl.full([TILE], P, tl.int32), mask=empty)
-            dead = (tail >= live_slots // BLOCK) & (tail < S // BLOCK)
-            tl.store(blocks + slice_id * (S // BLOCK) + tail, tl.full([TILE], -1, tl.int32), mask=dead)
-            start += TILES * TILE
+        fill(slots, live_slots + ahead, S, P, step, FILL)
+        fill(blocks, live_slots // BLOCK + ahead, S // BLOCK, -1, step, FILL)
         if program == 0:
             tl.store(padded + slice_id, live_slots)
 
@@ -135,13 +190,15 @@ def place(
 def _tables(expert_ids, num_experts, block_size=1, pair_ids=False, pairs=False, aligned=False):
     *lead, num_tokens, top_k = expert_ids.shape
     num_pairs, slices = num_tokens * top_k, math.prod(lead)
-    tile = min(TILE, max(16, triton.next_power_of_2(num_pairs)))
-    tiles = triton.cdiv(num_pairs, tile)
     busy = min(num_experts, num_pairs)
     slots = (busy + (num_pairs - busy) // block_size) * block_size
     bins = min(BINS, max(16, triton.next_power_of_2(num_experts)))
+    counted = num_pairs * num_experts > ONE_LAUNCH
+    tile = min(max(triton.next_power_of_2(triton.cdiv(num_pairs, PROGRAMS)), TILE[0]), TILE[1])
+    tiles = max(triton.cdiv(num_pairs, tile), 2)  # Triton 3.6 fails on one: all bounds are constant
+    if not counted and aligned:  # hands for the filling
+        tiles = max(tiles, min(triton.cdiv(slots, FILL), 16))
     sizes = {"P": num_pairs, "E": num_experts, "TILES": tiles, "BINS": bins, "TILE": tile}
-    counted = tiles > ONE_LAUNCH_TILES
     before = totals = expert_ids
     if counted:
         shape = (*lead, tiles, num_experts)
@@ -150,12 +207,12 @@ def _tables(expert_ids, num_experts, block_size=1, pair_ids=False, pairs=False, 
             scan,
             counts,
             out=[(shape, jnp.int32), ((*lead, num_experts), jnp.int32)],
-            grid=slices * triton.cdiv(num_experts, 32),
-            num_warps=4,
+            grid=slices * triton.cdiv(num_experts, 8),
+            num_warps=8,
             E=num_experts,
             TILES=tiles,
-            ROWS=64,
-            COLS=32,
+            ROWS=min(1024, triton.next_power_of_2(tiles)),
+            COLS=8,
         )
     packed = [(*lead, num_tokens, top_k), (*lead, num_pairs), (*lead, num_experts + 1)]
     blocked = [(*lead, slots), (*lead, slots // block_size), tuple(lead)]
@@ -167,12 +224,15 @@ def _tables(expert_ids, num_experts, block_size=1, pair_ids=False, pairs=False, 
         totals,
         out=[(shape, jnp.int32) for shape in (packed if pairs else absent) + (blocked if aligned else absent)],
         grid=slices * tiles,
-        num_warps=4,
+        num_warps=(2 if bins <= 256 else 4) if counted else (4 if bins <= 512 else 8),
         T=num_tokens,
         K=top_k,
         S=slots,
         BLOCK=block_size,
-        PAD=max(1, 1024 // bins),
+        RANKED=min(RANKED, tile),
+        CHUNK=CHUNK,
+        FILL=FILL,
+        BITS=bins.bit_length() - 1,
         COUNTED=counted,
         PAIRS=pairs,
         ALIGNED=aligned,
