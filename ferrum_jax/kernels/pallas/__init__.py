@@ -38,12 +38,15 @@ def launch(
     *operands: jax.Array | None,
     out: Sequence[tuple[tuple[int, ...], Any]],
     grid: int,
+    warpgroups: int = 1,
+    scratch: Sequence[Any] = (),
     **constants: Any,
 ) -> tuple[jax.Array, ...]:
-    """Run `grid` blocks of `kernel(*operands, *outputs, **constants)`, one warpgroup each; their axis is "program".
+    """Run `grid` blocks of `kernel(*operands, *outputs, *scratch, **constants)`; their axis is "program".
 
     `out` holds the outputs' shapes and dtypes. What the kernel does not write of them is garbage. An operand that is
-    None is None in the kernel.
+    None is None in the kernel. Of a block's warpgroups, if several, the axis is "warpgroup". Before and after a copy
+    between global and shared memory the threads of a warpgroup wait for each other, if there is `scratch`.
     """
     if grid > 2**31 - 1:
         raise NotImplementedError(f"{kernel.__name__}: {grid} blocks; a CUDA grid has at most {2**31 - 1}")
@@ -61,10 +64,12 @@ def launch(
         out_type=tuple(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in out),
         grid=(grid,),
         grid_names=("program",),
+        scratch_types=tuple(scratch),
+        **({"num_threads": warpgroups, "thread_name": "warpgroup"} if warpgroups > 1 else {}),
         compiler_params=plgpu.CompilerParams(
             # Where every array's type says whether it is signed. Under Lane semantics a constant does not.
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
-            unsafe_no_auto_barriers=True,  # no kernel here reads what it has written
+            unsafe_no_auto_barriers=not scratch,  # without it no kernel here reads what it has written
         ),
     )(*(x for x in operands if x is not None))
 

@@ -1,0 +1,384 @@
+"""Grouped products with wgmma: a warpgroup feeds shared memory by TMA, two others multiply and store."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from . import launch, lead_axes, loop, pad, split
+
+PROGRAMS = 132  # persistent blocks: the multiprocessors of a Hopper SXM card, one block each
+STEP = 64  # elements of a 128-byte line of shared memory, the longest that wgmma reads: all lengths are multiples
+SWIZZLE = 128
+COLUMNS = 256  # of a tile, half for each of the two multiplying warpgroups
+PART = 128  # most slots of a tile
+
+TILED = (plgpu.TilingTransform((8, STEP)), plgpu.SwizzleTransform(SWIZZLE))
+
+
+# ---- rows by their expert's matrix
+
+
+def product(
+    lhs, gathered, rhs, expert, first, live, slots, count, holes, missing, out,
+    rows, matrix, stage, edge, zero, full, empty,
+    *, TRANSPOSED, STEPS, STAGES, ROWS, CHUNK, PER_SLICE, LHS_SLICE, OUT_SLICE, RHS_SLICE, GROUP,
+):  # fmt: skip
+    # out[s] = lhs[s] @ rhs[e]: a block owns in turn tiles of COLUMNS columns by a table block's slots, and makes them
+    # transposed, columns in the tensor cores' long direction and slots, any multiple of 8, in the short one. TMA reads
+    # rows from a multiple of 8 on; the up to 7 rows before a block's first are multiplied too, and not stored. Blocks
+    # whose slots name no run of rows are read from `gathered`, and stored row by row.
+    program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
+    width, blocks = out.shape[1], count[0]
+    across = pl.cdiv(width, COLUMNS)
+    tiles = lax.div(blocks * across - program + PROGRAMS - 1, jnp.int32(PROGRAMS))
+
+    def tile(i):
+        """The table block, the first column, and the source's first row of this block's i-th tile."""
+        group, at = split(program + i * PROGRAMS, GROUP * across)
+        these = jnp.minimum(blocks - group * GROUP, GROUP)
+        block, column = group * GROUP + lax.rem(at, these), lax.div(at, these) * COLUMNS
+        return block, pl.multiple_of(column, COLUMNS), first[block]
+
+    def feed(i, step):
+        block, column, row = tile(i)
+        slice_id, owner = lax.div(block, jnp.int32(PER_SLICE)), expert[block]
+
+        def load(k, step):
+            slot = lax.rem(step, jnp.int32(STAGES))
+            along = pl.ds(pl.multiple_of(k * STEP, STEP), STEP)
+
+            @pl.when(step >= STAGES)
+            def _():
+                plgpu.barrier_wait(empty.at[slot])
+
+            @pl.when(row >= 0)
+            def _():
+                at = pl.multiple_of(slice_id * LHS_SLICE + lax.div(row, jnp.int32(8)) * 8, 8)
+                plgpu.copy_gmem_to_smem(lhs.at[pl.ds(at, ROWS), along], rows.at[slot], full.at[slot])
+
+            @pl.when(row < 0)
+            def _():
+                at = pl.multiple_of(block * slots.shape[1], 8)
+                plgpu.copy_gmem_to_smem(gathered.at[pl.ds(at, ROWS), along], rows.at[slot], full.at[slot])
+
+            these = (pl.ds(column, COLUMNS), along) if TRANSPOSED else (along, pl.ds(column, COLUMNS))
+            plgpu.copy_gmem_to_smem(rhs.at[slice_id * RHS_SLICE + owner, *these], matrix.at[slot], full.at[slot])
+            return step + 1
+
+        return lax.cond(owner >= 0, lambda: loop(STEPS, load, step), lambda: step)
+
+    def clear(i, _):
+        at = program + i * PROGRAMS
+        bits = holes[at]
+
+        @pl.when(bits != 0)
+        def _():
+            def row(j, _):
+                @pl.when((bits >> j) & 1 != 0)
+                def _():
+                    for column in range(0, width, zero.shape[1]):
+                        to = out.at[pl.ds(at * 8 + j, 1), pl.ds(column, zero.shape[1])]
+                        plgpu.copy_smem_to_gmem(zero, to)
+
+                return ()
+
+            loop(8, row, ())
+
+        return ()
+
+    @pl.when(warpgroup == 2)
+    def _():
+        plgpu.set_max_registers(40, action="decrease")
+        loop(tiles, feed, jnp.int32(0))
+
+        @pl.when(missing[0] > 0)
+        def _():
+            store(zero, jnp.zeros(zero.shape, zero.dtype))
+            plgpu.commit_smem()
+            loop(lax.div(holes.shape[0] - program + PROGRAMS - 1, jnp.int32(PROGRAMS)), clear, ())
+            plgpu.wait_smem_to_gmem(0)
+
+    @pl.when(warpgroup < 2)
+    def _():
+        plgpu.set_max_registers(232, action="increase")
+        own = pl.multiple_of(warpgroup * (COLUMNS // 2), COLUMNS // 2)
+
+        def multiply(i, step):
+            block, column, row = tile(i)
+
+            def body():
+                sums = pl.run_scoped(functools.partial(accumulate, step), plgpu.ACC((COLUMNS // 2, ROWS), jnp.float32))
+                write(block, pl.multiple_of(column + own, COLUMNS // 2), row, sums)
+                return step + STEPS
+
+            return lax.cond(expert[block] >= 0, body, lambda: step)
+
+        def accumulate(step, sums):
+            def add(step):
+                slot = lax.rem(step, jnp.int32(STAGES))
+                plgpu.barrier_wait(full.at[slot])
+                mine = pl.ds(own, COLUMNS // 2)
+                a = matrix.at[slot, mine] if TRANSPOSED else matrix.at[slot, :, mine].T
+                plgpu.wgmma(sums, a, rows.at[slot].T)
+
+            def again(k, _):
+                add(step + k + 1)
+                plgpu.wgmma_wait(1)
+                plgpu.barrier_arrive(empty.at[lax.rem(step + k, jnp.int32(STAGES))])
+                return ()
+
+            add(step)
+            loop(STEPS - 1, again, ())
+            plgpu.wgmma_wait(0)
+            plgpu.barrier_arrive(empty.at[lax.rem(step + STEPS - 1, jnp.int32(STAGES))])
+            return sums[...]
+
+        def write(block, column, row, sums):
+            slice_id, number = lax.div(block, jnp.int32(PER_SLICE)), live[block]
+            before = jnp.where(row >= 0, lax.rem(row, jnp.int32(8)), 0)
+            to = slice_id * OUT_SLICE
+            columns = pl.ds(column, COLUMNS // 2)
+            for start in range(0, ROWS, CHUNK):
+                here = min(CHUNK, ROWS - start)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                part = stage.at[warpgroup, pl.ds(0, here)]
+                part.T[...] = plgpu.layout_cast(
+                    sums[:, start : start + here].astype(out.dtype), plgpu.Layout.WGMMA
+                )
+                plgpu.commit_smem()
+
+                def eight(g, _, start=start):
+                    at = pl.multiple_of(g * 8, 8)
+                    slot = start + at - before  # of the eight rows' first; there may be none at the ends
+                    whole = (row >= 0) & (slot >= 0) & (slot + 8 <= number)
+
+                    @pl.when(whole)
+                    def _():
+                        rows = pl.ds(pl.multiple_of(to + row + slot, 8), 8)
+                        plgpu.copy_smem_to_gmem(stage.at[warpgroup, pl.ds(at, 8)], out.at[rows, columns])
+
+                    @pl.when(~whole & (slot + 8 > 0) & (slot < slots.shape[1]))
+                    def _():
+                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                        eight_rows = plgpu.load(
+                            stage.at[warpgroup, pl.ds(at, 8)], layout=_eight(out.dtype), optimized=False
+                        )
+                        store(edge.at[warpgroup], eight_rows)
+                        plgpu.commit_smem()
+
+                        def one(j, _):
+                            inside = (slot + j >= 0) & (slot + j < slots.shape[1])
+                            name = slots[block, jnp.where(inside, slot + j, 0)]
+
+                            @pl.when(inside & (name >= 0))
+                            def _():
+                                plgpu.copy_smem_to_gmem(
+                                    edge.at[warpgroup, pl.ds(j, 1)], out.at[pl.ds(to + name, 1), columns]
+                                )
+
+                            return ()
+
+                        loop(8, one, ())
+
+                    return ()
+
+                loop(here // 8, eight, ())
+
+        loop(tiles, multiply, jnp.int32(0))
+        plgpu.wait_smem_to_gmem(0)
+
+
+def _eight(dtype):
+    """8 rows of a warpgroup's columns in its registers, 16 bytes of a row a thread."""
+    vector = 16 // dtype.itemsize
+    half = COLUMNS // 2
+    tiling = plgpu.Tiling(((8, half), (8, half // 4), (vector,)))
+    if dtype.itemsize == 2:
+        return plgpu.Layout.TILED(tiling, warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1)
+    tiling = plgpu.Tiling(((8, half), (4, half // 4), (vector,)))
+    return plgpu.Layout.TILED(tiling, warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1)
+
+
+def store(ref, value):
+    """To where no layout of `value` is fast, which JAX 0.12 wants said."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value
+
+
+def gather(lhs, slots, skip, out, buffer, full, *, PER_SLICE, LHS_SLICE, TOP_K):
+    # out[i] = lhs[slot i // TOP_K], zeros where slot i names no row: a block owns eight rows by a buffer's columns.
+    # TMA gives zeros for a row beyond the last. Table blocks that are read where they lie are skipped.
+    eight, chunk = split(lax.axis_index("program"), pl.cdiv(out.shape[1], buffer.shape[0] * buffer.shape[2]))
+    size = slots.shape[1]
+    block = lax.div(eight * 8, jnp.int32(size))
+
+    @pl.when(skip[block] == 0)
+    def _():
+        slice_id = lax.div(block, jnp.int32(PER_SLICE))
+        for part in range(buffer.shape[0]):
+            columns = pl.ds((chunk * buffer.shape[0] + part) * buffer.shape[2], buffer.shape[2])
+
+            def load(j, _, part=part, columns=columns):
+                name = slots[block, lax.rem(eight * 8, jnp.int32(size)) + j]
+                row = jnp.where(name >= 0, slice_id * LHS_SLICE + lax.div(name, jnp.int32(TOP_K)), lhs.shape[0])
+                plgpu.copy_gmem_to_smem(lhs.at[pl.ds(row, 1), columns], buffer.at[part, pl.ds(j, 1)], full)
+                return ()
+
+            loop(8, load, ())
+        plgpu.barrier_wait(full)
+        for part in range(buffer.shape[0]):
+            columns = pl.ds((chunk * buffer.shape[0] + part) * buffer.shape[2], buffer.shape[2])
+            plgpu.copy_smem_to_gmem(buffer.at[part], out.at[pl.ds(pl.multiple_of(eight * 8, 8), 8), columns])
+        plgpu.wait_smem_to_gmem(0)
+
+
+# ---- tables
+
+
+def _blocks(tables, lead, num_pairs, num_experts):
+    """Each block's slots, [blocks, slots], -1 for none; and per block its expert, -1 if no slot of it counts."""
+    slots, blocks, total = (jnp.broadcast_to(t, (*lead, *t.shape[len(lead) :])) for t in tables)
+    slots, blocks, total = (jnp.reshape(t, (math.prod(lead), -1)) for t in (slots, blocks, total))
+    size = slots.shape[1] // blocks.shape[1]
+    parts = pl.cdiv(size, PART)
+    part = _up(pl.cdiv(size, parts), 8)
+    starts = lax.broadcasted_iota(jnp.int32, blocks.shape, 1) * size
+    counts = (blocks >= 0) & (blocks < num_experts) & (starts < total)
+    slots = jnp.reshape(slots, (*blocks.shape, size))
+    slots = jnp.where((slots >= 0) & (slots < num_pairs) & counts[..., None], slots, -1)
+    slots = jnp.pad(slots, ((0, 0), (0, 0), (0, parts * part - size)), constant_values=-1)
+    slots = jnp.reshape(slots, (-1, part))
+    live = jnp.sum(slots >= 0, axis=1, dtype=jnp.int32)
+    expert = jnp.reshape(jnp.broadcast_to(blocks[..., None], (*blocks.shape, parts)), (-1,))
+    return slots, jnp.where(live > 0, expert, -1), live
+
+
+def _up(n, to):
+    return -(-n // to) * to
+
+
+def _runs(slots, live):
+    """Per block its first row where its slots name a run of rows, first to last; else -1."""
+    steps = lax.broadcasted_iota(jnp.int32, slots.shape, 1)
+    run = jnp.where(steps < live[:, None], slots[:, :1] + steps, -1)
+    return jnp.where(jnp.all(slots == run, axis=1), slots[:, 0], -1)
+
+
+def _holes(slots, per_slice, num_slices, num_rows, padded):
+    """For each eight rows of the result, a bit for each row that no slot names; and how many such rows there are."""
+    slices = lax.broadcasted_iota(jnp.int32, slots.shape, 0) // per_slice
+    at = jnp.where(slots >= 0, slices * padded + slots, num_slices * padded)
+    named = jnp.zeros(num_slices * padded, jnp.int32).at[at].set(1, mode="drop", unique_indices=True)
+    row = lax.broadcasted_iota(jnp.int32, (num_slices, padded), 1)
+    bits = jnp.where((row < num_rows) & (jnp.reshape(named, row.shape) == 0), 1 << (row & 7), 0)
+    missing = num_slices * num_rows - jnp.sum(slots >= 0, dtype=jnp.int32)
+    return jnp.sum(jnp.reshape(bits, (-1, 8)), axis=1, dtype=jnp.int32), jnp.reshape(missing, (1,))
+
+
+# ---- wrappers
+
+
+def _large(x, lead, rows=1, columns=STEP):
+    """Rows or matrices, one slice if the batch shares them, filled up to whole tiles; and how many slices."""
+    own = x.shape[: len(lead)]
+    if math.prod(own) != 1 and own != lead:
+        x = jnp.broadcast_to(x, (*lead, *x.shape[len(lead) :]))
+    x = pad(x, _up(x.shape[-1], columns))
+    if extra := _up(x.shape[-2], rows) - x.shape[-2]:
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, extra), (0, 0)])
+    return x, math.prod(x.shape[: len(lead)])
+
+
+def _gathered(lhs, slots, skip, per_slice, lhs_slice, top_k):
+    parts, columns = 4, 256
+    shape = slots.size, lhs.shape[1]
+    (out,) = launch(
+        gather,
+        *(lhs, slots, skip),
+        out=[(shape, lhs.dtype)],
+        grid=shape[0] // 8 * pl.cdiv(shape[1], parts * columns),
+        scratch=[plgpu.SMEM((parts, 8, columns), lhs.dtype), plgpu.Barrier(num_arrivals=8 * parts)],
+        PER_SLICE=per_slice,
+        LHS_SLICE=lhs_slice,
+        TOP_K=top_k,
+    )
+    return out
+
+
+def _product(lhs, rhs, tables, top_k, dtype, transposed):
+    lead = lead_axes((lhs, 2), (rhs, 3), *zip(tables, (1, 1, 0), strict=True))
+    num_slices, num_rows = math.prod(lead), lhs.shape[-2]
+    num_pairs, width = num_rows * top_k, rhs.shape[-2 if transposed else -1]
+    num_experts = rhs.shape[-3]
+    lhs, lhs_slices = _large(lhs, lead, rows=8)
+    rhs, rhs_slices = _large(rhs, lead, rows=STEP)
+    lhs_slice, out_slice = lhs.shape[-2], _up(num_pairs, 8)
+    lhs = jnp.reshape(lhs, (-1, lhs.shape[-1]))
+    rhs = jnp.reshape(rhs, (-1, *rhs.shape[-2:]))
+    columns = rhs.shape[-2 if transposed else -1]
+    slots, expert, live = _blocks(tables, lead, num_pairs, num_experts)
+    per_slice = slots.shape[0] // num_slices
+    first = _runs(slots, live) if top_k == 1 else jnp.full_like(live, -1)
+    last = jnp.max(jnp.where(live > 0, lax.iota(jnp.int32, live.size) + 1, 0))
+    holes, missing = _holes(slots, per_slice, num_slices, num_pairs, out_slice)
+    skip = (first >= 0) | (live == 0)
+    gathered = _gathered(lhs, slots, skip.astype(jnp.int32), per_slice, lhs_slice if lhs_slices > 1 else 0, top_k)
+    rows = slots.shape[1] + (8 if top_k == 1 else 0)
+    stages, chunk = _stages(rows, dtype)
+    half = COLUMNS // 2
+    line = SWIZZLE // dtype.itemsize
+    (out,) = launch(
+        product,
+        *(lhs, gathered, rhs, expert, first, live, slots, jnp.reshape(last, (1,)), holes, missing),
+        out=[((num_slices * out_slice, columns), dtype)],
+        grid=min(PROGRAMS, expert.size * pl.cdiv(columns, COLUMNS)),
+        warpgroups=3,
+        scratch=[
+            plgpu.SMEM((stages, rows, STEP), lhs.dtype, transforms=TILED),
+            plgpu.SMEM((stages, *((COLUMNS, STEP) if transposed else (STEP, COLUMNS))), lhs.dtype, transforms=TILED),
+            plgpu.SMEM((2, chunk, half), dtype,
+                       transforms=(plgpu.TilingTransform((8, line)), plgpu.SwizzleTransform(SWIZZLE))),
+            plgpu.SMEM((2, 8, half), dtype),
+            plgpu.SMEM((1, half), dtype),
+            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        ],
+        TRANSPOSED=transposed,
+        STEPS=lhs.shape[1] // STEP,
+        STAGES=stages,
+        ROWS=rows,
+        CHUNK=chunk,
+        PER_SLICE=per_slice,
+        LHS_SLICE=lhs_slice if lhs_slices > 1 else 0,
+        OUT_SLICE=out_slice,
+        RHS_SLICE=num_experts if rhs_slices > 1 else 0,
+        GROUP=16,
+    )  # fmt: skip
+    out = jnp.reshape(out, (*lead, out_slice, columns))
+    return (out[..., :num_pairs, :width],)
+
+
+SHARED = 227 * 1024  # bytes of shared memory of a block, on Hopper
+
+
+def _stages(rows, dtype):
+    """As many stages as fit beside the rows that wait to be stored, at most 6."""
+    half = COLUMNS // 2
+    chunk = min(48 if dtype.itemsize == 2 else 24, rows)
+    rest = SHARED - 2 * (chunk + 8 + 1) * half * dtype.itemsize - 2048
+    return min(6, rest // ((rows + COLUMNS) * STEP * 2)), chunk
+
+
+def grouped_matmul(lhs, rhs, *tables, top_k, dtype):
+    return _product(lhs, rhs, tables, top_k, jnp.dtype(dtype), False)
+
+
+def grouped_matmul_transposed(g, rhs, *tables):
+    return _product(g, rhs, tables, 1, g.dtype, True)
