@@ -32,7 +32,7 @@ KERNELS: Mapping[str, Mapping[str, Sequence[str]]] = {
     "pallas": {
         "routing": ("route_topk_softmax",),
         "combine": _COMBINE,
-        "grouped": ("grouped_matmul", "grouped_matmul_transposed"),
+        "grouped": ("grouped_matmul", "grouped_matmul_transposed", "grouped_outer"),
     },
 }
 

@@ -26,7 +26,7 @@ TILED = (plgpu.TilingTransform((8, STEP)), plgpu.SwizzleTransform(SWIZZLE))
 def product(
     lhs, gathered, rhs, expert, first, live, slots, count, holes, missing, out,
     rows, matrix, stage, edge, zero, full, empty,
-    *, TRANSPOSED, STEPS, STAGES, ROWS, CHUNK, PER_SLICE, LHS_SLICE, OUT_SLICE, RHS_SLICE, GROUP,
+    *, TRANSPOSED, STEPS, STAGES, ROWS, CHUNK, PER_SLICE, LHS_SLICE, OUT_SLICE, RHS_SLICE, GROUP, GRID,
 ):  # fmt: skip
     # out[s] = lhs[s] @ rhs[e]: a block owns in turn tiles of COLUMNS columns by a table block's slots, and makes them
     # transposed, columns in the tensor cores' long direction and slots, any multiple of 8, in the short one. TMA reads
@@ -35,11 +35,11 @@ def product(
     program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
     width, blocks = out.shape[1], count[0]
     across = pl.cdiv(width, COLUMNS)
-    tiles = lax.div(blocks * across - program + PROGRAMS - 1, jnp.int32(PROGRAMS))
+    tiles = lax.div(blocks * across - program + GRID - 1, jnp.int32(GRID))
 
     def tile(i):
         """The table block, the first column, and the source's first row of this block's i-th tile."""
-        group, at = split(program + i * PROGRAMS, GROUP * across)
+        group, at = split(program + i * GRID, GROUP * across)
         these = jnp.minimum(blocks - group * GROUP, GROUP)
         block, column = group * GROUP + lax.rem(at, these), lax.div(at, these) * COLUMNS
         return block, pl.multiple_of(column, COLUMNS), first[block]
@@ -72,24 +72,20 @@ def product(
 
         return lax.cond(owner >= 0, lambda: loop(STEPS, load, step), lambda: step)
 
-    def clear(i, _):
-        at = program + i * PROGRAMS
+    def clear(i):
+        at = program + i * GRID
         bits = holes[at]
 
         @pl.when(bits != 0)
         def _():
-            def row(j, _):
+            @each(8)
+            def _(j):
                 @pl.when((bits >> j) & 1 != 0)
                 def _():
-                    for column in range(0, width, zero.shape[1]):
-                        to = out.at[pl.ds(at * 8 + j, 1), pl.ds(column, zero.shape[1])]
-                        plgpu.copy_smem_to_gmem(zero, to)
-
-                return ()
-
-            loop(8, row, ())
-
-        return ()
+                    @each(pl.cdiv(width, zero.shape[1]))
+                    def _(column):
+                        to = pl.ds(at * 8 + j, 1), pl.ds(pl.multiple_of(column * zero.shape[1], STEP), zero.shape[1])
+                        plgpu.copy_smem_to_gmem(zero, out.at[to])
 
     @pl.when(warpgroup == 2)
     def _():
@@ -100,7 +96,7 @@ def product(
         def _():
             store(zero, jnp.zeros(zero.shape, zero.dtype))
             plgpu.commit_smem()
-            loop(lax.div(holes.shape[0] - program + PROGRAMS - 1, jnp.int32(PROGRAMS)), clear, ())
+            each(lax.div(holes.shape[0] - program + GRID - 1, jnp.int32(GRID)))(clear)
             plgpu.wait_smem_to_gmem(0)
 
     @pl.when(warpgroup < 2)
@@ -126,14 +122,14 @@ def product(
                 a = matrix.at[slot, mine] if TRANSPOSED else matrix.at[slot, :, mine].T
                 plgpu.wgmma(sums, a, rows.at[slot].T)
 
-            def again(k, _):
+            add(step)
+
+            @each(STEPS - 1)
+            def _(k):
                 add(step + k + 1)
                 plgpu.wgmma_wait(1)
                 plgpu.barrier_arrive(empty.at[lax.rem(step + k, jnp.int32(STAGES))])
-                return ()
 
-            add(step)
-            loop(STEPS - 1, again, ())
             plgpu.wgmma_wait(0)
             plgpu.barrier_arrive(empty.at[lax.rem(step + STEPS - 1, jnp.int32(STAGES))])
             return sums[...]
@@ -152,7 +148,8 @@ def product(
                 )
                 plgpu.commit_smem()
 
-                def eight(g, _, start=start):
+                @each(here // 8)
+                def _(g, start=start):
                     at = pl.multiple_of(g * 8, 8)
                     slot = start + at - before  # of the eight rows' first; there may be none at the ends
                     whole = (row >= 0) & (slot >= 0) & (slot + 8 <= number)
@@ -171,7 +168,8 @@ def product(
                         store(edge.at[warpgroup], eight_rows)
                         plgpu.commit_smem()
 
-                        def one(j, _):
+                        @each(8)
+                        def _(j):
                             inside = (slot + j >= 0) & (slot + j < slots.shape[1])
                             name = slots[block, jnp.where(inside, slot + j, 0)]
 
@@ -181,16 +179,13 @@ def product(
                                     edge.at[warpgroup, pl.ds(j, 1)], out.at[pl.ds(to + name, 1), columns]
                                 )
 
-                            return ()
-
-                        loop(8, one, ())
-
-                    return ()
-
-                loop(here // 8, eight, ())
-
         loop(tiles, multiply, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
+
+
+def each(times):
+    """The decorated function of i, for each i in [0, times)."""
+    return lambda body: loop(times, lambda i, _: body(i) or (), ())
 
 
 def _eight(dtype):
@@ -225,17 +220,124 @@ def gather(lhs, slots, skip, out, buffer, full, *, PER_SLICE, LHS_SLICE, TOP_K):
         for part in range(buffer.shape[0]):
             columns = pl.ds((chunk * buffer.shape[0] + part) * buffer.shape[2], buffer.shape[2])
 
-            def load(j, _, part=part, columns=columns):
+            @each(8)
+            def _(j, part=part, columns=columns):
                 name = slots[block, lax.rem(eight * 8, jnp.int32(size)) + j]
                 row = jnp.where(name >= 0, slice_id * LHS_SLICE + lax.div(name, jnp.int32(TOP_K)), lhs.shape[0])
                 plgpu.copy_gmem_to_smem(lhs.at[pl.ds(row, 1), columns], buffer.at[part, pl.ds(j, 1)], full)
-                return ()
 
-            loop(8, load, ())
         plgpu.barrier_wait(full)
         for part in range(buffer.shape[0]):
             columns = pl.ds((chunk * buffer.shape[0] + part) * buffer.shape[2], buffer.shape[2])
             plgpu.copy_smem_to_gmem(buffer.at[part], out.at[pl.ds(pl.multiple_of(eight * 8, 8), 8), columns])
+        plgpu.wait_smem_to_gmem(0)
+
+
+# ---- per expert, rows by rows
+
+
+def outer(
+    lhs, lhs_gathered, g, g_gathered, low, high, apart, out,
+    left, right, stage, full, empty, masked,
+    *, EXPERTS, STAGES, LHS_SLICE, G_SLICE, GRID,
+):  # fmt: skip
+    # out[e] = sum over e's rows r of lhs[r] x g[r]: a block owns in turn tiles of COLUMNS rows by COLUMNS / 2 columns
+    # of an expert's matrix and walks along the expert's rows, STEP at a time, from a multiple of 8 on. Rows of other
+    # experts, which the first and the last step may hold, are zeroed in shared memory first. Experts whose rows do not
+    # lie together are read from the gathered copies. Without rows the sum is zeros.
+    program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
+    half = COLUMNS // 2
+    down, across = pl.cdiv(out.shape[1], COLUMNS), pl.cdiv(out.shape[2], half)
+    tiles = (out.shape[0] * down * across - program + GRID - 1) // GRID
+
+    def tile(i):
+        """The matrix, the tile's first row and column in it, the first row read, and how many steps."""
+        owner, at = split(program + i * GRID, down * across)
+        row, column = pl.multiple_of(at % down * COLUMNS, COLUMNS), pl.multiple_of(at // down * half, half)
+        start = low[owner] // 8 * 8
+        return owner, row, column, start, (high[owner] - start + STEP - 1) // STEP
+
+    def feed(i, step):
+        owner, row, column, start, steps = tile(i)
+        slice_id = owner // EXPERTS
+
+        def load(k, step):
+            slot = step % STAGES
+
+            @pl.when(step >= STAGES)
+            def _():
+                plgpu.barrier_wait(empty.at[slot])
+
+            def copy(lhs, g, lhs_slice, g_slice):
+                at = pl.ds(pl.multiple_of(lhs_slice + start + k * STEP, 8), STEP)
+                plgpu.copy_gmem_to_smem(lhs.at[at, pl.ds(row, COLUMNS)], left.at[slot], full.at[slot])
+                at = pl.ds(pl.multiple_of(g_slice + start + k * STEP, 8), STEP)
+                plgpu.copy_gmem_to_smem(g.at[at, pl.ds(column, half)], right.at[slot], full.at[slot])
+
+            pl.when(apart[owner] == 0)(lambda: copy(lhs, g, slice_id * LHS_SLICE, slice_id * G_SLICE))
+            pl.when(apart[owner] != 0)(lambda: copy(lhs_gathered, g_gathered, 0, 0))
+            return step + 1
+
+        return loop(steps, load, step)
+
+    @pl.when(warpgroup == 2)
+    def _():
+        plgpu.set_max_registers(40, action="decrease")
+        loop(tiles, feed, jnp.int32(0))
+
+    @pl.when(warpgroup < 2)
+    def _():
+        plgpu.set_max_registers(232, action="increase")
+        own = pl.multiple_of(warpgroup * half, half)
+
+        def multiply(i, step):
+            owner, row, column, start, steps = tile(i)
+
+            def keep(ref, at):
+                index = plgpu.broadcasted_iota(jnp.int32, ref.shape, 0, layout=plgpu.Layout.WGMMA) + at
+                inside = (index >= low[owner]) & (index < high[owner])
+                value = plgpu.layout_cast(ref[...], plgpu.Layout.WGMMA)
+                ref[...] = jnp.where(inside, value, jnp.zeros_like(value))
+
+            def accumulate(sums):
+                @each(steps)
+                def _(k):
+                    slot, at = (step + k) % STAGES, start + k * STEP
+                    plgpu.barrier_wait(full.at[slot])
+
+                    @pl.when((at < low[owner]) | (at + STEP > high[owner]))
+                    def _():
+                        keep(left.at[slot, :, pl.ds(own, half)], at)
+                        keep(right.at[slot, :, pl.ds(pl.multiple_of(warpgroup * STEP, STEP), STEP)], at)
+                        plgpu.commit_smem()
+                        plgpu.barrier_arrive(masked)
+                        plgpu.barrier_wait(masked)
+
+                    plgpu.wgmma(sums, left.at[slot, :, pl.ds(own, half)].T, right.at[slot])
+                    plgpu.wgmma_wait(1)
+
+                    @pl.when(k > 0)
+                    def _():
+                        plgpu.barrier_arrive(empty.at[(step + k - 1) % STAGES])
+
+                plgpu.wgmma_wait(0)
+
+                @pl.when(steps > 0)
+                def _():
+                    plgpu.barrier_arrive(empty.at[(step + steps - 1) % STAGES])
+
+                return sums[...]
+
+            sums = pl.run_scoped(accumulate, plgpu.ACC((half, half), jnp.float32))
+            for down in range(0, half, STEP):
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                stage[warpgroup] = plgpu.layout_cast(sums[down : down + STEP].astype(out.dtype), plgpu.Layout.WGMMA)
+                plgpu.commit_smem()
+                rows = pl.ds(pl.multiple_of(row + own + down, STEP), STEP)
+                plgpu.copy_smem_to_gmem(stage.at[warpgroup], out.at[owner, rows, pl.ds(column, half)])
+            return step + steps
+
+        loop(tiles, multiply, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
 
 
@@ -269,6 +371,27 @@ def _runs(slots, live):
     steps = lax.broadcasted_iota(jnp.int32, slots.shape, 1)
     run = jnp.where(steps < live[:, None], slots[:, :1] + steps, -1)
     return jnp.where(jnp.all(slots == run, axis=1), slots[:, 0], -1)
+
+
+def _ranges(slots, expert, live, per_slice, matrices, num_experts, top_k):
+    """Per expert of each slice the rows to read, [low, high); whether they are apart, and those of the gathered copy;
+    and per block whether it needs no gathered copy.
+    """
+    block = lax.iota(jnp.int32, live.size)
+    owner = jnp.where(expert >= 0, block // per_slice * num_experts + expert, -1)
+    first = _runs(slots, live)
+    goes_on = jnp.pad(slots[:-1, -1] + 1 == first[1:], (1, 0)) | (owner != jnp.pad(owner[:-1], (1, 0)))
+    mine = owner[None, :] == lax.broadcasted_iota(jnp.int32, (matrices, live.size), 0)
+    wide = lambda x: jnp.broadcast_to(x[None, :], mine.shape)  # noqa: E731
+    reduce = lambda f, x, none: f(jnp.where(mine, wide(x), none), axis=1)  # noqa: E731
+    begin, end = reduce(jnp.min, block, live.size), reduce(jnp.max, block + 1, 0)
+    apart = jnp.any(mine & wide((first < 0) | ~goes_on), axis=1) if top_k == 1 else jnp.full(matrices, True)
+    size = slots.shape[1]
+    low = jnp.where(apart, begin * size, reduce(jnp.min, first, 2**31 - 1))
+    high = jnp.where(apart, end * size, reduce(jnp.max, first + live, 0))
+    none = begin >= end
+    skip = (owner < 0) | ~apart[jnp.maximum(owner, 0)]
+    return (*(jnp.where(none, 0, x) for x in (low, high)), apart.astype(jnp.int32), skip.astype(jnp.int32))
 
 
 def _holes(slots, per_slice, num_slices, num_rows, padded):
@@ -338,7 +461,7 @@ def _product(lhs, rhs, tables, top_k, dtype, transposed):
         product,
         *(lhs, gathered, rhs, expert, first, live, slots, jnp.reshape(last, (1,)), holes, missing),
         out=[((num_slices * out_slice, columns), dtype)],
-        grid=min(PROGRAMS, expert.size * pl.cdiv(columns, COLUMNS)),
+        grid=(grid := min(PROGRAMS, expert.size * pl.cdiv(columns, COLUMNS))),
         warpgroups=3,
         scratch=[
             plgpu.SMEM((stages, rows, STEP), lhs.dtype, transforms=TILED),
@@ -360,6 +483,7 @@ def _product(lhs, rhs, tables, top_k, dtype, transposed):
         OUT_SLICE=out_slice,
         RHS_SLICE=num_experts if rhs_slices > 1 else 0,
         GROUP=16,
+        GRID=grid,
     )  # fmt: skip
     out = jnp.reshape(out, (*lead, out_slice, columns))
     return (out[..., :num_pairs, :width],)
@@ -382,3 +506,40 @@ def grouped_matmul(lhs, rhs, *tables, top_k, dtype):
 
 def grouped_matmul_transposed(g, rhs, *tables):
     return _product(g, rhs, tables, 1, g.dtype, True)
+
+
+def grouped_outer(lhs, g, *tables, top_k, num_experts):
+    lead = lead_axes((lhs, 2), (g, 2), *zip(tables, (1, 1, 0), strict=True))
+    num_slices, height, (num_pairs, width) = math.prod(lead), lhs.shape[-1], g.shape[-2:]
+    lhs, lhs_slices = _large(lhs, lead, rows=8)
+    g, g_slices = _large(g, lead, rows=8)
+    lhs_slice, g_slice = (x.shape[-2] if n > 1 else 0 for x, n in ((lhs, lhs_slices), (g, g_slices)))
+    lhs, g = (jnp.reshape(x, (-1, x.shape[-1])) for x in (lhs, g))
+    slots, expert, live = _blocks(tables, lead, num_pairs, num_experts)
+    per_slice = slots.shape[0] // num_slices
+    low, high, apart, skip = _ranges(slots, expert, live, per_slice, num_slices * num_experts, num_experts, top_k)
+    shape = num_slices * num_experts, lhs.shape[-1], g.shape[-1]
+    half, stages = COLUMNS // 2, 4
+    (out,) = launch(
+        outer,
+        *(lhs, _gathered(lhs, slots, skip, per_slice, lhs_slice, top_k)),
+        *(g, _gathered(g, slots, skip, per_slice, g_slice, 1)),
+        *(low, high, apart),
+        out=[(shape, lhs.dtype)],
+        grid=(grid := min(PROGRAMS, shape[0] * pl.cdiv(shape[1], COLUMNS) * pl.cdiv(shape[2], half))),
+        warpgroups=3,
+        scratch=[
+            plgpu.SMEM((stages, STEP, COLUMNS), lhs.dtype, transforms=TILED),
+            plgpu.SMEM((stages, STEP, half), lhs.dtype, transforms=TILED),
+            plgpu.SMEM((2, STEP, half), lhs.dtype, transforms=TILED),
+            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=2),
+        ],
+        EXPERTS=num_experts,
+        STAGES=stages,
+        LHS_SLICE=lhs_slice,
+        G_SLICE=g_slice,
+        GRID=grid,
+    )
+    return (jnp.reshape(out, (*lead, num_experts, *shape[1:]))[..., :height, :width],)
