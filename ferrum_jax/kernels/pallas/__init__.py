@@ -18,6 +18,7 @@ from jax import lax
 from .. import target_capability
 
 NEEDS_JAX = (0, 11, 2)
+AUTO = False
 THREADS = 128  # a warpgroup, which is what a block of these kernels is
 
 
@@ -39,6 +40,7 @@ def launch(
     out: Sequence[tuple[tuple[int, ...], Any]],
     grid: int,
     warpgroups: int = 1,
+    cluster: int = 1,
     scratch: Sequence[Any] = (),
     **constants: Any,
 ) -> tuple[jax.Array, ...]:
@@ -65,11 +67,12 @@ def launch(
         grid=(grid,),
         grid_names=("program",),
         scratch_types=tuple(scratch),
+        **({"cluster": (cluster,), "cluster_names": ("cluster",)} if cluster > 1 else {}),
         **({"num_threads": warpgroups, "thread_name": "warpgroup"} if warpgroups > 1 else {}),
         compiler_params=plgpu.CompilerParams(
             # Where every array's type says whether it is signed. Under Lane semantics a constant does not.
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
-            unsafe_no_auto_barriers=not scratch,  # without it no kernel here reads what it has written
+            unsafe_no_auto_barriers=AUTO or not scratch,  # without it no kernel here reads what it has written
         ),
     )(*(x for x in operands if x is not None))
 

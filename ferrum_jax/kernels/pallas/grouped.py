@@ -15,6 +15,10 @@ PROGRAMS = 132  # persistent blocks: the multiprocessors of a Hopper SXM card, o
 STEP = 64  # elements of a 128-byte line of shared memory, the longest that wgmma reads: all lengths are multiples
 SWIZZLE = 128
 COLUMNS = 256  # of a tile, half for each of the two multiplying warpgroups
+CLUSTER = 1
+CHUNK = 48
+GROUP = 16
+VARIANTS = (40, 72, 104)
 PART = 128  # most slots of a tile
 
 TILED = (plgpu.TilingTransform((8, STEP)), plgpu.SwizzleTransform(SWIZZLE))
@@ -24,24 +28,28 @@ TILED = (plgpu.TilingTransform((8, STEP)), plgpu.SwizzleTransform(SWIZZLE))
 
 
 def product(
-    lhs, gathered, rhs, expert, first, live, slots, count, holes, missing, out,
+    lhs, gathered, rhs, expert, first, live, slots, total, holes, out,
     rows, matrix, stage, edge, zero, full, empty,
-    *, TRANSPOSED, STEPS, STAGES, ROWS, CHUNK, PER_SLICE, LHS_SLICE, OUT_SLICE, RHS_SLICE, GROUP, GRID,
+    *, TRANSPOSED, STEPS, STAGES, ROWS, CHUNK, PER_SLICE, LHS_SLICE, OUT_SLICE, RHS_SLICE, GROUP, GRID, SIZES, CLUSTER, SIZE, PARTS,
 ):  # fmt: skip
     # out[s] = lhs[s] @ rhs[e]: a block owns in turn tiles of COLUMNS columns by a table block's slots, and makes them
     # transposed, columns in the tensor cores' long direction and slots, any multiple of 8, in the short one. TMA reads
     # rows from a multiple of 8 on; the up to 7 rows before a block's first are multiplied too, and not stored. Blocks
     # whose slots name no run of rows are read from `gathered`, and stored row by row.
     program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
-    width, blocks = out.shape[1], count[0]
-    across = pl.cdiv(width, COLUMNS)
+    width, blocks = out.shape[1], expert.shape[0]
+    if blocks == PER_SLICE:
+        blocks = lax.div(jnp.clip(total[0], 0, blocks // PARTS * SIZE) + SIZE - 1, jnp.int32(SIZE)) * PARTS
+    across = pl.cdiv(width, COLUMNS * CLUSTER)
+    member = lax.axis_index("cluster") if CLUSTER > 1 else 0
+    both = "cluster" if CLUSTER > 1 else None
     tiles = lax.div(blocks * across - program + GRID - 1, jnp.int32(GRID))
 
     def tile(i):
         """The table block, the first column, and the source's first row of this block's i-th tile."""
         group, at = split(program + i * GRID, GROUP * across)
         these = jnp.minimum(blocks - group * GROUP, GROUP)
-        block, column = group * GROUP + lax.rem(at, these), lax.div(at, these) * COLUMNS
+        block, column = group * GROUP + lax.rem(at, these), lax.div(at, these) * (COLUMNS * CLUSTER) + member * COLUMNS
         return block, pl.multiple_of(column, COLUMNS), first[block]
 
     def feed(i, step):
@@ -59,12 +67,12 @@ def product(
             @pl.when(row >= 0)
             def _():
                 at = pl.multiple_of(slice_id * LHS_SLICE + lax.div(row, jnp.int32(8)) * 8, 8)
-                plgpu.copy_gmem_to_smem(lhs.at[pl.ds(at, ROWS), along], rows.at[slot], full.at[slot])
+                plgpu.copy_gmem_to_smem(lhs.at[pl.ds(at, ROWS), along], rows.at[slot], full.at[slot], collective_axes=both)
 
             @pl.when(row < 0)
             def _():
                 at = pl.multiple_of(block * slots.shape[1], 8)
-                plgpu.copy_gmem_to_smem(gathered.at[pl.ds(at, ROWS), along], rows.at[slot], full.at[slot])
+                plgpu.copy_gmem_to_smem(gathered.at[pl.ds(at, ROWS), along], rows.at[slot], full.at[slot], collective_axes=both)
 
             these = (pl.ds(column, COLUMNS), along) if TRANSPOSED else (along, pl.ds(column, COLUMNS))
             plgpu.copy_gmem_to_smem(rhs.at[slice_id * RHS_SLICE + owner, *these], matrix.at[slot], full.at[slot])
@@ -72,8 +80,7 @@ def product(
 
         return lax.cond(owner >= 0, lambda: loop(STEPS, load, step), lambda: step)
 
-    def clear(i):
-        at = program + i * GRID
+    def clear(at):
         bits = holes[at]
 
         @pl.when(bits != 0)
@@ -90,14 +97,28 @@ def product(
     @pl.when(warpgroup == 2)
     def _():
         plgpu.set_max_registers(40, action="decrease")
-        loop(tiles, feed, jnp.int32(0))
+        step = loop(tiles, feed, jnp.int32(0))
+        if CLUSTER > 1:
+            # Not to end before the other block has told, at the barriers here, that it has read what this one sent.
+            for last in range(STAGES):
+                pl.when(step + last >= STAGES)(
+                    lambda at=lax.rem(step + last, jnp.int32(STAGES)): plgpu.barrier_wait(empty.at[at])
+                )
 
-        @pl.when(missing[0] > 0)
-        def _():
-            store(zero, jnp.zeros(zero.shape, zero.dtype))
-            plgpu.commit_smem()
-            each(lax.div(holes.shape[0] - program + GRID - 1, jnp.int32(GRID)))(clear)
-            plgpu.wait_smem_to_gmem(0)
+        store(zero, jnp.zeros(zero.shape, zero.dtype))
+        plgpu.commit_smem()
+        each_cta = holes.shape[0] // (GRID * CLUSTER)
+
+        @each(each_cta // 128)
+        def _(i):
+            start = (program * CLUSTER + member) * each_cta + i * 128
+            some = plgpu.load(holes.at[pl.ds(start, 128)], layout=plgpu.Layout.WG_STRIDED((128,), 1))
+
+            @pl.when(jnp.max(some) > 0)
+            def _():
+                each(128)(lambda j: clear(start + j))
+
+        plgpu.wait_smem_to_gmem(0)
 
     @pl.when(warpgroup < 2)
     def _():
@@ -107,20 +128,24 @@ def product(
         def multiply(i, step):
             block, column, row = tile(i)
 
-            def body():
-                sums = pl.run_scoped(functools.partial(accumulate, step), plgpu.ACC((COLUMNS // 2, ROWS), jnp.float32))
-                write(block, pl.multiple_of(column + own, COLUMNS // 2), row, sums)
-                return step + STEPS
+            need = jnp.where(row >= 0, lax.rem(row, jnp.int32(8)) + live[block], slots.shape[1])
+            for below, size in zip((0, *SIZES), SIZES, strict=False):
 
-            return lax.cond(expert[block] >= 0, body, lambda: step)
+                @pl.when((expert[block] >= 0) & (need > below) & (need <= size))
+                def _(size=size):
+                    sums = plgpu.ACC((COLUMNS // 2, size), jnp.float32)
+                    sums = pl.run_scoped(functools.partial(accumulate, step, size), sums)
+                    write(block, pl.multiple_of(column + own, COLUMNS // 2), row, sums)
 
-        def accumulate(step, sums):
+            return jnp.where(expert[block] >= 0, step + STEPS, step)
+
+        def accumulate(step, size, sums):
             def add(step):
                 slot = lax.rem(step, jnp.int32(STAGES))
                 plgpu.barrier_wait(full.at[slot])
                 mine = pl.ds(own, COLUMNS // 2)
                 a = matrix.at[slot, mine] if TRANSPOSED else matrix.at[slot, :, mine].T
-                plgpu.wgmma(sums, a, rows.at[slot].T)
+                plgpu.wgmma(sums, a, rows.at[slot, pl.ds(0, size)].T)
 
             add(step)
 
@@ -139,8 +164,8 @@ def product(
             before = jnp.where(row >= 0, lax.rem(row, jnp.int32(8)), 0)
             to = slice_id * OUT_SLICE
             columns = pl.ds(column, COLUMNS // 2)
-            for start in range(0, ROWS, CHUNK):
-                here = min(CHUNK, ROWS - start)
+            for start in range(0, sums.shape[1], CHUNK):
+                here = min(CHUNK, sums.shape[1] - start)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 part = stage.at[warpgroup, pl.ds(0, here)]
                 part.T[...] = plgpu.layout_cast(
@@ -208,29 +233,31 @@ def store(ref, value):
 
 
 def gather(lhs, slots, skip, out, buffer, full, *, PER_SLICE, LHS_SLICE, TOP_K):
-    # out[i] = lhs[slot i // TOP_K], zeros where slot i names no row: a block owns eight rows by a buffer's columns.
-    # TMA gives zeros for a row beyond the last. Table blocks that are read where they lie are skipped.
-    eight, chunk = split(lax.axis_index("program"), pl.cdiv(out.shape[1], buffer.shape[0] * buffer.shape[2]))
-    size = slots.shape[1]
-    block = lax.div(eight * 8, jnp.int32(size))
+    # out[i] = lhs[slot i // TOP_K], zeros where slot i names no row: a block owns a table block by a buffer's columns
+    # and copies eight rows at a time. TMA gives zeros for a row beyond the last. Skipped blocks are not written.
+    parts, _, columns = buffer.shape
+    block, chunk = split(lax.axis_index("program"), pl.cdiv(out.shape[1], parts * columns))
 
     @pl.when(skip[block] == 0)
     def _():
-        slice_id = lax.div(block, jnp.int32(PER_SLICE))
-        for part in range(buffer.shape[0]):
-            columns = pl.ds((chunk * buffer.shape[0] + part) * buffer.shape[2], buffer.shape[2])
+        start = lax.div(block, jnp.int32(PER_SLICE)) * LHS_SLICE
+
+        @each(slots.shape[1] // 8)
+        def _(eight):
+            across = [pl.ds((chunk * parts + part) * columns, columns) for part in range(parts)]
 
             @each(8)
-            def _(j, part=part, columns=columns):
-                name = slots[block, lax.rem(eight * 8, jnp.int32(size)) + j]
-                row = jnp.where(name >= 0, slice_id * LHS_SLICE + lax.div(name, jnp.int32(TOP_K)), lhs.shape[0])
-                plgpu.copy_gmem_to_smem(lhs.at[pl.ds(row, 1), columns], buffer.at[part, pl.ds(j, 1)], full)
+            def _(j):
+                name = slots[block, eight * 8 + j]
+                row = jnp.where(name >= 0, start + lax.div(name, jnp.int32(TOP_K)), lhs.shape[0])
+                for part in range(parts):
+                    plgpu.copy_gmem_to_smem(lhs.at[pl.ds(row, 1), across[part]], buffer.at[part, pl.ds(j, 1)], full)
 
-        plgpu.barrier_wait(full)
-        for part in range(buffer.shape[0]):
-            columns = pl.ds((chunk * buffer.shape[0] + part) * buffer.shape[2], buffer.shape[2])
-            plgpu.copy_smem_to_gmem(buffer.at[part], out.at[pl.ds(pl.multiple_of(eight * 8, 8), 8), columns])
-        plgpu.wait_smem_to_gmem(0)
+            plgpu.barrier_wait(full)
+            rows = pl.ds(pl.multiple_of(block * slots.shape[1] + eight * 8, 8), 8)
+            for part in range(parts):
+                plgpu.copy_smem_to_gmem(buffer.at[part], out.at[rows, across[part]])
+            plgpu.wait_smem_to_gmem(0)
 
 
 # ---- per expert, rows by rows
@@ -366,11 +393,13 @@ def _up(n, to):
     return -(-n // to) * to
 
 
-def _runs(slots, live):
+def _runs(slots):
     """Per block its first row where its slots name a run of rows, first to last; else -1."""
     steps = lax.broadcasted_iota(jnp.int32, slots.shape, 1)
-    run = jnp.where(steps < live[:, None], slots[:, :1] + steps, -1)
-    return jnp.where(jnp.all(slots == run, axis=1), slots[:, 0], -1)
+    named = slots >= 0
+    after = jnp.pad(named[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    run = jnp.all((slots == slots[:, :1] + steps) & after | ~named, axis=1)
+    return jnp.where(run, slots[:, 0], -1)
 
 
 def _ranges(slots, expert, live, per_slice, matrices, num_experts, top_k):
@@ -379,7 +408,7 @@ def _ranges(slots, expert, live, per_slice, matrices, num_experts, top_k):
     """
     block = lax.iota(jnp.int32, live.size)
     owner = jnp.where(expert >= 0, block // per_slice * num_experts + expert, -1)
-    first = _runs(slots, live)
+    first = _runs(slots)
     goes_on = jnp.pad(slots[:-1, -1] + 1 == first[1:], (1, 0)) | (owner != jnp.pad(owner[:-1], (1, 0)))
     mine = owner[None, :] == lax.broadcasted_iota(jnp.int32, (matrices, live.size), 0)
     wide = lambda x: jnp.broadcast_to(x[None, :], mine.shape)  # noqa: E731
@@ -394,15 +423,15 @@ def _ranges(slots, expert, live, per_slice, matrices, num_experts, top_k):
     return (*(jnp.where(none, 0, x) for x in (low, high)), apart.astype(jnp.int32), skip.astype(jnp.int32))
 
 
-def _holes(slots, per_slice, num_slices, num_rows, padded):
-    """For each eight rows of the result, a bit for each row that no slot names; and how many such rows there are."""
+def _holes(slots, per_slice, num_slices, num_rows, padded, length):
+    """For each eight rows of the result, a bit for each row that no slot names; `length` numbers or more."""
     slices = lax.broadcasted_iota(jnp.int32, slots.shape, 0) // per_slice
     at = jnp.where(slots >= 0, slices * padded + slots, num_slices * padded)
     named = jnp.zeros(num_slices * padded, jnp.int32).at[at].set(1, mode="drop", unique_indices=True)
     row = lax.broadcasted_iota(jnp.int32, (num_slices, padded), 1)
     bits = jnp.where((row < num_rows) & (jnp.reshape(named, row.shape) == 0), 1 << (row & 7), 0)
-    missing = num_slices * num_rows - jnp.sum(slots >= 0, dtype=jnp.int32)
-    return jnp.sum(jnp.reshape(bits, (-1, 8)), axis=1, dtype=jnp.int32), jnp.reshape(missing, (1,))
+    bits = jnp.sum(jnp.reshape(bits, (-1, 8)), axis=1, dtype=jnp.int32)
+    return jnp.pad(bits, (0, _up(bits.size, length) - bits.size))
 
 
 # ---- wrappers
@@ -426,7 +455,7 @@ def _gathered(lhs, slots, skip, per_slice, lhs_slice, top_k):
         gather,
         *(lhs, slots, skip),
         out=[(shape, lhs.dtype)],
-        grid=shape[0] // 8 * pl.cdiv(shape[1], parts * columns),
+        grid=slots.shape[0] * pl.cdiv(shape[1], parts * columns),
         scratch=[plgpu.SMEM((parts, 8, columns), lhs.dtype), plgpu.Barrier(num_arrivals=8 * parts)],
         PER_SLICE=per_slice,
         LHS_SLICE=lhs_slice,
@@ -448,20 +477,24 @@ def _product(lhs, rhs, tables, top_k, dtype, transposed):
     columns = rhs.shape[-2 if transposed else -1]
     slots, expert, live = _blocks(tables, lead, num_pairs, num_experts)
     per_slice = slots.shape[0] // num_slices
-    first = _runs(slots, live) if top_k == 1 else jnp.full_like(live, -1)
-    last = jnp.max(jnp.where(live > 0, lax.iota(jnp.int32, live.size) + 1, 0))
-    holes, missing = _holes(slots, per_slice, num_slices, num_pairs, out_slice)
+    first = _runs(slots) if top_k == 1 else jnp.full_like(live, -1)
     skip = (first >= 0) | (live == 0)
     gathered = _gathered(lhs, slots, skip.astype(jnp.int32), per_slice, lhs_slice if lhs_slices > 1 else 0, top_k)
-    rows = slots.shape[1] + (8 if top_k == 1 else 0)
+    most = slots.shape[1] + (8 if top_k == 1 else 0)
+    cluster = CLUSTER if columns > COLUMNS and most > 64 else 1
+    rows = _up(most, 8 * cluster)
+    sizes = tuple(n for n in VARIANTS if n < most) + (most,)
     stages, chunk = _stages(rows, dtype)
+    grid = min(PROGRAMS // cluster, expert.size * pl.cdiv(columns, COLUMNS * cluster))
+    holes = _holes(slots, per_slice, num_slices, num_pairs, out_slice, grid * cluster * 128)
     half = COLUMNS // 2
     line = SWIZZLE // dtype.itemsize
     (out,) = launch(
         product,
-        *(lhs, gathered, rhs, expert, first, live, slots, jnp.reshape(last, (1,)), holes, missing),
+        *(lhs, gathered, rhs, expert, first, live, slots, jnp.reshape(tables[2], (-1,)), holes),
         out=[((num_slices * out_slice, columns), dtype)],
-        grid=(grid := min(PROGRAMS, expert.size * pl.cdiv(columns, COLUMNS))),
+        grid=grid,
+        cluster=cluster,
         warpgroups=3,
         scratch=[
             plgpu.SMEM((stages, rows, STEP), lhs.dtype, transforms=TILED),
@@ -471,8 +504,14 @@ def _product(lhs, rhs, tables, top_k, dtype, transposed):
             plgpu.SMEM((2, 8, half), dtype),
             plgpu.SMEM((1, half), dtype),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=2, num_barriers=stages)
+            if cluster == 1
+            else plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=2, num_barriers=stages),
         ],
+        SIZES=sizes,
+        SIZE=tables[0].shape[-1] // tables[1].shape[-1],
+        PARTS=expert.size // (num_slices * tables[1].shape[-1]),
+        CLUSTER=cluster,
         TRANSPOSED=transposed,
         STEPS=lhs.shape[1] // STEP,
         STAGES=stages,
@@ -482,7 +521,7 @@ def _product(lhs, rhs, tables, top_k, dtype, transposed):
         LHS_SLICE=lhs_slice if lhs_slices > 1 else 0,
         OUT_SLICE=out_slice,
         RHS_SLICE=num_experts if rhs_slices > 1 else 0,
-        GROUP=16,
+        GROUP=GROUP,
         GRID=grid,
     )  # fmt: skip
     out = jnp.reshape(out, (*lead, out_slice, columns))
@@ -495,7 +534,7 @@ SHARED = 227 * 1024  # bytes of shared memory of a block, on Hopper
 def _stages(rows, dtype):
     """As many stages as fit beside the rows that wait to be stored, at most 6."""
     half = COLUMNS // 2
-    chunk = min(48 if dtype.itemsize == 2 else 24, rows)
+    chunk = min(CHUNK if dtype.itemsize == 2 else CHUNK // 2, rows)
     rest = SHARED - 2 * (chunk + 8 + 1) * half * dtype.itemsize - 2048
     return min(6, rest // ((rows + COLUMNS) * STEP * 2)), chunk
 
