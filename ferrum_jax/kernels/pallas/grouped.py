@@ -15,22 +15,20 @@ PROGRAMS = 132  # persistent blocks: the multiprocessors of a Hopper SXM card, o
 STEP = 64  # elements of a 128-byte line of shared memory, the longest that wgmma reads: all lengths are multiples
 SWIZZLE = 128
 COLUMNS = 256  # of a tile, half for each of the two multiplying warpgroups
-CLUSTER = 1
-CHUNK = 48
-GROUP = 16
-VARIANTS = (40, 72, 104)
-PART = 128  # most slots of a tile
-
-TILED = (plgpu.TilingTransform((8, STEP)), plgpu.SwizzleTransform(SWIZZLE))
+FINE = 24  # a tile's product is made over a multiple of this many slots less
+WINDOW = 32  # table blocks among which those of one expert go side by side through the columns
+SMALL = 2**24  # bytes of a matrix that stays in the L2 cache from one pair of its blocks to the next
+CHUNK = 32  # slots of a tile that are stored at a time
+PART = 192  # most slots of a tile
 
 
 # ---- rows by their expert's matrix
 
 
 def product(
-    lhs, gathered, rhs, expert, first, live, slots, total, holes, out,
+    lhs, gathered, rhs, expert, first, live, order, slots, total, holes, out,
     rows, matrix, stage, edge, zero, full, empty,
-    *, TRANSPOSED, STEPS, STAGES, ROWS, CHUNK, PER_SLICE, LHS_SLICE, OUT_SLICE, RHS_SLICE, GROUP, GRID, SIZES, CLUSTER, SIZE, PARTS,
+    *, TRANSPOSED, STEPS, STAGES, ROWS, CHUNK, PER_SLICE, LHS_SLICE, OUT_SLICE, RHS_SLICE, GRID, SIZES, SIZE, PARTS,
 ):  # fmt: skip
     # out[s] = lhs[s] @ rhs[e]: a block owns in turn tiles of COLUMNS columns by a table block's slots, and makes them
     # transposed, columns in the tensor cores' long direction and slots, any multiple of 8, in the short one. TMA reads
@@ -40,17 +38,15 @@ def product(
     width, blocks = out.shape[1], expert.shape[0]
     if blocks == PER_SLICE:
         blocks = lax.div(jnp.clip(total[0], 0, blocks // PARTS * SIZE) + SIZE - 1, jnp.int32(SIZE)) * PARTS
-    across = pl.cdiv(width, COLUMNS * CLUSTER)
-    member = lax.axis_index("cluster") if CLUSTER > 1 else 0
-    both = "cluster" if CLUSTER > 1 else None
+    across = pl.cdiv(width, COLUMNS)
     tiles = lax.div(blocks * across - program + GRID - 1, jnp.int32(GRID))
 
     def tile(i):
         """The table block, the first column, and the source's first row of this block's i-th tile."""
-        group, at = split(program + i * GRID, GROUP * across)
-        these = jnp.minimum(blocks - group * GROUP, GROUP)
-        block, column = group * GROUP + lax.rem(at, these), lax.div(at, these) * (COLUMNS * CLUSTER) + member * COLUMNS
-        return block, pl.multiple_of(column, COLUMNS), first[block]
+        at = program + i * GRID
+        begin, size = split(order[lax.div(at, jnp.int32(across))], WINDOW + 1)
+        column, block = split(at - begin * across, size)
+        return begin + block, pl.multiple_of(column * COLUMNS, COLUMNS), first[begin + block]
 
     def feed(i, step):
         block, column, row = tile(i)
@@ -67,12 +63,12 @@ def product(
             @pl.when(row >= 0)
             def _():
                 at = pl.multiple_of(slice_id * LHS_SLICE + lax.div(row, jnp.int32(8)) * 8, 8)
-                plgpu.copy_gmem_to_smem(lhs.at[pl.ds(at, ROWS), along], rows.at[slot], full.at[slot], collective_axes=both)
+                plgpu.copy_gmem_to_smem(lhs.at[pl.ds(at, ROWS), along], rows.at[slot], full.at[slot])
 
             @pl.when(row < 0)
             def _():
                 at = pl.multiple_of(block * slots.shape[1], 8)
-                plgpu.copy_gmem_to_smem(gathered.at[pl.ds(at, ROWS), along], rows.at[slot], full.at[slot], collective_axes=both)
+                plgpu.copy_gmem_to_smem(gathered.at[pl.ds(at, ROWS), along], rows.at[slot], full.at[slot])
 
             these = (pl.ds(column, COLUMNS), along) if TRANSPOSED else (along, pl.ds(column, COLUMNS))
             plgpu.copy_gmem_to_smem(rhs.at[slice_id * RHS_SLICE + owner, *these], matrix.at[slot], full.at[slot])
@@ -97,21 +93,14 @@ def product(
     @pl.when(warpgroup == 2)
     def _():
         plgpu.set_max_registers(40, action="decrease")
-        step = loop(tiles, feed, jnp.int32(0))
-        if CLUSTER > 1:
-            # Not to end before the other block has told, at the barriers here, that it has read what this one sent.
-            for last in range(STAGES):
-                pl.when(step + last >= STAGES)(
-                    lambda at=lax.rem(step + last, jnp.int32(STAGES)): plgpu.barrier_wait(empty.at[at])
-                )
-
+        loop(tiles, feed, jnp.int32(0))
         store(zero, jnp.zeros(zero.shape, zero.dtype))
         plgpu.commit_smem()
-        each_cta = holes.shape[0] // (GRID * CLUSTER)
+        own = holes.shape[0] // GRID
 
-        @each(each_cta // 128)
+        @each(own // 128)
         def _(i):
-            start = (program * CLUSTER + member) * each_cta + i * 128
+            start = program * own + i * 128
             some = plgpu.load(holes.at[pl.ds(start, 128)], layout=plgpu.Layout.WG_STRIDED((128,), 1))
 
             @pl.when(jnp.max(some) > 0)
@@ -163,14 +152,14 @@ def product(
             slice_id, number = lax.div(block, jnp.int32(PER_SLICE)), live[block]
             before = jnp.where(row >= 0, lax.rem(row, jnp.int32(8)), 0)
             to = slice_id * OUT_SLICE
-            columns = pl.ds(column, COLUMNS // 2)
+            columns, narrow = pl.ds(column, COLUMNS // 2), out.dtype.itemsize == 2
             for start in range(0, sums.shape[1], CHUNK):
                 here = min(CHUNK, sums.shape[1] - start)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 part = stage.at[warpgroup, pl.ds(0, here)]
-                part.T[...] = plgpu.layout_cast(
-                    sums[:, start : start + here].astype(out.dtype), plgpu.Layout.WGMMA
-                )
+                value = plgpu.layout_cast(sums[:, start : start + here].astype(out.dtype), plgpu.Layout.WGMMA)
+                # 16 bits go through the matrix-store instruction, which transposes; of 32 bits the threads swap pairs.
+                part.T[...] = value if narrow else plgpu.layout_cast(value, plgpu.Layout.WGMMA_TRANSPOSED)
                 plgpu.commit_smem()
 
                 @each(here // 8)
@@ -211,6 +200,11 @@ def product(
 def each(times):
     """The decorated function of i, for each i in [0, times)."""
     return lambda body: loop(times, lambda i, _: body(i) or (), ())
+
+
+def _tiled(dtype):
+    """Shared memory as wgmma and TMA want it: lines of 128 bytes, eight of them swizzled against each other."""
+    return plgpu.TilingTransform((8, SWIZZLE // dtype.itemsize)), plgpu.SwizzleTransform(SWIZZLE)
 
 
 def _eight(dtype):
@@ -402,6 +396,16 @@ def _runs(slots):
     return jnp.where(run, slots[:, 0], -1)
 
 
+def _order(expert, window):
+    """Per block, of those of its expert in its window, the first's index * (WINDOW + 1) + their number."""
+    windows = jnp.reshape(jnp.pad(expert, (0, _up(expert.size, window) - expert.size), constant_values=-2), (-1, window))
+    same = windows[:, :, None] == windows[:, None, :]
+    before = jnp.argmax(same, axis=2).astype(jnp.int32)
+    begin = lax.broadcasted_iota(jnp.int32, before.shape, 0) * window + before
+    order = begin * (WINDOW + 1) + jnp.sum(same, axis=2, dtype=jnp.int32)
+    return jnp.reshape(order, (-1,))[: expert.size]
+
+
 def _ranges(slots, expert, live, per_slice, matrices, num_experts, top_k):
     """Per expert of each slice the rows to read, [low, high); whether they are apart, and those of the gathered copy;
     and per block whether it needs no gathered copy.
@@ -409,7 +413,7 @@ def _ranges(slots, expert, live, per_slice, matrices, num_experts, top_k):
     block = lax.iota(jnp.int32, live.size)
     owner = jnp.where(expert >= 0, block // per_slice * num_experts + expert, -1)
     first = _runs(slots)
-    goes_on = jnp.pad(slots[:-1, -1] + 1 == first[1:], (1, 0)) | (owner != jnp.pad(owner[:-1], (1, 0)))
+    goes_on = jnp.pad((slots[:-1, -1] >= 0) & (slots[:-1, -1] + 1 == first[1:]), (1, 0)) | (owner != jnp.pad(owner[:-1], (1, 0), constant_values=-2))
     mine = owner[None, :] == lax.broadcasted_iota(jnp.int32, (matrices, live.size), 0)
     wide = lambda x: jnp.broadcast_to(x[None, :], mine.shape)  # noqa: E731
     reduce = lambda f, x, none: f(jnp.where(mine, wide(x), none), axis=1)  # noqa: E731
@@ -480,38 +484,30 @@ def _product(lhs, rhs, tables, top_k, dtype, transposed):
     first = _runs(slots) if top_k == 1 else jnp.full_like(live, -1)
     skip = (first >= 0) | (live == 0)
     gathered = _gathered(lhs, slots, skip.astype(jnp.int32), per_slice, lhs_slice if lhs_slices > 1 else 0, top_k)
-    most = slots.shape[1] + (8 if top_k == 1 else 0)
-    cluster = CLUSTER if columns > COLUMNS and most > 64 else 1
-    rows = _up(most, 8 * cluster)
-    sizes = tuple(n for n in VARIANTS if n < most) + (most,)
+    order = _order(expert, 2 if 2 * rhs[0].size <= SMALL else WINDOW)
+    rows = slots.shape[1] + (8 if top_k == 1 else 0)
     stages, chunk = _stages(rows, dtype)
-    grid = min(PROGRAMS // cluster, expert.size * pl.cdiv(columns, COLUMNS * cluster))
-    holes = _holes(slots, per_slice, num_slices, num_pairs, out_slice, grid * cluster * 128)
+    grid = min(PROGRAMS, expert.size * pl.cdiv(columns, COLUMNS))
+    holes = _holes(slots, per_slice, num_slices, num_pairs, out_slice, grid * 128)
     half = COLUMNS // 2
-    line = SWIZZLE // dtype.itemsize
     (out,) = launch(
         product,
-        *(lhs, gathered, rhs, expert, first, live, slots, jnp.reshape(tables[2], (-1,)), holes),
+        *(lhs, gathered, rhs, expert, first, live, order, slots, jnp.reshape(tables[2], (-1,)), holes),
         out=[((num_slices * out_slice, columns), dtype)],
         grid=grid,
-        cluster=cluster,
         warpgroups=3,
         scratch=[
-            plgpu.SMEM((stages, rows, STEP), lhs.dtype, transforms=TILED),
-            plgpu.SMEM((stages, *((COLUMNS, STEP) if transposed else (STEP, COLUMNS))), lhs.dtype, transforms=TILED),
-            plgpu.SMEM((2, chunk, half), dtype,
-                       transforms=(plgpu.TilingTransform((8, line)), plgpu.SwizzleTransform(SWIZZLE))),
+            plgpu.SMEM((stages, rows, STEP), lhs.dtype, transforms=_tiled(lhs.dtype)),
+            plgpu.SMEM((stages, *((COLUMNS, STEP) if transposed else (STEP, COLUMNS))), lhs.dtype, transforms=_tiled(lhs.dtype)),
+            plgpu.SMEM((2, chunk, half), dtype, transforms=_tiled(dtype)),
             plgpu.SMEM((2, 8, half), dtype),
             plgpu.SMEM((1, half), dtype),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=2, num_barriers=stages)
-            if cluster == 1
-            else plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=2, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         ],
-        SIZES=sizes,
+        SIZES=tuple(reversed(range(rows, min(16, rows - 1), -FINE))),
         SIZE=tables[0].shape[-1] // tables[1].shape[-1],
         PARTS=expert.size // (num_slices * tables[1].shape[-1]),
-        CLUSTER=cluster,
         TRANSPOSED=transposed,
         STEPS=lhs.shape[1] // STEP,
         STAGES=stages,
@@ -521,7 +517,6 @@ def _product(lhs, rhs, tables, top_k, dtype, transposed):
         LHS_SLICE=lhs_slice if lhs_slices > 1 else 0,
         OUT_SLICE=out_slice,
         RHS_SLICE=num_experts if rhs_slices > 1 else 0,
-        GROUP=GROUP,
         GRID=grid,
     )  # fmt: skip
     out = jnp.reshape(out, (*lead, out_slice, columns))
@@ -532,11 +527,23 @@ SHARED = 227 * 1024  # bytes of shared memory of a block, on Hopper
 
 
 def _stages(rows, dtype):
-    """As many stages as fit beside the rows that wait to be stored, at most 6."""
-    half = COLUMNS // 2
+    """As many stages as fit beside the rows that wait to be stored, at most 6; and how many of these."""
     chunk = min(CHUNK if dtype.itemsize == 2 else CHUNK // 2, rows)
-    rest = SHARED - 2 * (chunk + 8 + 1) * half * dtype.itemsize - 2048
+    rest = SHARED - 2 * (chunk + 8 + 1) * (COLUMNS // 2) * dtype.itemsize - 2048
     return min(6, rest // ((rows + COLUMNS) * STEP * 2)), chunk
+
+
+def refuse(operands, params):
+    lhs, tables = operands[0], operands[2:]
+    if lhs.dtype == jnp.float32:
+        return "wgmma multiplies float16 and bfloat16; got float32"
+    lead = lead_axes((lhs, 2), *zip(tables, (1, 1, 0), strict=True))
+    blocks = tables[1].shape[-1] or 1
+    slots = _up(tables[0].shape[-1] // blocks, 8) * blocks
+    rows = math.prod(lead) * max(lhs.shape[-2] * params.get("top_k", 1), slots)
+    if rows > 2**31 - 2 * PART:
+        return f"TMA counts rows in 31 bits; the batch together has {rows} rows or slots"
+    return None
 
 
 def grouped_matmul(lhs, rhs, *tables, top_k, dtype):
@@ -568,9 +575,9 @@ def grouped_outer(lhs, g, *tables, top_k, num_experts):
         grid=(grid := min(PROGRAMS, shape[0] * pl.cdiv(shape[1], COLUMNS) * pl.cdiv(shape[2], half))),
         warpgroups=3,
         scratch=[
-            plgpu.SMEM((stages, STEP, COLUMNS), lhs.dtype, transforms=TILED),
-            plgpu.SMEM((stages, STEP, half), lhs.dtype, transforms=TILED),
-            plgpu.SMEM((2, STEP, half), lhs.dtype, transforms=TILED),
+            plgpu.SMEM((stages, STEP, COLUMNS), lhs.dtype, transforms=_tiled(lhs.dtype)),
+            plgpu.SMEM((stages, STEP, half), lhs.dtype, transforms=_tiled(lhs.dtype)),
+            plgpu.SMEM((2, STEP, half), lhs.dtype, transforms=_tiled(lhs.dtype)),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=2),
