@@ -3,7 +3,6 @@
 import functools
 import math
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -15,9 +14,19 @@ PROGRAMS = 132  # persistent blocks: the multiprocessors of a Hopper SXM card, o
 STEP = 64  # elements of a 128-byte line of shared memory, the longest that wgmma reads: all lengths are multiples
 SWIZZLE = 128
 COLUMNS = 256  # of a tile, half for each of the two multiplying warpgroups
-FINE = 24  # a tile's product is made over a multiple of this many slots less
-WINDOW = 32  # table blocks among which those of one expert go side by side through the columns
-SMALL = 2**24  # bytes of a matrix that stays in the L2 cache from one pair of its blocks to the next
+WINDOW = 32  # the largest window
+SMALL = 2**24  # bytes of an expert's matrix that stays in the L2 cache from one of its blocks to the next
+
+# Most slots of a tile -> by how many slots the sizes differ over which its product is made, the smallest that holds its
+# rows; the window, table blocks of which those of one expert go side by side through the columns; and how many tiles a
+# thread block takes, the hardware dealing them out (0: as many as its share, so that its loads never stop). Decode:
+# bytes are the time. Middle: products count too, and most experts have one or two blocks. Prefill: a full tile's time
+# is its products; of LARGE matrices the cache holds less than one, so all blocks that use a column go there together.
+# On an H100 80GB HBM3, bfloat16, 2026-11-25, E=128 H=2048 N=1536: T=16 167 us; T=1024 296 us (by 32: 309, and 315 in
+# windows of 4); T=8192 700 us (by 24: 710, by 16: 728; windows of 4 and more: 731 to 745), blocks of 192: 682 us.
+# E=64 H=7168 N=4096 T=4096 in windows of 32: 4011 us. `python -m ferrum_jax.kernels.pallas.tune` measures others.
+TILES = {40: (24, 1, 0), 72: (16, 1, 0), 200: (32, 2, 0)}
+LARGE = (32, 32, 0)
 CHUNK = 32  # slots of a tile that are stored at a time
 PART = 192  # most slots of a tile
 
@@ -28,7 +37,8 @@ PART = 192  # most slots of a tile
 def product(
     lhs, gathered, rhs, expert, first, live, order, slots, total, holes, out,
     rows, matrix, stage, edge, zero, full, empty,
-    *, TRANSPOSED, STEPS, STAGES, ROWS, CHUNK, PER_SLICE, LHS_SLICE, OUT_SLICE, RHS_SLICE, GRID, SIZES, SIZE, PARTS,
+    *, TRANSPOSED, STEPS, STAGES, ROWS, CHUNK, SIZES, GRID, TAKES,
+    SIZE, PARTS, PER_SLICE, LHS_SLICE, OUT_SLICE, RHS_SLICE,
 ):  # fmt: skip
     # out[s] = lhs[s] @ rhs[e]: a block owns in turn tiles of COLUMNS columns by a table block's slots, and makes them
     # transposed, columns in the tensor cores' long direction and slots, any multiple of 8, in the short one. TMA reads
@@ -37,13 +47,16 @@ def product(
     program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
     width, blocks = out.shape[1], expert.shape[0]
     if blocks == PER_SLICE:
-        blocks = lax.div(jnp.clip(total[0], 0, blocks // PARTS * SIZE) + SIZE - 1, jnp.int32(SIZE)) * PARTS
+        blocks = (lax.div(jnp.clip(total[0], 0, blocks // PARTS * SIZE) - 1, jnp.int32(SIZE)) + 1) * PARTS
     across = pl.cdiv(width, COLUMNS)
-    tiles = lax.div(blocks * across - program + GRID - 1, jnp.int32(GRID))
+    if TAKES:
+        tiles = jnp.clip(blocks * across - program * TAKES, 0, TAKES)
+    else:
+        tiles = lax.div(blocks * across - program + GRID - 1, jnp.int32(GRID))
 
     def tile(i):
         """The table block, the first column, and the source's first row of this block's i-th tile."""
-        at = program + i * GRID
+        at = program * TAKES + i if TAKES else program + i * GRID
         begin, size = split(order[lax.div(at, jnp.int32(across))], WINDOW + 1)
         column, block = split(at - begin * across, size)
         return begin + block, pl.multiple_of(column * COLUMNS, COLUMNS), first[begin + block]
@@ -94,20 +107,23 @@ def product(
     def _():
         plgpu.set_max_registers(40, action="decrease")
         loop(tiles, feed, jnp.int32(0))
-        store(zero, jnp.zeros(zero.shape, zero.dtype))
-        plgpu.commit_smem()
-        own = holes.shape[0] // GRID
+        own = holes.shape[0] // min(GRID, PROGRAMS)
 
-        @each(own // 128)
-        def _(i):
-            start = program * own + i * 128
-            some = plgpu.load(holes.at[pl.ds(start, 128)], layout=plgpu.Layout.WG_STRIDED((128,), 1))
+        @pl.when(program < PROGRAMS)
+        def _():
+            store(zero, jnp.zeros(zero.shape, zero.dtype))
+            plgpu.commit_smem()
 
-            @pl.when(jnp.max(some) > 0)
-            def _():
-                each(128)(lambda j: clear(start + j))
+            @each(own // 128)
+            def _(i):
+                start = program * own + i * 128
+                some = plgpu.load(holes.at[pl.ds(start, 128)], layout=plgpu.Layout.WG_STRIDED((128,), 1))
 
-        plgpu.wait_smem_to_gmem(0)
+                @pl.when(jnp.max(some) > 0)
+                def _():
+                    each(128)(lambda j: clear(start + j))
+
+            plgpu.wait_smem_to_gmem(0)
 
     @pl.when(warpgroup < 2)
     def _():
@@ -116,7 +132,6 @@ def product(
 
         def multiply(i, step):
             block, column, row = tile(i)
-
             need = jnp.where(row >= 0, lax.rem(row, jnp.int32(8)) + live[block], slots.shape[1])
             for below, size in zip((0, *SIZES), SIZES, strict=False):
 
@@ -209,12 +224,8 @@ def _tiled(dtype):
 
 def _eight(dtype):
     """8 rows of a warpgroup's columns in its registers, 16 bytes of a row a thread."""
-    vector = 16 // dtype.itemsize
-    half = COLUMNS // 2
-    tiling = plgpu.Tiling(((8, half), (8, half // 4), (vector,)))
-    if dtype.itemsize == 2:
-        return plgpu.Layout.TILED(tiling, warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1)
-    tiling = plgpu.Tiling(((8, half), (4, half // 4), (vector,)))
+    vector, half = 16 // dtype.itemsize, COLUMNS // 2
+    tiling = plgpu.Tiling(((8, half), (vector, half // 4), (vector,)))
     return plgpu.Layout.TILED(tiling, warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1)
 
 
@@ -398,7 +409,9 @@ def _runs(slots):
 
 def _order(expert, window):
     """Per block, of those of its expert in its window, the first's index * (WINDOW + 1) + their number."""
-    windows = jnp.reshape(jnp.pad(expert, (0, _up(expert.size, window) - expert.size), constant_values=-2), (-1, window))
+    windows = jnp.reshape(
+        jnp.pad(expert, (0, _up(expert.size, window) - expert.size), constant_values=-2), (-1, window)
+    )
     same = windows[:, :, None] == windows[:, None, :]
     before = jnp.argmax(same, axis=2).astype(jnp.int32)
     begin = lax.broadcasted_iota(jnp.int32, before.shape, 0) * window + before
@@ -413,7 +426,9 @@ def _ranges(slots, expert, live, per_slice, matrices, num_experts, top_k):
     block = lax.iota(jnp.int32, live.size)
     owner = jnp.where(expert >= 0, block // per_slice * num_experts + expert, -1)
     first = _runs(slots)
-    goes_on = jnp.pad((slots[:-1, -1] >= 0) & (slots[:-1, -1] + 1 == first[1:]), (1, 0)) | (owner != jnp.pad(owner[:-1], (1, 0), constant_values=-2))
+    goes_on = jnp.pad((slots[:-1, -1] >= 0) & (slots[:-1, -1] + 1 == first[1:]), (1, 0)) | (
+        owner != jnp.pad(owner[:-1], (1, 0), constant_values=-2)
+    )
     mine = owner[None, :] == lax.broadcasted_iota(jnp.int32, (matrices, live.size), 0)
     wide = lambda x: jnp.broadcast_to(x[None, :], mine.shape)  # noqa: E731
     reduce = lambda f, x, none: f(jnp.where(mine, wide(x), none), axis=1)  # noqa: E731
@@ -484,12 +499,14 @@ def _product(lhs, rhs, tables, top_k, dtype, transposed):
     first = _runs(slots) if top_k == 1 else jnp.full_like(live, -1)
     skip = (first >= 0) | (live == 0)
     gathered = _gathered(lhs, slots, skip.astype(jnp.int32), per_slice, lhs_slice if lhs_slices > 1 else 0, top_k)
-    order = _order(expert, 2 if 2 * rhs[0].size <= SMALL else WINDOW)
     rows = slots.shape[1] + (8 if top_k == 1 else 0)
+    by, window, takes = _tile(rows, 2 * math.prod(rhs.shape[1:]))
+    order = _order(expert, window)
     stages, chunk = _stages(rows, dtype)
-    grid = min(PROGRAMS, expert.size * pl.cdiv(columns, COLUMNS))
-    holes = _holes(slots, per_slice, num_slices, num_pairs, out_slice, grid * 128)
-    half = COLUMNS // 2
+    tiles = expert.size * pl.cdiv(columns, COLUMNS)
+    grid = pl.cdiv(tiles, takes) if takes else min(PROGRAMS, tiles)
+    holes = _holes(slots, per_slice, num_slices, num_pairs, out_slice, min(grid, PROGRAMS) * 128)
+    half, part = COLUMNS // 2, (COLUMNS, STEP) if transposed else (STEP, COLUMNS)
     (out,) = launch(
         product,
         *(lhs, gathered, rhs, expert, first, live, order, slots, jnp.reshape(tables[2], (-1,)), holes),
@@ -498,14 +515,15 @@ def _product(lhs, rhs, tables, top_k, dtype, transposed):
         warpgroups=3,
         scratch=[
             plgpu.SMEM((stages, rows, STEP), lhs.dtype, transforms=_tiled(lhs.dtype)),
-            plgpu.SMEM((stages, *((COLUMNS, STEP) if transposed else (STEP, COLUMNS))), lhs.dtype, transforms=_tiled(lhs.dtype)),
+            plgpu.SMEM((stages, *part), lhs.dtype, transforms=_tiled(lhs.dtype)),
             plgpu.SMEM((2, chunk, half), dtype, transforms=_tiled(dtype)),
             plgpu.SMEM((2, 8, half), dtype),
             plgpu.SMEM((1, half), dtype),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         ],
-        SIZES=tuple(reversed(range(rows, min(16, rows - 1), -FINE))),
+        SIZES=tuple(reversed(range(rows, min(16, rows - 1), -by))),
+        TAKES=takes,
         SIZE=tables[0].shape[-1] // tables[1].shape[-1],
         PARTS=expert.size // (num_slices * tables[1].shape[-1]),
         TRANSPOSED=transposed,
@@ -526,6 +544,11 @@ def _product(lhs, rhs, tables, top_k, dtype, transposed):
 SHARED = 227 * 1024  # bytes of shared memory of a block, on Hopper
 
 
+def _tile(rows, matrix_bytes):
+    most = next(most for most in TILES if rows <= most)
+    return LARGE if most > 72 and matrix_bytes > SMALL else TILES[most]
+
+
 def _stages(rows, dtype):
     """As many stages as fit beside the rows that wait to be stored, at most 6; and how many of these."""
     chunk = min(CHUNK if dtype.itemsize == 2 else CHUNK // 2, rows)
@@ -541,7 +564,7 @@ def refuse(operands, params):
     blocks = tables[1].shape[-1] or 1
     slots = _up(tables[0].shape[-1] // blocks, 8) * blocks
     rows = math.prod(lead) * max(lhs.shape[-2] * params.get("top_k", 1), slots)
-    if rows > 2**31 - 2 * PART:
+    if isinstance(rows, int) and rows > 2**31 - 2 * PART:
         return f"TMA counts rows in 31 bits; the batch together has {rows} rows or slots"
     return None
 
