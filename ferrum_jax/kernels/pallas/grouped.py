@@ -98,10 +98,7 @@ def product(
             def _(j):
                 @pl.when((bits >> j) & 1 != 0)
                 def _():
-                    @each(pl.cdiv(width, zero.shape[1]))
-                    def _(column):
-                        to = pl.ds(at * 8 + j, 1), pl.ds(pl.multiple_of(column * zero.shape[1], STEP), zero.shape[1])
-                        plgpu.copy_smem_to_gmem(zero, out.at[to])
+                    each(pl.cdiv(width, zero.shape[1]))(lambda i: put_row(zero, out, at * 8 + j, i * zero.shape[1]))
 
     @pl.when(warpgroup == 2)
     def _():
@@ -204,9 +201,7 @@ def product(
 
                             @pl.when(inside & (name >= 0))
                             def _():
-                                plgpu.copy_smem_to_gmem(
-                                    edge.at[warpgroup, pl.ds(j, 1)], out.at[pl.ds(to + name, 1), columns]
-                                )
+                                put_row(edge.at[warpgroup, pl.ds(j, 1)], out, to + name, column)
 
         loop(tiles, multiply, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
@@ -235,6 +230,19 @@ def store(ref, value):
         plgpu.store(ref, value, optimized=False)
     else:
         ref[...] = value
+
+
+def put_row(row, out, index, column):
+    """A row of shared memory to out[index, column:]. A copy of one row goes by addresses, not by a tensor's shape as
+    others do: past the row's end it would run on into the next row.
+    """
+    width = math.gcd(row.shape[1], out.shape[1])
+    for start in range(0, row.shape[1], width):
+        to = pl.multiple_of(column + start, width)
+
+        @pl.when(to < out.shape[1])
+        def _(start=start, to=to):
+            plgpu.copy_smem_to_gmem(row.at[:, pl.ds(start, width)], out.at[pl.ds(index, 1), pl.ds(to, width)])
 
 
 def gather(lhs, slots, skip, out, buffer, full, *, PER_SLICE, LHS_SLICE, TOP_K):
