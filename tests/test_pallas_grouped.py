@@ -99,6 +99,18 @@ def test_an_expert_is_read_where_it_lies_if_its_rows_lie_together():
     assert skip.tolist() == [1, 1, 0, 0, 1, 0, 0, 0]
 
 
+@pytest.mark.parametrize("compared", [0, 2**25])
+def test_holes_are_the_rows_that_no_slot_names(compared, monkeypatch):
+    monkeypatch.setattr(grouped, "COMPARED", compared)
+    slots = np.full((4, 8), -1, np.int32)  # two blocks of each of two slices of 13 rows
+    slots[:3, :5] = np.stack([rng("holes").permutation(13)[:5] for _ in range(3)])
+    slots[1, :5] = np.setdiff1d(np.arange(13), slots[0, :5])[:5]
+    holes = np.asarray(grouped._holes(jnp.asarray(slots), 2, 2, 13, 16, 128))
+    assert holes.shape == (128,)
+    unnamed = [s * 16 + r for s in range(2) for r in range(13) if r not in slots[2 * s : 2 * s + 2]]
+    assert [8 * g + j for g in range(128) for j in range(8) if holes[g] >> j & 1] == unnamed
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_shared_memory_suffices_for_any_block_size(dtype):
     dtype = jnp.dtype(dtype)

@@ -22,11 +22,13 @@ SMALL = 2**24  # bytes of an expert's matrix that stays in the L2 cache from one
 # thread block takes, the hardware dealing them out (0: as many as its share, so that its loads never stop). Decode:
 # bytes are the time. Middle: products count too, and most experts have one or two blocks. Prefill: a full tile's time
 # is its products; of LARGE matrices the cache holds less than one, so all blocks that use a column go there together.
-# On an H100 80GB HBM3, bfloat16, 2026-11-25, E=128 H=2048 N=1536: T=16 167 us; T=1024 296 us (by 32: 309, and 315 in
-# windows of 4); T=8192 700 us (by 24: 710, by 16: 728; windows of 4 and more: 731 to 745), blocks of 192: 682 us.
-# E=64 H=7168 N=4096 T=4096 in windows of 32: 4011 us. `python -m ferrum_jax.kernels.pallas.tune` measures others.
+# The product's kernel on an H100 80GB HBM3, bfloat16, 2026-11-25, E=128 H=2048 N=1536: T=16 167 us; T=1024, blocks of
+# 64, 296 us with sizes 40, 56 and 72 (40 and 72: 309, and 315 in groups of 4 blocks); T=8192 700 us by 32 in groups of
+# 2 blocks (by 24: 710, by 16: 728, larger groups: 731 to 745), blocks of 192 682 us. E=64 H=7168 N=4096 T=4096: 4011 us
+# in windows of 32 (groups of 8 blocks: 4270, of 4: 4783). `python -m ferrum_jax.kernels.pallas.tune` measures others.
 TILES = {40: (24, 1, 0), 72: (16, 1, 0), 200: (32, 2, 0)}
 LARGE = (32, 32, 0)
+COMPARED = 2**25  # up to here each eight rows are compared with each slot: one launch in place of three
 CHUNK = 32  # slots of a tile that are stored at a time
 PART = 192  # most slots of a tile
 
@@ -57,9 +59,13 @@ def product(
     def tile(i):
         """The table block, the first column, and the source's first row of this block's i-th tile."""
         at = program * TAKES + i if TAKES else program + i * GRID
-        begin, size = split(order[lax.div(at, jnp.int32(across))], WINDOW + 1)
-        column, block = split(at - begin * across, size)
-        return begin + block, pl.multiple_of(column * COLUMNS, COLUMNS), first[begin + block]
+        if order is None:
+            block, column = split(at, across)
+        else:
+            begin, size = split(order[lax.div(at, jnp.int32(across))], WINDOW + 1)
+            column, block = split(at - begin * across, size)
+            block += begin
+        return block, pl.multiple_of(column * COLUMNS, COLUMNS), first[block]
 
     def feed(i, step):
         block, column, row = tile(i)
@@ -443,14 +449,20 @@ def _ranges(slots, expert, live, per_slice, matrices, num_experts, top_k):
 
 
 def _holes(slots, per_slice, num_slices, num_rows, padded, length):
-    """For each eight rows of the result, a bit for each row that no slot names; `length` numbers or more."""
+    """For each eight rows of the result, a bit for each row that no slot names; zeros up to a multiple of `length`."""
     slices = lax.broadcasted_iota(jnp.int32, slots.shape, 0) // per_slice
-    at = jnp.where(slots >= 0, slices * padded + slots, num_slices * padded)
-    named = jnp.zeros(num_slices * padded, jnp.int32).at[at].set(1, mode="drop", unique_indices=True)
-    row = lax.broadcasted_iota(jnp.int32, (num_slices, padded), 1)
-    bits = jnp.where((row < num_rows) & (jnp.reshape(named, row.shape) == 0), 1 << (row & 7), 0)
-    bits = jnp.sum(jnp.reshape(bits, (-1, 8)), axis=1, dtype=jnp.int32)
-    return jnp.pad(bits, (0, _up(bits.size, length) - bits.size))
+    eights = num_slices * padded // 8
+    at = jnp.reshape(jnp.where(slots >= 0, slices * padded + slots, eights * 8), (-1,))
+    if eights * at.size <= COMPARED:
+        wide = lambda x: jnp.broadcast_to(x[None, :], (eights, at.size))  # noqa: E731
+        own = wide(at >> 3) == lax.broadcasted_iota(jnp.int32, (eights, at.size), 0)
+        bits = lax.reduce(jnp.where(own, wide(1 << (at & 7)), 0), jnp.int32(0), lax.bitwise_or, (1,))
+    else:
+        named = jnp.zeros(eights * 8, jnp.int32).at[at].set(1, mode="drop", unique_indices=True)
+        named = jnp.reshape(named, (eights, 8))
+        bits = jnp.sum(named << lax.broadcasted_iota(jnp.int32, named.shape, 1), axis=1, dtype=jnp.int32)
+    there = jnp.clip(num_rows - 8 * (lax.iota(jnp.int32, eights) % (padded // 8)), 0, 8)
+    return jnp.pad(((1 << there) - 1) & ~bits, (0, _up(eights, length) - eights))
 
 
 # ---- wrappers
@@ -501,7 +513,7 @@ def _product(lhs, rhs, tables, top_k, dtype, transposed):
     gathered = _gathered(lhs, slots, skip.astype(jnp.int32), per_slice, lhs_slice if lhs_slices > 1 else 0, top_k)
     rows = slots.shape[1] + (8 if top_k == 1 else 0)
     by, window, takes = _tile(rows, 2 * math.prod(rhs.shape[1:]))
-    order = _order(expert, window)
+    order = _order(expert, window) if window > 1 else None
     stages, chunk = _stages(rows, dtype)
     tiles = expert.size * pl.cdiv(columns, COLUMNS)
     grid = pl.cdiv(tiles, takes) if takes else min(PROGRAMS, tiles)
