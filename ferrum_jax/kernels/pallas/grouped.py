@@ -16,6 +16,7 @@ SWIZZLE = 128
 COLUMNS = 256  # of a tile, half for each of the two multiplying warpgroups
 WINDOW = 32  # the largest window
 SMALL = 2**24  # bytes of an expert's matrix that stays in the L2 cache from one of its blocks to the next
+PART = 160  # most slots of a tile: beyond, one ptxas or another spills registers
 
 # Most slots of a tile -> by how many slots the sizes differ over which its product is made, the smallest that holds its
 # rows; the window, table blocks of which those of one expert go side by side through the columns; and how many tiles a
@@ -24,13 +25,12 @@ SMALL = 2**24  # bytes of an expert's matrix that stays in the L2 cache from one
 # is its products; of LARGE matrices the cache holds less than one, so all blocks that use a column go there together.
 # The product's kernel on an H100 80GB HBM3, bfloat16, 2026-11-25, E=128 H=2048 N=1536: T=16 167 us; T=1024, blocks of
 # 64, 296 us with sizes 40, 56 and 72 (40 and 72: 309, and 315 in groups of 4 blocks); T=8192 700 us by 32 in groups of
-# 2 blocks (by 24: 710, by 16: 728, larger groups: 731 to 745), blocks of 192 682 us. E=64 H=7168 N=4096 T=4096: 4011 us
-# in windows of 32 (groups of 8 blocks: 4270, of 4: 4783). `python -m ferrum_jax.kernels.pallas.tune` measures others.
-TILES = {40: (24, 1, 0), 72: (16, 1, 0), 200: (32, 2, 0)}
+# 2 blocks (by 24: 710, by 16: 728, larger groups: 731 to 745), tiles of 192 slots 682 us. E=64 H=7168 N=4096, T=4096:
+# 4011 us in windows of 32 (groups of 8 blocks: 4270, of 4: 4783). `python -m ferrum_jax.kernels.pallas.tune` times all.
+TILES = {40: (24, 1, 0), 72: (16, 1, 0), PART + 8: (32, 2, 0)}
 LARGE = (32, 32, 0)
 COMPARED = 2**25  # up to here each eight rows are compared with each slot: one launch in place of three
 CHUNK = 32  # slots of a tile that are stored at a time
-PART = 192  # most slots of a tile
 
 
 # ---- rows by their expert's matrix
@@ -167,7 +167,7 @@ def product(
 
             plgpu.wgmma_wait(0)
             plgpu.barrier_arrive(empty.at[lax.rem(step + STEPS - 1, jnp.int32(STAGES))])
-            return sums[...]
+            return sums[...].astype(out.dtype)
 
         def write(block, column, row, sums):
             slice_id, number = lax.div(block, jnp.int32(PER_SLICE)), live[block]
@@ -178,7 +178,7 @@ def product(
                 here = min(CHUNK, sums.shape[1] - start)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 part = stage.at[warpgroup, pl.ds(0, here)]
-                value = plgpu.layout_cast(sums[:, start : start + here].astype(out.dtype), plgpu.Layout.WGMMA)
+                value = plgpu.layout_cast(sums[:, start : start + here], plgpu.Layout.WGMMA)
                 # 16 bits go through the matrix-store instruction, which transposes; of 32 bits the threads swap pairs.
                 part.T[...] = value if narrow else plgpu.layout_cast(value, plgpu.Layout.WGMMA_TRANSPOSED)
                 plgpu.commit_smem()
@@ -564,7 +564,7 @@ def _tile(rows, matrix_bytes):
 def _stages(rows, dtype):
     """As many stages as fit beside the rows that wait to be stored, at most 6; and how many of these."""
     chunk = min(CHUNK if dtype.itemsize == 2 else CHUNK // 2, rows)
-    rest = SHARED - 2 * (chunk + 8 + 1) * (COLUMNS // 2) * dtype.itemsize - 2048
+    rest = SHARED - 2 * (chunk + 8) * (COLUMNS // 2) * dtype.itemsize - 4096  # the row of zeros, barriers, Mosaic's own
     return min(6, rest // ((rows + COLUMNS) * STEP * 2)), chunk
 
 
