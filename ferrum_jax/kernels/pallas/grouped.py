@@ -16,19 +16,21 @@ SWIZZLE = 128
 COLUMNS = 256  # of a tile, half for each of the two multiplying warpgroups
 WINDOW = 32  # the largest window
 SMALL = 2**24  # bytes of an expert's matrix that stays in the L2 cache from one of its blocks to the next
+PART = 160  # most slots of a tile: beyond, one ptxas or another spills registers
 
 # Most slots of a tile -> by how many slots the sizes differ over which its product is made, the smallest that holds its
 # rows; the window, table blocks of which those of one expert go side by side through the columns; and how many tiles a
 # thread block takes, the hardware dealing them out (0: as many as its share, so that its loads never stop). Decode:
 # bytes are the time. Middle: products count too, and most experts have one or two blocks. Prefill: a full tile's time
 # is its products; of LARGE matrices the cache holds less than one, so all blocks that use a column go there together.
-# On an H100 80GB HBM3, bfloat16, 2026-11-25, E=128 H=2048 N=1536: T=16 167 us; T=1024 296 us (by 32: 309, and 315 in
-# windows of 4); T=8192 700 us (by 24: 710, by 16: 728; windows of 4 and more: 731 to 745), blocks of 192: 682 us.
-# E=64 H=7168 N=4096 T=4096 in windows of 32: 4011 us. `python -m ferrum_jax.kernels.pallas.tune` measures others.
-TILES = {40: (24, 1, 0), 72: (16, 1, 0), 200: (32, 2, 0)}
+# The product's kernel on an H100 80GB HBM3, bfloat16, 2026-11-25, E=128 H=2048 N=1536: T=16 167 us; T=1024, blocks of
+# 64, 296 us with sizes 40, 56 and 72 (40 and 72: 309, and 315 in groups of 4 blocks); T=8192 700 us by 32 in groups of
+# 2 blocks (by 24: 710, by 16: 728, larger groups: 731 to 745), tiles of 192 slots 682 us. E=64 H=7168 N=4096, T=4096:
+# 4011 us in windows of 32 (groups of 8 blocks: 4270, of 4: 4783). `python -m ferrum_jax.kernels.pallas.tune` times all.
+TILES = {40: (24, 1, 0), 72: (16, 1, 0), PART + 8: (32, 2, 0)}
 LARGE = (32, 32, 0)
+COMPARED = 2**25  # up to here each eight rows are compared with each slot: one launch in place of three
 CHUNK = 32  # slots of a tile that are stored at a time
-PART = 192  # most slots of a tile
 
 
 # ---- rows by their expert's matrix
@@ -57,9 +59,13 @@ def product(
     def tile(i):
         """The table block, the first column, and the source's first row of this block's i-th tile."""
         at = program * TAKES + i if TAKES else program + i * GRID
-        begin, size = split(order[lax.div(at, jnp.int32(across))], WINDOW + 1)
-        column, block = split(at - begin * across, size)
-        return begin + block, pl.multiple_of(column * COLUMNS, COLUMNS), first[begin + block]
+        if order is None:
+            block, column = split(at, across)
+        else:
+            begin, size = split(order[lax.div(at, jnp.int32(across))], WINDOW + 1)
+            column, block = split(at - begin * across, size)
+            block += begin
+        return block, pl.multiple_of(column * COLUMNS, COLUMNS), first[block]
 
     def feed(i, step):
         block, column, row = tile(i)
@@ -158,7 +164,7 @@ def product(
 
             plgpu.wgmma_wait(0)
             plgpu.barrier_arrive(empty.at[lax.rem(step + STEPS - 1, jnp.int32(STAGES))])
-            return sums[...]
+            return sums[...].astype(out.dtype)
 
         def write(block, column, row, sums):
             slice_id, number = lax.div(block, jnp.int32(PER_SLICE)), live[block]
@@ -169,7 +175,7 @@ def product(
                 here = min(CHUNK, sums.shape[1] - start)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 part = stage.at[warpgroup, pl.ds(0, here)]
-                value = plgpu.layout_cast(sums[:, start : start + here].astype(out.dtype), plgpu.Layout.WGMMA)
+                value = plgpu.layout_cast(sums[:, start : start + here], plgpu.Layout.WGMMA)
                 # 16 bits go through the matrix-store instruction, which transposes; of 32 bits the threads swap pairs.
                 part.T[...] = value if narrow else plgpu.layout_cast(value, plgpu.Layout.WGMMA_TRANSPOSED)
                 plgpu.commit_smem()
@@ -451,14 +457,20 @@ def _ranges(slots, expert, live, per_slice, matrices, num_experts, top_k):
 
 
 def _holes(slots, per_slice, num_slices, num_rows, padded, length):
-    """For each eight rows of the result, a bit for each row that no slot names; `length` numbers or more."""
+    """For each eight rows of the result, a bit for each row that no slot names; zeros up to a multiple of `length`."""
     slices = lax.broadcasted_iota(jnp.int32, slots.shape, 0) // per_slice
-    at = jnp.where(slots >= 0, slices * padded + slots, num_slices * padded)
-    named = jnp.zeros(num_slices * padded, jnp.int32).at[at].set(1, mode="drop", unique_indices=True)
-    row = lax.broadcasted_iota(jnp.int32, (num_slices, padded), 1)
-    bits = jnp.where((row < num_rows) & (jnp.reshape(named, row.shape) == 0), 1 << (row & 7), 0)
-    bits = jnp.sum(jnp.reshape(bits, (-1, 8)), axis=1, dtype=jnp.int32)
-    return jnp.pad(bits, (0, _up(bits.size, length) - bits.size))
+    eights = num_slices * padded // 8
+    at = jnp.reshape(jnp.where(slots >= 0, slices * padded + slots, eights * 8), (-1,))
+    if eights * at.size <= COMPARED:
+        wide = lambda x: jnp.broadcast_to(x[None, :], (eights, at.size))  # noqa: E731
+        own = wide(at >> 3) == lax.broadcasted_iota(jnp.int32, (eights, at.size), 0)
+        bits = lax.reduce(jnp.where(own, wide(1 << (at & 7)), 0), jnp.int32(0), lax.bitwise_or, (1,))
+    else:
+        named = jnp.zeros(eights * 8, jnp.int32).at[at].set(1, mode="drop", unique_indices=True)
+        named = jnp.reshape(named, (eights, 8))
+        bits = jnp.sum(named << lax.broadcasted_iota(jnp.int32, named.shape, 1), axis=1, dtype=jnp.int32)
+    there = jnp.clip(num_rows - 8 * (lax.iota(jnp.int32, eights) % (padded // 8)), 0, 8)
+    return jnp.pad(((1 << there) - 1) & ~bits, (0, _up(eights, length) - eights))
 
 
 # ---- wrappers
@@ -509,7 +521,7 @@ def _product(lhs, rhs, tables, top_k, dtype, transposed):
     gathered = _gathered(lhs, slots, skip.astype(jnp.int32), per_slice, lhs_slice if lhs_slices > 1 else 0, top_k)
     rows = slots.shape[1] + (8 if top_k == 1 else 0)
     by, window, takes = _tile(rows, 2 * math.prod(rhs.shape[1:]))
-    order = _order(expert, window)
+    order = _order(expert, window) if window > 1 else None
     stages, chunk = _stages(rows, dtype)
     tiles = expert.size * pl.cdiv(columns, COLUMNS)
     grid = pl.cdiv(tiles, takes) if takes else min(PROGRAMS, tiles)
@@ -560,7 +572,7 @@ def _tile(rows, matrix_bytes):
 def _stages(rows, dtype):
     """As many stages as fit beside the rows that wait to be stored, at most 6; and how many of these."""
     chunk = min(CHUNK if dtype.itemsize == 2 else CHUNK // 2, rows)
-    rest = SHARED - 2 * (chunk + 8 + 1) * (COLUMNS // 2) * dtype.itemsize - 2048
+    rest = SHARED - 2 * (chunk + 8) * (COLUMNS // 2) * dtype.itemsize - 4096  # the row of zeros, barriers, Mosaic's own
     return min(6, rest // ((rows + COLUMNS) * STEP * 2)), chunk
 
 
