@@ -112,3 +112,34 @@ def test_gradients_are_the_same_bits_every_time(unique_rows, name):
     for _ in range(5):
         for a, b in zip(first, backward(y, weights, g), strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("block", [16, 64, 128, 192])
+@pytest.mark.parametrize("pair_ids", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_grouped_products(block, pair_ids, dtype, name):
+    """Values and both gradients, every tenth pair without an expert, against products in float64."""
+    tokens, experts, k, height, width = 1500, 40, 4, 512, 832
+    r = np.random.default_rng(block)
+    ids = np.where(r.random((tokens, k)) < 0.1, -1, r.integers(0, experts, size=(tokens, k))).astype(np.int32)
+    plan, choices = ferrum_jax.moe_plan(ids, experts, block, pair_ids=pair_ids), k if pair_ids else 1
+    shapes = (tokens * k // choices, height), (experts, height, width), (tokens * k, width)
+    x, w, g = (jnp.asarray(r.normal(size=shape), dtype) for shape in shapes)
+    f = functools.partial(ferrum_jax.grouped_matmul, routing=plan, top_k=choices, implementation=name)
+    out, vjp = jax.vjp(f, x, w)
+    wide = [np.asarray(a.astype(jnp.float32)).astype(np.float64) for a in (x, w, g)]
+    want, sizes = _grouped(*wide, plan, choices), _grouped(*map(np.abs, wide), plan, choices)
+    for got, value, size in zip((out, *vjp(g)), want, sizes, strict=True):
+        error = np.abs(np.asarray(got.astype(jnp.float32)) - value)
+        assert np.all(error <= float(jnp.finfo(dtype).eps) ** (2 / 3) * size)
+
+
+def _grouped(x, w, g, plan, choices):
+    slots = np.asarray(plan.sorted_token_ids).reshape(len(plan.block_ids), -1)
+    out, dx, dw = np.zeros_like(g), np.zeros_like(x), np.zeros_like(w)
+    for expert, names in zip(np.asarray(plan.block_ids), slots, strict=True):
+        names = names[names < len(g)]
+        out[names] = x[names // choices] @ w[expert]
+        np.add.at(dx, names // choices, g[names] @ w[expert].T)
+        dw[expert] += x[names // choices].T @ g[names]
+    return out, dx, dw

@@ -33,6 +33,7 @@ KERNELS: Mapping[str, Mapping[str, Sequence[str]]] = {
     "pallas": {
         "routing": ("route_topk",),
         "combine": _COMBINE,
+        "grouped": ("grouped_matmul", "grouped_matmul_transposed", "grouped_outer"),
     },
 }
 
@@ -156,7 +157,7 @@ def _refusal(
             except Exception as error:  # jax-triton 0.3 fails in its own ways where JAX's CUDA plugin is not installed
                 return f"{package} cannot be imported ({error}): pip install 'ferrum_jax[cuda]'"
     if backend == "pallas":
-        reason = importlib.import_module(f"{__name__}.pallas").refuse(device_kind, _interpreting.value)
+        reason = importlib.import_module(f"{__name__}.pallas").refuse(device_kind, _interpreting.value, family)
         if reason:
             return reason
     refuse = getattr(importlib.import_module(f"{__name__}.{backend}.{family}"), "refuse", None)

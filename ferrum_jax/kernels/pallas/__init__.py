@@ -18,11 +18,12 @@ from jax import lax
 from .. import target_capability
 
 NEEDS_JAX = (0, 11, 2)
+WGMMA = ("grouped",)  # the files whose kernels are for compute capability 9.0 and no other
 THREADS = 128  # a warpgroup, which is what a block of these kernels is
 
 
-def refuse(device_kind: str | None, interpreting: bool) -> str | None:
-    """Why no Pallas kernel can be used, whichever it is."""
+def refuse(device_kind: str | None, interpreting: bool, family: str) -> str | None:
+    """Why no Pallas kernel of this file can be used, whichever it is."""
     if jax.__version_info__ < NEEDS_JAX:
         return f"it needs jax >= {'.'.join(map(str, NEEDS_JAX))}; this is jax {jax.__version__}"
     capability = 90 if interpreting else target_capability(device_kind)
@@ -30,6 +31,8 @@ def refuse(device_kind: str | None, interpreting: bool) -> str | None:
         return "no target GPU is known: there is none here, and no abstract mesh names one (AbstractDevice.device_kind)"
     if capability < 90:
         return f"it needs a Hopper GPU or a newer one; the target's compute capability is {capability / 10}"
+    if family in WGMMA and capability != 90:
+        return f"it needs wgmma, of Hopper GPUs alone; the target's compute capability is {capability / 10}"
     return None
 
 
@@ -38,12 +41,15 @@ def launch(
     *operands: jax.Array | None,
     out: Sequence[tuple[tuple[int, ...], Any]],
     grid: int,
+    warpgroups: int = 1,
+    scratch: Sequence[Any] = (),
     **constants: Any,
 ) -> tuple[jax.Array, ...]:
-    """Run `grid` blocks of `kernel(*operands, *outputs, **constants)`, one warpgroup each; their axis is "program".
+    """Run `grid` blocks of `kernel(*operands, *outputs, *scratch, **constants)`; their axis is "program".
 
     `out` holds the outputs' shapes and dtypes. What the kernel does not write of them is garbage. An operand that is
-    None is None in the kernel.
+    None is None in the kernel. Of a block's warpgroups, if several, the axis is "warpgroup". Before and after a copy
+    between global and shared memory the threads of a warpgroup wait for each other, if there is `scratch`.
     """
     if grid > 2**31 - 1:
         raise NotImplementedError(f"{kernel.__name__}: {grid} blocks; a CUDA grid has at most {2**31 - 1}")
@@ -61,10 +67,12 @@ def launch(
         out_type=tuple(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in out),
         grid=(grid,),
         grid_names=("program",),
+        scratch_types=tuple(scratch),
+        **({"num_threads": warpgroups, "thread_name": "warpgroup"} if warpgroups > 1 else {}),
         compiler_params=plgpu.CompilerParams(
             # Where every array's type says whether it is signed. Under Lane semantics a constant does not.
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
-            unsafe_no_auto_barriers=True,  # no kernel here reads what it has written
+            unsafe_no_auto_barriers=not scratch,  # without it no kernel here reads what it has written
         ),
     )(*(x for x in operands if x is not None))
 

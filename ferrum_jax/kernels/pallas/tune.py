@@ -1,0 +1,52 @@
+"""Times the grouped product's choices on the GPU that is here, to refill the table in grouped.py.
+
+    python -m ferrum_jax.kernels.pallas.tune E K H N T [block_size ...]
+
+prints for each choice the microseconds of all its kernels (the median of five runs, by CUPTI) and the TFLOP/s, the best
+first, and the same of the Triton kernel.
+"""
+
+import datetime
+import itertools
+import sys
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.mosaic.gpu import profiler
+
+import ferrum_jax
+
+from . import grouped
+
+BY, WINDOWS, TAKES = (16, 24, 32), (1, 2, 8, 32), (0, 1, 2)
+
+
+def main(experts, top_k, height, width, tokens, *block_sizes):
+    keys = jax.random.split(jax.random.key(0), 3)
+    _, ids = jax.lax.top_k(jax.random.normal(keys[0], (tokens, experts)), top_k)
+    lhs = jax.random.normal(keys[1], (tokens * top_k, height), jnp.bfloat16)
+    rhs = jax.jit(lambda key: jax.random.normal(key, (experts, height, width), jnp.bfloat16))(keys[2])
+    print(jax.devices()[0].device_kind, datetime.date.today())
+    found = []
+    for block in block_sizes or (128,):
+        plan = ferrum_jax.moe_plan(ids, experts, block)
+        found.append((time("triton", lhs, rhs, plan), f"block_size={block} triton"))
+        for choice in itertools.product(BY, WINDOWS, TAKES):
+            grouped.TILES, grouped.LARGE = dict.fromkeys(grouped.TILES, choice), choice
+            found.append((time("pallas", lhs, rhs, plan), f"block_size={block} (by, window, takes)={choice}"))
+            print(*found[-1], flush=True)
+    print("\nbest first:")
+    for us, name in sorted(found):
+        print(f"{us:9.1f} us {2e-6 * lhs.size * width / us:6.0f} TFLOP/s  {name}")
+
+
+def time(name, lhs, rhs, plan):
+    # A function of its own each time: what was compiled for the choice before must not be used.
+    f = jax.jit(lambda *args: ferrum_jax.grouped_matmul(*args, implementation=name))
+    jax.block_until_ready(f(lhs, rhs, plan))
+    _, runs = profiler.measure(f, aggregate=False, iterations=5)(lhs, rhs, plan)
+    return sorted(sum(ms for _, ms in run) for run in runs)[2] * 1e3
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))

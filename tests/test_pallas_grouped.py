@@ -1,0 +1,192 @@
+"""The grouped products on wgmma: interpreted with race detection, and compiled for an H200 at real models' shapes."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import Size, grouped_args, grouped_matmul, rng, rows
+from compiled import needs_pjrt, needs_plugin, on_h200, whole_program_for_h200
+from test_grouped import MODELS, check
+
+import ferrum_jax
+from ferrum_jax.kernels.pallas import grouped
+
+of = jax.ShapeDtypeStruct
+
+
+@pytest.fixture
+def interpreting():
+    with ferrum_jax.interpret_kernels():
+        yield
+
+
+@pytest.mark.usefixtures("interpreting")
+@pytest.mark.parametrize(
+    ("size", "dtype", "pair_ids"),
+    [
+        (Size(9, 3, 2, 70, 8), "bfloat16", False),  # runs of rows from anywhere, rows and columns no whole tiles
+        (Size(7, 3, 3, 20, 2), "float16", True),  # gathered rows, blocks below the least tile
+    ],
+    ids=str,
+)
+def test_values_and_gradients(size, dtype, pair_ids):
+    check(grouped_args(rng("w", size), size, dtype, pair_ids), size.K if pair_ids else 1, "pallas")
+
+
+@pytest.mark.usefixtures("interpreting")
+def test_blocks_beyond_a_tile_many_columns_and_float32_results():
+    """One expert's block in two tiles, each of several sizes; more columns than one tile; experts without rows."""
+    r = rng("large")
+    routing = ferrum_jax.moe_plan(np.full((200, 1), 1, np.int32), 3, 256, implementation="xla")
+    lhs, rhs = rows(r, (200, 64), "bfloat16"), rows(r, (3, 64, 320), "bfloat16")
+    rhs[[0, 2]] = np.nan
+    got = grouped_matmul(lhs, rhs, *routing[3:], preferred_element_type="float32", implementation="pallas")
+    want = np.asarray(lhs, np.float64) @ np.asarray(rhs[1], np.float64)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.usefixtures("interpreting")
+def test_a_batch_and_tables_made_by_hand():
+    """Runs, a run that is cut, scattered slots, a dead block, and rows that nobody names, over mapped slices."""
+    r = rng("hand")
+    slots = np.array(
+        [[9, 10, 11, 12, 0, 1, -1, -1, 3, 5, -1, 4], [0, 1, 2, 3, 8, 7, 99, 6, 4, 5, 9, 2**31 - 1]], np.int32
+    )
+    blocks, total = np.array([[0, 0, 2], [1, 2, -1]], np.int32), np.array([12, 12], np.int32)
+    lhs, rhs = rows(r, (2, 13, 16), "bfloat16"), rows(r, (1, 3, 16, 24), "bfloat16")
+
+    def both(name):
+        f = lambda lhs, rhs: grouped_matmul(lhs, rhs, slots, blocks, total, implementation=name)  # noqa: E731
+        out, vjp = jax.vjp(f, lhs, rhs)
+        return out, *vjp(out)
+
+    for got, want in zip(both("pallas"), both("xla"), strict=True):
+        np.testing.assert_allclose(np.float32(got), np.float32(want), rtol=0.02, atol=0.02)
+
+
+# ---- what the kernels are told about a table
+
+
+def test_runs_are_told_from_other_slots():
+    slots = jnp.array([[4, 5, 6], [4, 5, -1], [4, 6, -1], [4, -1, 6], [-1, 4, 5], [-1, -1, -1], [0, -1, -1], [5, 4, 3]])
+    assert grouped._runs(slots).tolist() == [4, 4, -1, -1, -1, -1, 0, -1]
+
+
+@pytest.mark.parametrize("window", [2, 4, 32])
+def test_the_order_holds_each_tile_once_and_keeps_experts_together(window):
+    expert = np.sort(rng("order").integers(0, 9, size=45)).astype(np.int32)
+    expert[-7:] = -1
+    across, seen = 3, []
+    begin, size = np.divmod(np.asarray(grouped._order(jnp.asarray(expert), window)), grouped.WINDOW + 1)
+    for at in range(len(expert) * across):
+        b = at // across
+        column, block = divmod(at - begin[b] * across, size[b])
+        assert expert[begin[b] + block] == expert[b]
+        seen.append((begin[b] + block, column))
+    assert sorted(seen) == [(b, c) for b in range(len(expert)) for c in range(across)]
+
+
+def test_an_expert_is_read_where_it_lies_if_its_rows_lie_together():
+    # Rows 2 to 4; two runs; none; 7 and 1; after an end that is not full, row 0
+    slots = jnp.array([[2, 3], [4, -1], [5, 6], [8, 9], [-1, -1], [7, 1], [10, -1], [0, -1]])
+    expert, live = jnp.array([0, 0, 1, 1, -1, 3, 4, 4]), jnp.array([2, 1, 2, 2, 0, 2, 1, 1])
+    low, high, apart, skip = grouped._ranges(slots, expert, live, 8, 5, 5, 1)
+    assert apart.tolist() == [0, 1, 0, 1, 1]
+    assert list(zip(low.tolist(), high.tolist(), strict=True)) == [(2, 5), (4, 8), (0, 0), (10, 12), (12, 16)]
+    assert skip.tolist() == [1, 1, 0, 0, 1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("compared", [0, 2**25])
+def test_holes_are_the_rows_that_no_slot_names(compared, monkeypatch):
+    monkeypatch.setattr(grouped, "COMPARED", compared)
+    slots = np.full((4, 8), -1, np.int32)  # two blocks of each of two slices of 13 rows
+    slots[:3, :5] = np.stack([rng("holes").permutation(13)[:5] for _ in range(3)])
+    slots[1, :5] = np.setdiff1d(np.arange(13), slots[0, :5])[:5]
+    holes = np.asarray(grouped._holes(jnp.asarray(slots), 2, 2, 13, 16, 128))
+    assert holes.shape == (128,)
+    unnamed = [s * 16 + r for s in range(2) for r in range(13) if r not in slots[2 * s : 2 * s + 2]]
+    assert [8 * g + j for g in range(128) for j in range(8) if holes[g] >> j & 1] == unnamed
+
+
+@needs_plugin
+@pytest.mark.parametrize(("block", "dtype"), [(144, "bfloat16"), (128, "float32")])
+def test_shared_memory_suffices(block, dtype):
+    """At the sizes that leave the least of it: lowering fails where it does not."""
+    tables = of((4 * block,), jnp.int32), of((4,), jnp.int32), of((), jnp.int32)
+    run = functools.partial(grouped_matmul, preferred_element_type=dtype, implementation="pallas")
+    args = of((64, 64), jnp.bfloat16), of((3, 64, 256), jnp.bfloat16), *tables
+    with on_h200():
+        assert "mosaic_gpu" in jax.jit(run).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+# ---- refusals
+
+
+def test_float32_and_other_gpus_are_refused_by_name():
+    size = Size(4, 3, 2, 16, 8)
+    call = lambda dtype, kind: ferrum_jax.which(  # noqa: E731
+        grouped_matmul, *grouped_args(rng("r"), size, dtype), platform="cuda", device_kind=kind, implementation="pallas"
+    )
+    assert call("bfloat16", "NVIDIA H200").implementation == "pallas"
+    with pytest.raises(NotImplementedError, match=r"wgmma multiplies float16 and bfloat16; got float32"):
+        call("float32", "NVIDIA H200")
+    with pytest.raises(NotImplementedError, match=r"wgmma, of Hopper.* is 10\.0"):
+        call("bfloat16", "NVIDIA B200")
+
+
+# ---- machine code
+
+
+@needs_plugin
+@needs_pjrt
+@pytest.mark.parametrize(
+    ("model", "tokens", "block", "dtype", "pair_ids", "gradients"),
+    [
+        ("qwen3", 8192, 128, "bfloat16", False, True),
+        ("qwen3", 16, 16, "float16", True, False),
+        ("mixtral", 4096, 160, "bfloat16", False, False),
+        ("deepseek_v3", 4096, 64, "bfloat16", False, False),
+        ("qwen3_down", 256, 16, "bfloat16", False, False),
+    ],
+)
+def test_code_for_an_h200(model, tokens, block, dtype, pair_ids, gradients):
+    """wgmma in the loops and no spills; what does not fit in shared memory would not compile."""
+    experts, k, height, width = (MODELS | {"qwen3_down": (128, 8, 768, 2048)})[model]
+    slots = ferrum_jax.max_aligned_rows(tokens * k, experts, block)
+    tables = of((slots,), jnp.int32), of((slots // block,), jnp.int32), of((), jnp.int32)
+    top_k = k if pair_ids else 1
+
+    def run(lhs, rhs, g, *tables):
+        f = functools.partial(grouped_matmul, top_k=top_k, implementation="pallas")
+        if not gradients:
+            return f(lhs, rhs, *tables)
+        out, vjp = jax.vjp(lambda *a: f(*a, *tables), lhs, rhs)
+        return out, vjp(g)
+
+    shapes = (tokens * k // top_k, height), (experts, height, width), (tokens * k, width)
+    _, kernels = whole_program_for_h200(run, *(of(s, dtype) for s in shapes), *tables)
+    products = [kernel for kernel in kernels if not kernel.name.endswith("gather")]
+    names = ["ferrum_outer", "ferrum_product", "ferrum_product"] if gradients else ["ferrum_product"]
+    assert sorted(p.name for p in products) == names
+    for kernel in kernels:
+        assert kernel.spilled == 0, (kernel.name, kernel.registers)
+    for kernel in products:
+        bodies = sorted(ptx_loops(kernel.ptx), key=len)
+        multiplying = next(body for body in bodies if "wgmma.mma_async" in body)
+        assert "mbarrier.try_wait" in multiplying, kernel.name
+        assert "cp.async" not in multiplying, kernel.name
+        assert any(re.search(r"cp\.async\.bulk\.tensor.*complete_tx", body) for body in bodies), kernel.name
+        assert "ld.local" not in kernel.ptx
+
+
+def ptx_loops(ptx):
+    """The bodies of the loops: from a label to a branch back to it."""
+    lines = ptx.splitlines()
+    labels = {line.rstrip(":"): at for at, line in enumerate(lines) if line.startswith("$L")}
+    for at, line in enumerate(lines):
+        jump = re.search(r"bra(?:\.uni)?\s+(\$L\w+);", line)
+        if jump and labels[jump[1]] < at:
+            yield "\n".join(lines[labels[jump[1]] : at])
