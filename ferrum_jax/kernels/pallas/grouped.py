@@ -239,8 +239,8 @@ def store(ref, value):
 
 
 def put_row(row, out, index, column):
-    """A row of shared memory to out[index, column:]. A copy of one row goes by addresses, not by a tensor's shape as
-    others do: past the row's end it would run on into the next row.
+    """A row of shared memory to out[index, column:]. A copy that is one piece of memory goes by addresses, not by the
+    array's shape as others do: past the row's end it would run on into the next row.
     """
     width = math.gcd(row.shape[1], out.shape[1])
     for start in range(0, row.shape[1], width):
@@ -263,7 +263,8 @@ def gather(lhs, slots, skip, out, buffer, full, *, PER_SLICE, LHS_SLICE, TOP_K):
 
         @each(slots.shape[1] // 8)
         def _(eight):
-            across = [pl.ds((chunk * parts + part) * columns, columns) for part in range(parts)]
+            starts = [(chunk * parts + part) * columns for part in range(parts)]
+            across = [pl.ds(at, columns) for at in starts]
 
             @each(8)
             def _(j):
@@ -275,7 +276,11 @@ def gather(lhs, slots, skip, out, buffer, full, *, PER_SLICE, LHS_SLICE, TOP_K):
             plgpu.barrier_wait(full)
             rows = pl.ds(pl.multiple_of(block * slots.shape[1] + eight * 8, 8), 8)
             for part in range(parts):
-                plgpu.copy_smem_to_gmem(buffer.at[part], out.at[rows, across[part]])
+
+                @pl.when(starts[part] < out.shape[1])  # as in put_row, where the array is as wide as the buffer
+                def _(part=part):
+                    plgpu.copy_smem_to_gmem(buffer.at[part], out.at[rows, across[part]])
+
             plgpu.wait_smem_to_gmem(0)
 
 

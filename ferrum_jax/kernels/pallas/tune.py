@@ -9,6 +9,7 @@ first, and the same of the Triton kernel.
 import datetime
 import itertools
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,8 +45,8 @@ def time(name, lhs, rhs, plan):
     # A function of its own each time: what was compiled for the choice before must not be used.
     f = jax.jit(lambda *args: ferrum_jax.grouped_matmul(*args, implementation=name))
     jax.block_until_ready(f(lhs, rhs, plan))
-    _, runs = profiler.measure(f, aggregate=False, iterations=5)(lhs, rhs, plan)
-    return sorted(sum(ms for _, ms in run) for run in runs)[2] * 1e3
+    measured: Any = profiler.measure(f, aggregate=False, iterations=5)(lhs, rhs, plan)
+    return sorted(sum(ms for _, ms in run) for run in measured[1])[2] * 1e3
 
 
 if __name__ == "__main__":
