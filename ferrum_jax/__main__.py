@@ -311,12 +311,12 @@ def parallel(devices: int | None = None) -> int:
     """Run the layer with its experts spread over devices, by every exchange, time it and check it; the exit status."""
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):  # JAX runs already, with the devices that it has
-            jax.config.update("jax_num_cpu_devices", devices or 4)
-    on_gpu, devices = jax.default_backend() == "gpu", devices or jax.device_count()
+            jax.config.update("jax_num_cpu_devices", 4 if devices is None else max(devices, 1))
+    on_gpu, devices = jax.default_backend() == "gpu", jax.device_count() if devices is None else devices
     layer = QWEN3_30B if on_gpu else SMALL
     if not 0 < devices <= jax.device_count() or layer.num_experts % devices or layer.tokens % devices:
-        have = f"{jax.device_count()} are here, and {layer.num_experts} experts and {layer.tokens} tokens to divide"
-        print(f"--devices {devices} cannot be used: {have}")
+        must = f"in [1, {jax.device_count()}] and divide {layer.num_experts} experts and {layer.tokens} tokens"
+        print(f"--devices must be {must}; got {devices}")
         return 2
     source, text = _text()
     x, router, *matrices = inputs = _inputs(layer, text)

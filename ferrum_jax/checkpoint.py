@@ -4,6 +4,9 @@
     routed = route_topk(x @ params.router, **presets.olmoe)
     y = moe_mlp(x, None, params.w_gate_up, params.w_down, router_output=routed)
 
+which is all for OLMoE, Mixtral and Qwen3-MoE. Other families also have biases, shared experts or another activation,
+which their preset and `MoEParams` name; `nnx.MoE.from_params` applies them all.
+
 A layout is data: for each tensor of a block its name, the parameter that it is (a part of), and its axes. `LAYOUTS`
 has those of the families in `presets`, under the same names: as the hub's files have them, and, with `_fused` behind
 the name, as transformers 5 holds them in a model's state dict (one tensor for all experts). Their sources are
@@ -174,7 +177,7 @@ def load_moe(
     Args:
       tensors: a mapping of names to arrays, NumPy's, JAX's or PyTorch's on the CPU, or to what is read when it is
         indexed and has `shape` (h5py, zarr); or the path of a safetensors file, or of a folder of them, as the hub has
-        them, for which the package `safetensors` must be there: `pip install ferrum_jax[checkpoint]`.
+        them, for which the package `safetensors` must be there: `pip install 'ferrum_jax[checkpoint]'`.
       layout: a name in `LAYOUTS`, such as "mixtral", "qwen3_moe", "olmoe", "deepseek_v3" or "gpt_oss", or a sequence of
         `Tensor` of one's own.
       prefix: what the names of the block's tensors begin with, such as "model.layers.3.mlp.". Other tensors may be
@@ -335,7 +338,7 @@ def _in_files(path: Path, prefix: str) -> dict[str, _Slice]:
         from safetensors import safe_open
     except ImportError as error:
         raise ImportError(
-            "load_moe: a path needs the package safetensors: pip install ferrum_jax[checkpoint]"
+            "load_moe: a path needs the package safetensors: pip install 'ferrum_jax[checkpoint]'"
         ) from error
     paths = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not paths:

@@ -28,7 +28,7 @@ def moe_dispatch(
       packed_token_idx: [..., R] of any integer dtype; an index outside [0, T) gives a zero row.
       pairs_by_token: [..., T, K], the table of the same routing, if there is one. The gradient to x is then the sum of
         each token's K rows, one gather; without it rows are added in float32 in a fixed order, which takes a sort.
-      implementation: None (the fastest), "xla", "triton" or "pallas".
+      implementation: None (see `which`), "xla", "triton" or "pallas".
 
     Returns:
       [..., R, H] in x's dtype.
@@ -65,7 +65,7 @@ def moe_combine(
       pair_weights: [..., T, K] of any float dtype, used in float32.
       unique_rows: a promise that no row is named twice, true of what `moe_build_pairs_by_token` makes; it makes the
         gradient to packed_down cheaper. If it is false, that gradient's values are unspecified.
-      implementation: None (the fastest), "xla", "triton" or "pallas".
+      implementation: None (see `which`), "xla", "triton" or "pallas".
 
     Returns:
       [..., T, H] in packed_down's dtype.
@@ -93,7 +93,7 @@ def weighted_sum_batched(slots: jax.Array, weights: jax.Array, *, implementation
     Args:
       slots: [..., T, K, H] float16, bfloat16 or float32.
       weights: [..., T, K] of any float dtype, used in float32.
-      implementation: None (the fastest), "xla", "triton" or "pallas".
+      implementation: None (see `which`), "xla", "triton" or "pallas".
 
     Returns:
       [..., T, H] in slots' dtype.

@@ -44,7 +44,7 @@ def grouped_matmul(
       top_k: rows of the result per row of lhs, >= 1.
       preferred_element_type: the result's dtype, float16, bfloat16 or float32; default: lhs's. A cotangent is cast to
         lhs's dtype.
-      implementation: None (the fastest), "xla", "triton" or "pallas".
+      implementation: None (see `which`), "xla", "triton" or "pallas".
 
     Returns:
       [..., P, N] with P = M * top_k. Rows that no slot names are 0.

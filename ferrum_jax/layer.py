@@ -74,7 +74,7 @@ def moe_mlp(
         once per tile costs little and the K-fold copy is saved; above, "packed", whose rows come in order.
       block_size: rows of a block of one expert; None: the power of two in [16, 128] that holds P/E rows, those of an
         average expert, so that most experts' matrices are read once.
-      implementation: None (the fastest of each op), "xla", "triton" or "pallas".
+      implementation: None (see `which`), "xla", "triton" or "pallas".
 
     Returns:
       [..., T, H] in x's dtype.

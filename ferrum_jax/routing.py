@@ -72,7 +72,7 @@ def route_topk(
         if these had been chosen; bias and groups are not used. An id outside [0, E) comes back as -1, with weight 0.
       token_mask: [...] bool; a False token has ids -1, weights 0 and gradient 0, whatever its logits hold.
       expert_map: [E] of any integer dtype, applied to the ids last: an expert's id elsewhere, or -1. Weights stay.
-      implementation: None (the fastest), "xla", "triton" or "pallas".
+      implementation: None (see `which`), "xla", "triton" or "pallas".
 
     Returns:
       RouterOutput(expert_ids[..., K] int32, expert_weights[..., K] float32). NaN weights: all of a row that holds NaN
@@ -144,7 +144,7 @@ def route_topk_softmax(
       logits: [..., E] float16, bfloat16 or float32; -inf masks an expert. Arithmetic is in float32.
       top_k: K, experts per token, in [1, E].
       norm_topk_prob: divide the chosen probabilities by their sum, so that each token's weights add up to 1.
-      implementation: None (the fastest), "xla", "triton" or "pallas".
+      implementation: None (see `which`), "xla", "triton" or "pallas".
 
     Returns:
       RouterOutput(expert_ids[..., K] int32, expert_weights[..., K] float32). A row that holds NaN or +inf has NaN

@@ -83,7 +83,7 @@ def moe_build_pairs_by_token(
     Args:
       expert_ids: [..., T, K] of any integer dtype; a value outside [0, E) is no expert; its pair is counted nowhere.
       num_experts: E, >= 1.
-      implementation: None (the fastest), "xla", "triton" or "pallas".
+      implementation: None (see `which`), "xla", "triton" or "pallas".
 
     Returns:
       TokenPairs, int32:
@@ -116,7 +116,7 @@ def moe_align_block_size(
       expert_ids: [..., T, K] of any integer dtype; a value outside [0, E) is no expert.
       num_experts: E, >= 1.
       block_size: slots in a block, >= 1.
-      implementation: None (the fastest), "xla", "triton" or "pallas".
+      implementation: None (see `which`), "xla", "triton" or "pallas".
 
     Returns:
       MoeRouting, int32, every entry written:
@@ -169,7 +169,7 @@ def moe_plan(
       num_experts: E, >= 1.
       block_size: slots in a block, >= 1.
       pair_ids: live slots hold pair ids (`moe_align_block_size_pair_ids`), not packed rows (`moe_align_block_size`).
-      implementation: None (the fastest), "xla", "triton" or "pallas".
+      implementation: None (see `which`), "xla", "triton" or "pallas".
 
     Returns:
       MoePlan, int32: the fields of TokenPairs, then those of MoeRouting.

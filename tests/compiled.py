@@ -76,7 +76,7 @@ def for_h200(f, *args):
 
 
 needs_pjrt = pytest.mark.skipif(
-    importlib.util.find_spec("jax_plugins.xla_cuda13") is None,
+    not importlib.util.find_spec("jax_plugins") or importlib.util.find_spec("jax_plugins.xla_cuda13") is None,
     reason="compiling for CUDA needs XLA's plugin: pip install --no-deps jax-cuda13-pjrt of JAX's own version",
 )
 
