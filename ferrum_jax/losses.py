@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from ._signature import INT32_MAX, as_int, canonical, parse
@@ -165,7 +166,8 @@ def update_routing_bias(bias: jax.Array, counts: jax.Array, rate: jax.Array | fl
 
     Args:
       bias: [..., E] float16, bfloat16 or float32: what is added to the scores before experts are chosen by them.
-      counts: [..., E] of any integer dtype, such as `expert_counts` gives them, of all devices and of a whole step.
+      counts: [..., E] of any integer dtype, such as `expert_counts` gives them, of all devices and of a whole step;
+        one past 2^31 - 1 counts as that.
       rate: a scalar, 0.001 in DeepSeek-V3.
 
     Returns:
@@ -182,14 +184,27 @@ def update_routing_bias(bias: jax.Array, counts: jax.Array, rate: jax.Array | fl
     [-0.5, 0.0, 0.5]
     """
     op = "update_routing_bias"
-    bias, counts = canonical(op, parse("bias: rows[E], counts: ids[E] ->"), (bias, counts))
+    bias, counts = canonical(op, parse("bias: rows[E], counts: ids[E] ->"), (bias, _at_most_int32(counts)))
     if jnp.ndim(rate) != 0:
         raise ValueError(f"{op}: rate must be a scalar; got shape {jnp.shape(rate)}")
-    # As integers: a rounded mean would move experts that stand exactly at it.
-    total, experts = jnp.sum(counts, axis=-1, keepdims=True, dtype=jnp.int32), max(counts.shape[-1], 1)
-    below, above = counts < -(-total // experts), counts > total // experts
+    if not any(jnp.issubdtype(jnp.result_type(rate), kind) for kind in (jnp.integer, jnp.floating)):
+        raise TypeError(f"{op}: rate must be a real number; got {jnp.result_type(rate)}")
+    # As integers: a rounded mean would move experts that stand exactly at it. In two parts: their sum may not fit.
+    experts = max(counts.shape[-1], 1)
+    whole, rest = (
+        jnp.sum(part, axis=-1, keepdims=True, dtype=jnp.int32) for part in (counts // experts, counts % experts)
+    )
+    below, above = counts < whole - (-rest // experts), counts > whole + rest // experts
     sign = below.astype(jnp.float32) - above.astype(jnp.float32)
     return (bias.astype(jnp.float32) + jnp.asarray(rate).astype(jnp.float32) * sign).astype(bias.dtype)
+
+
+def _at_most_int32(counts: Any) -> Any:
+    """Counts that int32 cannot hold as the largest that it can: as ids they would be none."""
+    array = counts if isinstance(counts, jax.Array) else np.asarray(counts)
+    if not jnp.issubdtype(array.dtype, jnp.integer) or jnp.iinfo(array.dtype).max <= INT32_MAX:
+        return counts
+    return (jnp if isinstance(array, jax.Array) else np).minimum(array, array.dtype.type(INT32_MAX))
 
 
 def _one_of(op: str, name: str, value: Any, choices: Sequence[str]) -> None:

@@ -190,7 +190,8 @@ class MoE(nnx.Module):
 
         Args:
           x: [..., H] float16, bfloat16 or float32; all axes but the last are tokens.
-          token_mask: [...] bool; where it is False, the token has no experts and counts in no loss.
+          token_mask: [...] bool; where it is False, the token has no experts, counts in no loss, and is read as
+            zeros, whatever it holds.
 
         Returns:
           [..., H] in the layer's dtype.
@@ -199,8 +200,11 @@ class MoE(nnx.Module):
           TypeError: an argument of another dtype.
           ValueError: shapes that do not fit.
         """
-        if jnp.ndim(x) == 1:
-            return self(x[None], token_mask=None if token_mask is None else token_mask[None])[0]
+        x, mask = jnp.asarray(x), None if token_mask is None else jnp.asarray(token_mask)
+        if x.ndim == 1:
+            return self(x[None], token_mask=None if mask is None else mask[None])[0]
+        if mask is not None and mask.shape == x.shape[:-1]:  # or `route` says what is wrong with it
+            x = jnp.where(mask[..., None], x, jnp.zeros((), x.dtype))
         logits = self.logits(x)
         routed = self.route(logits, token_mask=token_mask)
         # Elsewhere flax's sow is deprecated: it would grow the module by an entry at each call.

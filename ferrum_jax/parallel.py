@@ -15,7 +15,7 @@ from jax import lax
 
 from . import layer
 from ._primitive import equally_varying
-from ._signature import INT32_MAX, as_int
+from ._signature import INT32_MAX, as_int, canonical, parse
 from .combine import moe_combine, moe_dispatch
 from .routing import RouterOutput, route_topk_softmax
 from .tables import moe_build_pairs_by_token
@@ -73,12 +73,11 @@ def exchange_sizes(
     ([1, 2], [2, 3])
     """
     op = "exchange_sizes"
-    shape, dtype = jnp.shape(expert_offsets), jnp.result_type(expert_offsets)
-    if not jnp.issubdtype(dtype, jnp.integer):
-        raise TypeError(f"{op}: expert_offsets must hold integers; got {dtype}")
+    (offsets,) = canonical(op, parse("expert_offsets: ids[D,E] ->"), (expert_offsets,))
+    shape = offsets.shape
     if len(shape) != 2 or not shape[0] or not shape[1] or (shape[1] - 1) % shape[0]:
         raise ValueError(f"{op}: expert_offsets must be [D, E+1] with E a multiple of D, D >= 1; got shape {shape}")
-    bounds = _bounds(jnp.asarray(expert_offsets).astype(jnp.int32))
+    bounds = _bounds(offsets)
     rows = INT32_MAX if capacity is None else as_int(op, "capacity", capacity, 0)
     start, size = _packed(jnp.diff(bounds), rows)
     there = ExchangeSizes(bounds[device, :-1], size[device], start[device], size[:, device])
@@ -157,6 +156,7 @@ def moe_mlp(
     ...     layer(*(jax.device_put(a, P("expert")) for a in args)).shape
     (5, 4)
     """
+    axis_name = tuple(axis_name) if isinstance(axis_name, list) else axis_name
     devices = _axis_size(axis_name)
     if exchange not in (None, *EXCHANGES):
         raise ValueError(f"{_OP}: exchange must be one of {', '.join(map(repr, (None, *EXCHANGES)))}; got {exchange!r}")

@@ -65,7 +65,7 @@ def route_topk(
         masked by -inf. To keep all of them is to have no groups.
       group_score: a group ranks by the sum of its two largest biased scores, "top2_sum" (by its one, where groups have
         one expert), or by its largest, "max"; NaN ranks last, as among the scores.
-      scale: a finite number that the weights are multiplied by, last.
+      scale: a number that the weights are multiplied by, last: 0, or normal and finite in float32.
       zero_sum: the weights where the sum to divide by is 0, which it is where every chosen logit is -inf: "uniform",
         1/K each; "zero"; or "eps", which divides by sum + 1e-20, always.
       forced_ids: [..., K] of any integer dtype, the ids that another routing recorded. Weights and derivatives are as
@@ -83,9 +83,10 @@ def route_topk(
     Raises:
       TypeError: dtypes other than these, `top_k`, `num_groups` or `group_top_k` that is no int, `scale` no number.
       ValueError: shapes that do not fit logits, sizes out of range, E not divisible by `num_groups`, top_k above
-        group_top_k * E / num_groups, one group option without the other, a `scale` that is not finite, an unknown
-        `scoring`, `group_score`, `zero_sum` or `implementation`.
-      NotImplementedError: the implementation asked for cannot run here; the message says why.
+        group_top_k * E / num_groups, one group option without the other, a `scale` neither 0 nor finite and
+        normal, an unknown `scoring`, `group_score`, `zero_sum` or `implementation`.
+      NotImplementedError: the implementation asked for cannot run here; the message says why. `forced_ids` have xla's
+        alone.
 
     Scores, bias and groups are those of DeepSeek-V3, https://arxiv.org/abs/2412.19437; to replay the routing of another
     pass is the method of Ma et al., https://arxiv.org/abs/2510.11370.
@@ -121,6 +122,8 @@ def route_topk(
         given = (logits,) if bias is None else (logits, bias)
         ids, weights = _route(*given, top_k=top_k, **choice, **weighing, implementation=implementation)
     else:
+        if implementation in ("triton", "pallas"):
+            raise NotImplementedError(f"{op}: implementation={implementation!r} has no kernel for forced_ids")
         ids = jnp.where((forced_ids >= 0) & (forced_ids < experts), forced_ids, -1)
         weights = _weighed(logits, ids, **weighing, implementation=implementation)
     if token_mask is not None:
@@ -210,8 +213,9 @@ def _weighing(op: str, scoring: str, norm_topk_prob: bool, scale: Any, zero_sum:
         raise TypeError(
             f"{op}: scale must be a Python number, known when the function is traced; got {type(scale).__name__}"
         )
-    if not abs(float(scale)) <= float(jnp.finfo(jnp.float32).max):
-        raise ValueError(f"{op}: scale must be finite in float32; got {scale}")
+    number = abs(float(scale)) if -1e99 < scale < 1e99 else math.inf
+    if number and not float(jnp.finfo(jnp.float32).tiny) <= number <= float(jnp.finfo(jnp.float32).max):
+        raise ValueError(f"{op}: scale must be 0, or finite and normal in float32; got {scale}")
     norm = bool(norm_topk_prob) or scoring == "topk_softmax"
     return {"scoring": scoring, "norm_topk_prob": norm, "scale": float(scale), "zero_sum": zero_sum}
 

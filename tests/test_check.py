@@ -300,3 +300,9 @@ PAIRS_OK, BLOCKS_OK, PLAN_OK = (make(kind, IDS, E, BLOCK) for kind in (fj.TokenP
 def test_errors(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+@pytest.mark.filterwarnings("error")
+def test_offsets_at_the_end_of_int32():
+    plan = fj.moe_plan(np.array([[0, 1]]), 2, 4)
+    assert fj.check_routing(plan._replace(expert_offsets=np.array([0, 1, 2**31 - 1], np.int32)), 2)

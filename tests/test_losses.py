@@ -304,6 +304,19 @@ def test_update_routing_bias(counts, rate):
     np.testing.assert_array_equal(got, bias + np.float32(rate) * sign)
 
 
+@pytest.mark.parametrize(
+    ("counts", "signs"),
+    [
+        (np.array([2**30, 2**30, 0, 2**30], np.int32), [-1, -1, 1, -1]),
+        (np.array([2**31 - 1] * 3 + [2**31 - 2], np.int32), [-1, -1, -1, 1]),
+        (np.array([3 * 10**9, 5, 5]), [-1, 1, 1]),
+        (np.array([2**32 - 1, 5, 5], np.uint32), [-1, 1, 1]),
+    ],
+)
+def test_update_routing_bias_by_counts_whose_sum_is_large(counts, signs):
+    assert fj.update_routing_bias(jnp.zeros(len(counts)), counts, 1.0).tolist() == signs
+
+
 def test_update_routing_bias_of_layers():
     counts = np.array([[3, 1, 2], [5, 5, 5]])
     bias = jnp.zeros((2, 3), jnp.bfloat16)
@@ -349,6 +362,7 @@ X, IDS = jnp.zeros((3, 4)), jnp.zeros((3, 2), jnp.int32)
         (lambda: fj.update_routing_bias(X[0], IDS[0], 0.1), ValueError, "counts.*E = 4"),
         (lambda: fj.update_routing_bias(IDS[0], IDS[0], 0.1), TypeError, "bias must be float16"),
         (lambda: fj.update_routing_bias(X[0], X[0], 0.1), TypeError, "counts must hold integers"),
+        (lambda: fj.update_routing_bias(X[0], X[0].astype(int), 1j), TypeError, "rate must be a real number"),
         (lambda: fj.update_routing_bias(X, X.astype(int), X), ValueError, r"rate must be a scalar.*\(3, 4\)"),
     ],
 )

@@ -405,3 +405,13 @@ def test_flax_is_imported_here_only():
         "try:\n    import ferrum_jax.nnx\nexcept ImportError as error:\n    print(error)"
     )
     assert "pip install 'ferrum_jax[nnx]'" in said
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "gpt_oss"])
+def test_a_masked_token_that_holds_nan_harms_no_gradient(name):
+    module, mask = make(SMALL[name]), jnp.array([False] + [True] * (T - 1))
+    clean = tokens(T, H).at[0].set(0)
+    gradient = nnx.jit(nnx.grad(lambda module, x: module(x, token_mask=mask).sum()))
+    got, want = gradient(module, clean.at[0].set(jnp.nan)), gradient(module, clean)
+    jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(got), nnx.to_pure_dict(want))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(got))

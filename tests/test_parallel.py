@@ -282,10 +282,17 @@ def test_choice_by_shapes_and_platform():
 
 @needs_pjrt
 def test_ragged_layer_compiles_for_two_gpus():
+    # In a process of its own: after many other programs in one, XLA's compiler has crashed on this one.
+    code = "import sys; sys.path.insert(0, 'tests'); import conftest, test_parallel as t; print(t.ragged_program())"
+    root = pathlib.Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
+    assert row_collectives(done.stdout) == ["ragged-all-to-all"] * 2
+
+
+def ragged_program():
     mesh = jax.sharding.Mesh(np.array(h200s(2)), ("d",), axis_types=(AxisType.Auto,))
     traced = jax.jit(shard_mapped(mesh, exchange="ragged")).trace(*abstract(mesh))
-    program = traced.lower(lowering_platforms=("cuda",)).compile().as_text()
-    assert row_collectives(program) == ["ragged-all-to-all"] * 2
+    return traced.lower(lowering_platforms=("cuda",)).compile().as_text()
 
 
 # ---- errors

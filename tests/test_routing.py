@@ -412,6 +412,8 @@ WRONG = {
     "top_k": ({"num_groups": 8, "group_top_k": 1}, ValueError, ["top_k", "at most 1", "got 2"]),
     "scale nan": ({"scale": np.nan}, ValueError, ["scale", "finite", "nan"]),
     "scale": ({"scale": 1e39}, ValueError, ["scale", "finite", "1e+39"]),
+    "scale huge": ({"scale": 10**400}, ValueError, ["scale", "finite"]),
+    "scale tiny": ({"scale": 1e-40}, ValueError, ["scale", "normal", "1e-40"]),
     "scale array": ({"scale": jnp.ones(())}, TypeError, ["scale", "Python number"]),
     "bias": ({"bias": np.zeros(7)}, ValueError, ["bias", "E = 8", "(1, 7)"]),
     "int bias": ({"bias": np.zeros(8, int)}, TypeError, ["bias", "floating", "int"]),
@@ -422,6 +424,11 @@ WRONG = {
     "int mask": ({"token_mask": np.ones(3, int)}, TypeError, ["token_mask", "bool", "int"]),
     "map": ({"expert_map": np.zeros((1, 8), int)}, ValueError, ["expert_map", "(8,)", "(1, 8)"]),
     "float map": ({"expert_map": np.zeros(8)}, TypeError, ["expert_map", "integers", "float"]),
+    "forced kernel": (
+        {"forced_ids": np.zeros((3, 2), int), "implementation": "triton"},
+        NotImplementedError,
+        ["'triton'", "forced_ids"],
+    ),
     "implementation": ({"implementation": "cuda"}, ValueError, ["implementation", "'pallas'", "'cuda'"]),
 }
 
@@ -497,3 +504,16 @@ def test_pallas_compiles_for_an_h200_without_spills():
         for kernel in kernels:  # what is the same as in a test before, JAX may have compiled already
             assert kernel.spilled == 0, (model, kernel.registers)
             assert kernel.registers <= 128, (model, kernel.registers)
+
+
+@pytest.mark.parametrize("scoring", ["topk_softmax", "sigmoid", "sqrt_softplus"])
+def test_nan_beside_the_lanes_that_fill_up_a_group(scoring):
+    """Three experts a group take four lanes: the fourth must pass for none of the next group's."""
+    x = jnp.array([[0, 0, 0, jnp.nan, 5, 6.0]])
+    settings = {"scoring": scoring, "num_groups": 2, "group_top_k": 1, "group_score": "max"}
+    with ferrum_jax.interpret_kernels():
+        ids, weights = route_topk(x, 3, **settings, implementation="triton")
+    want = route_topk(x, 3, **settings, implementation="xla")
+    assert ids.tolist() == want.expert_ids.tolist() == [[5, 4, 3]]
+    np.testing.assert_array_equal(np.isnan(weights), np.isnan(want.expert_weights))
+    assert np.isnan(weights).any()

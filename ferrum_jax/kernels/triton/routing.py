@@ -123,7 +123,7 @@ def route(
     x = tl.load(logits + row * E + expert, mask=live, other=float("-inf")).to(tl.float32)
 
     BY_LOGIT: tl.constexpr = BIAS_TOKENS == 0 and GROUPS == 1
-    logit_key = rank(x)
+    logit_key = tl.where(here, rank(x), _LOWEST)
     key = logit_key
     if SCORING == "softmax":  # what is asked of all logits is asked before the loop, which then holds nothing but ranks
         broken = tl.max(tl.where((x == x) & (x < float("inf")), 0, 1), 1)[:, None] > 0
