@@ -213,7 +213,10 @@ def _weighing(op: str, scoring: str, norm_topk_prob: bool, scale: Any, zero_sum:
         raise TypeError(
             f"{op}: scale must be a Python number, known when the function is traced; got {type(scale).__name__}"
         )
-    number = abs(float(scale)) if -1e99 < scale < 1e99 else math.inf
+    try:
+        number = abs(float(scale))
+    except OverflowError:
+        number = math.inf
     if number and not float(jnp.finfo(jnp.float32).tiny) <= number <= float(jnp.finfo(jnp.float32).max):
         raise ValueError(f"{op}: scale must be 0, or finite and normal in float32; got {scale}")
     norm = bool(norm_topk_prob) or scoring == "topk_softmax"
