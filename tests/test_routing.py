@@ -257,7 +257,7 @@ def test_replay(chosen):
 
 def test_replay_has_no_kernel_and_says_so():
     x = np.zeros((2, 4), np.float32)
-    with pytest.raises(NotImplementedError, match="route_topk: .*no kernel for forced_ids"), ferrum_jax.interpret_kernels():
+    with pytest.raises(NotImplementedError, match="no kernel for forced_ids"), ferrum_jax.interpret_kernels():
         route_topk(x, 1, forced_ids=np.zeros((2, 1), np.int32), implementation="triton")
 
 
