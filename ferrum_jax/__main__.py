@@ -3,7 +3,7 @@
 The layer is `moe_mlp` in both data flows: rows packed by expert, added back with `moe_combine`; and rows in pair order,
 added back with `weighted_sum_batched`. Beside it stands the same layer through `jax.lax.ragged_dot`. All results are
 compared with NumPy in float64. `python -m ferrum_jax grouped` times `grouped_matmul` against `ragged_dot` alone,
-`python -m ferrum_jax bench` every op against what one would write in JAX today, and `python -m ferrum_jax parallel
+`python -m ferrum_jax bench` the main ops against what one would write in JAX today, and `python -m ferrum_jax parallel
 --devices N` spreads the layer's experts over N devices.
 """
 

@@ -36,9 +36,7 @@ class Op(NamedTuple):
 
     def __call__(self, *args: Any, implementation: str | None = None, **params: Any) -> Any:
         """Check the arguments and bind one equation. One result comes bare, several as a list."""
-        if implementation not in (None, *kernels.IMPLEMENTATIONS):
-            choices = ", ".join(map(repr, (None, *kernels.IMPLEMENTATIONS)))
-            raise ValueError(f"{self.name}: implementation must be one of {choices}; got {implementation!r}")
+        _signature.one_of(self.name, "implementation", implementation, (None, *kernels.IMPLEMENTATIONS))
         operands = equally_varying(_signature.canonical(self.name, self.signature, args))
         results = self.primitive.bind(*operands, implementation=implementation, **params)
         return results if len(self.signature.results) > 1 else results[0]
@@ -345,7 +343,8 @@ def which(
     equations = [e for e in found if kernels.served(_ops[e.primitive].name)] or found[:1]
     if len(equations) != 1:
         found = ", ".join(e.primitive.name for e in equations) or "none"
-        raise ValueError(f"which: {op_function} must run one op of ferrum_jax; it runs {found}")
+        name = getattr(op_function, "__name__", op_function)
+        raise ValueError(f"which: {name} must run one op of ferrum_jax; it runs {found}")
     (equation,) = equations
     platform = platform or jax.default_backend()
     platform = "cuda" if platform == "gpu" else platform

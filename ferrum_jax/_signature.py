@@ -14,7 +14,7 @@ parameter `dtype` names. Trailing operands may be left out of a call.
 import math
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -63,6 +63,20 @@ def as_int(op: str, name: str, value: Any, least: int = 1, most: int = INT32_MAX
     if not least <= number <= most:
         raise ValueError(f"{op}: {name} must be in [{least}, {most}]; got {number}")
     return number
+
+
+def one_of(op: str, name: str, value: Any, choices: Sequence[Any]) -> None:
+    if value not in choices:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+
+
+def as_mask(op: str, token_mask: Any, shape: tuple[int, ...]) -> jax.Array:
+    mask = jnp.asarray(token_mask)
+    if mask.dtype != jnp.bool_:
+        raise TypeError(f"{op}: token_mask must be bool; got {mask.dtype}")
+    if mask.shape != shape:
+        raise ValueError(f"{op}: token_mask must have shape {shape}, one entry a token; got {mask.shape}")
+    return mask
 
 
 def canonical(op: str, signature: Signature, args: tuple[Any, ...]) -> list[jax.Array]:

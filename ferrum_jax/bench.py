@@ -1,4 +1,4 @@
-"""`python -m ferrum_jax bench`: every op beside what one would write in JAX today, checked, then timed, in one run.
+"""`python -m ferrum_jax bench`: the main ops beside what one would write in JAX today, checked, then timed, in one run.
 
 On a GPU a time is that of the kernels, by CUPTI: the median over calls that rotate through inputs, 256 MiB of them or
 64 sets, so that all but small inputs come from memory, not from a cache. A chain of small kernels is timed by the clock
@@ -27,6 +27,8 @@ import jax.numpy as jnp
 from jax import lax
 
 import ferrum_jax
+
+from .layer import usual_block_size
 
 
 class Model(NamedTuple):
@@ -72,8 +74,7 @@ class Size(NamedTuple):
 
     @property
     def block(self) -> int:
-        """Rows of a block: the power of two in [16, 128] that holds an average expert's."""
-        return min(max(1 << (-(-self.P // self.E) - 1).bit_length(), 16), 128)
+        return usual_block_size(self.P, self.E)
 
     @property
     def S(self) -> int:

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from ._primitive import define
-from ._signature import INT32_MAX, as_int, canonical, parse
-from .routing import RouterOutput
+from ._signature import INT32_MAX, as_int, canonical, one_of, parse
+from .routing import RouterOutput, rankable
 from .tables import moe_build_pairs_by_token
 
 PRIORITIES = ("token", "weight")
@@ -52,8 +52,7 @@ def limit_capacity(
     op = "limit_capacity"
     if not (isinstance(router_output, tuple) and len(router_output) == 2):
         raise TypeError(f"{op}: router_output must be a RouterOutput; got {type(router_output).__name__}")
-    if priority not in PRIORITIES:
-        raise ValueError(f"{op}: priority must be one of {', '.join(map(repr, PRIORITIES))}; got {priority!r}")
+    one_of(op, "priority", priority, PRIORITIES)
     num_experts = as_int(op, "num_experts", num_experts, most=INT32_MAX - 1)
     capacity = as_int(op, "capacity", capacity, 0)
     ids, weights = canonical(op, parse("expert_ids: ids[T,K], expert_weights: weights[T,K] ->"), router_output)
@@ -78,10 +77,8 @@ def _rank_meaning(expert_ids: jax.Array, weights: jax.Array | None = None, *, nu
 
 def _descending(weights: jax.Array) -> jax.Array:
     """Integers that ascend where the weights descend. XLA would compare the floats without their subnormals."""
-    bits = lax.bitcast_convert_type(weights, jnp.int32)
-    bits = jnp.where(bits == jnp.int32(-(2**31)), 0, bits)
-    key = ~(bits ^ ((bits >> 31) & 0x7FFFFFFF))
-    return jnp.where((bits & 0x7FFFFFFF) > 0x7F800000, INT32_MAX, key)
+    bits = lax.bitcast_convert_type(rankable(weights), jnp.int32)
+    return ~(bits ^ ((bits >> 31) & 0x7FFFFFFF))
 
 
 # A pair's place among those of its expert, in the order of pair ids or of weights; -1 without an expert.

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from . import _signature
-from ._signature import as_int
+from ._signature import as_int, one_of
 from .combine import moe_combine, moe_dispatch, weighted_sum_batched
 from .grouped import grouped_matmul
 from .routing import RouterOutput, route_topk_softmax
@@ -94,7 +94,7 @@ def moe_mlp(
     (5, 4)
     """
     act = _chosen(activation)
-    x, logits, routed, w_gate_up, w_down, b_gate_up, b_down = _checked(
+    x, logits, routed, w_gate_up, w_down, b_gate_up, b_down = checked(
         x, router_logits, router_output, w_gate_up, w_down, b_gate_up, b_down
     )
     lead, num_experts = x.shape[:-1], w_gate_up.shape[0]
@@ -109,11 +109,12 @@ def moe_mlp(
         if top_k is not None and top_k != routed[0].shape[-1]:
             raise ValueError(f"{_OP}: top_k must be that of router_output, {routed[0].shape[-1]}; got {top_k}")
         ids, weights = (r.reshape(-1, r.shape[-1]) for r in routed)
+    one_of(_OP, "flow", flow, (None, *FLOWS))
     if flow is None:
         flow = "pair_ids" if x.size * x.dtype.itemsize <= 2**25 else "packed"
-    if flow not in FLOWS:
-        raise ValueError(f"{_OP}: flow must be None, 'packed' or 'pair_ids'; got {flow!r}")
-    block_size = _block_size(ids.size, num_experts) if block_size is None else as_int(_OP, "block_size", block_size)
+    block_size = (
+        usual_block_size(ids.size, num_experts) if block_size is None else as_int(_OP, "block_size", block_size)
+    )
     run: dict[str, Any] = {"implementation": implementation}
     plan = None
     if flow == "packed":
@@ -154,7 +155,8 @@ def _plus(rows: jax.Array, bias: jax.Array | None) -> jax.Array:
     return rows.astype(jnp.float32) + (0 if bias is None else bias.astype(jnp.float32))
 
 
-def _block_size(num_pairs: int, num_experts: int) -> int:
+def usual_block_size(num_pairs: int, num_experts: int) -> int:
+    """The power of two in [16, 128] that holds the rows of an average expert."""
     average = -(-num_pairs // num_experts)
     return min(max(1 << (average - 1).bit_length() if average else 0, 16), 128)
 
@@ -168,7 +170,7 @@ def _chosen(activation: Any) -> Any:
     return ACTIVATIONS[activation]
 
 
-def _checked(
+def checked(
     x: Any, router_logits: Any, router_output: Any, w_gate_up: Any, w_down: Any, b_gate_up: Any, b_down: Any
 ) -> tuple[Any, ...]:
     """The arguments as arrays, each checked against the others; those that are None stay so."""

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ._signature import INT32_MAX, as_int, canonical, parse
+from ._signature import INT32_MAX, as_int, as_mask, canonical, one_of, parse
 from .tables import moe_build_pairs_by_token
 
 NORMALIZATIONS = ("huggingface", "switch", "deepseek")
@@ -68,8 +68,8 @@ def load_balancing_loss(
     [2.0, 1.0]
     """
     op = "load_balancing_loss"
-    _one_of(op, "normalization", normalization, NORMALIZATIONS)
-    _one_of(op, "scoring", scoring, SCORINGS)
+    one_of(op, "normalization", normalization, NORMALIZATIONS)
+    one_of(op, "scoring", scoring, SCORINGS)
     logits, ids = canonical(op, parse("logits: rows[T,E], expert_ids: ids[T,K] ->"), (logits, expert_ids))
     num_experts = as_int(op, "num_experts", num_experts, most=INT32_MAX - 1)
     if logits.shape[-1] != num_experts:
@@ -154,7 +154,7 @@ def expert_counts(
     (ids,) = canonical(op, parse("expert_ids: ids[T,K] ->"), (expert_ids,))
     num_experts = as_int(op, "num_experts", num_experts, most=INT32_MAX - 1)
     if token_mask is not None:
-        ids = jnp.where(_mask(op, token_mask, ids.shape[:-1])[..., None], ids, -1)
+        ids = jnp.where(as_mask(op, token_mask, ids.shape[:-1])[..., None], ids, -1)
     return _psum(_counts(ids, num_experts), _names(axis_name))
 
 
@@ -207,26 +207,12 @@ def _at_most_int32(counts: Any) -> Any:
     return (jnp if isinstance(array, jax.Array) else np).minimum(array, array.dtype.type(INT32_MAX))
 
 
-def _one_of(op: str, name: str, value: Any, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
-
-
-def _mask(op: str, token_mask: Any, shape: tuple[int, ...]) -> jax.Array:
-    mask = jnp.asarray(token_mask)
-    if mask.dtype != jnp.bool_:
-        raise TypeError(f"{op}: token_mask must be bool; got {mask.dtype}")
-    if mask.shape != shape:
-        raise ValueError(f"{op}: token_mask must have shape {shape}, one entry a token; got {mask.shape}")
-    return mask
-
-
 def _tokens(op: str, logits: jax.Array, token_mask: Any) -> tuple[jax.Array, jax.Array]:
     """The logits in float32, zeros in place of rows that do not count, and which do."""
     x = logits.astype(jnp.float32)
     live = ~jnp.all(x == -jnp.inf, axis=-1)
     if token_mask is not None:
-        live &= _mask(op, token_mask, live.shape)
+        live &= as_mask(op, token_mask, live.shape)
     return jnp.where(live[..., None], x, 0), live
 
 

@@ -21,7 +21,7 @@ try:
 except ImportError as error:
     raise ImportError("ferrum_jax.nnx needs flax: pip install 'ferrum_jax[nnx]'") from error
 
-from ._signature import ROW_DTYPES, as_int
+from ._signature import ROW_DTYPES, as_int, one_of
 from .checkpoint import MoEParams
 from .layer import ACTIVATIONS, moe_mlp
 from .losses import NORMALIZATIONS, expert_counts, load_balancing_loss, router_z_loss, update_routing_bias
@@ -154,8 +154,7 @@ class MoE(nnx.Module):
         size |= {"FF": 2 * size["F"], "SS": 2 * as_int("MoE", "shared_width", size["S"], least=0)}
         if chosen.shared_gate and not size["S"]:
             raise ValueError("MoE: shared_gate needs shared_experts or shared_width >= 1; got 0")
-        if normalization not in NORMALIZATIONS:
-            raise ValueError(f"MoE: normalization must be one of {NORMALIZATIONS}; got {normalization!r}")
+        one_of("MoE", "normalization", normalization, NORMALIZATIONS)
         names = dict(partition or {})
         if unknown := names.keys() - set(_PARTITIONED):
             raise ValueError(f"MoE: partition must name axes of {_PARTITIONED}; got {', '.join(sorted(unknown))}")
@@ -206,10 +205,10 @@ class MoE(nnx.Module):
         if mask is not None and mask.shape == x.shape[:-1]:  # or `route` says what is wrong with it
             x = jnp.where(mask[..., None], x, jnp.zeros((), x.dtype))
         logits = self.logits(x)
-        routed = self.route(logits, token_mask=token_mask)
+        routed = self.route(logits, token_mask=mask)
         # Elsewhere flax's sow is deprecated: it would grow the module by an entry at each call.
         if hasattr(self, "__captures__"):
-            self._sow(logits, routed.expert_ids, token_mask)
+            self._sow(logits, routed.expert_ids, mask)
         # Of two different ones of the three dtypes, float32 is what they promote to.
         x = x.astype(self.dtype or (x.dtype if x.dtype == self.w_gate_up.dtype else jnp.float32))
         out = self._routed(x, routed)

@@ -15,7 +15,7 @@ from jax import lax
 
 from . import layer
 from ._primitive import equally_varying
-from ._signature import INT32_MAX, as_int, canonical, parse
+from ._signature import INT32_MAX, as_int, canonical, one_of, parse
 from .combine import moe_combine, moe_dispatch
 from .routing import RouterOutput, route_topk_softmax
 from .tables import moe_build_pairs_by_token
@@ -23,7 +23,7 @@ from .tables import moe_build_pairs_by_token
 EXCHANGES = ("gather", "padded", "ragged")
 _OP = "parallel.moe_mlp"
 
-# Bytes that an NVLink of 450 GB/s carries in 10 microseconds, about what starting one more collective takes.
+# Bytes that an NVLink of 450 GB/s carries in 10 microseconds: so long, it is assumed, is one more collective's start.
 _FEW_BYTES = 2**22
 
 
@@ -158,8 +158,7 @@ def moe_mlp(
     """
     axis_name = tuple(axis_name) if isinstance(axis_name, list) else axis_name
     devices = _axis_size(axis_name)
-    if exchange not in (None, *EXCHANGES):
-        raise ValueError(f"{_OP}: exchange must be one of {', '.join(map(repr, (None, *EXCHANGES)))}; got {exchange!r}")
+    one_of(_OP, "exchange", exchange, (None, *EXCHANGES))
     if capacity is not None:
         capacity = as_int(_OP, "capacity", capacity)
         if not return_dropped:
@@ -180,14 +179,14 @@ def moe_mlp(
         )
         router_logits = None
     biases = options.get("b_gate_up"), options.get("b_down")
-    x, _, (ids, weights), *_ = layer._checked(x, router_logits, router_output, w_gate_up, w_down, *biases)
+    x, _, (ids, weights), *_ = layer.checked(x, router_logits, router_output, w_gate_up, w_down, *biases)
     if top_k is not None and top_k != ids.shape[-1]:
         raise ValueError(f"{_OP}: top_k must be that of router_output, {ids.shape[-1]}; got {top_k}")
     shape, experts = x.shape, w_gate_up.shape[0]
     x, ids, weights = (a.reshape(-1, a.shape[-1]) for a in (x, ids, weights))
     x, ids, weights, _ = equally_varying([x, ids, weights, lax.axis_index(axis_name)])
     if block_size is None:
-        block_size = layer._block_size(ids.size, experts)
+        block_size = layer.usual_block_size(ids.size, experts)
 
     def local(rows: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
         return layer.moe_mlp(

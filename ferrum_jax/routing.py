@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ._primitive import define
-from ._signature import INT32_MAX, as_int, canonical, parse
+from ._signature import INT32_MAX, as_int, as_mask, canonical, one_of, parse
 
 SCORINGS = ("softmax", "topk_softmax", "sigmoid", "sqrt_softplus")
 GROUP_SCORES = ("top2_sum", "max")
@@ -105,15 +105,15 @@ def route_topk(
     top_k = as_int(op, "top_k", top_k, 1, experts)
     choice = _choice(op, experts, top_k, num_groups, group_top_k, group_score)
     weighing = _weighing(op, scoring, norm_topk_prob, scale, zero_sum)
-    bias, forced_ids, token_mask, expert_map = (
+    bias, forced_ids, expert_map = (
         _beside(op, term, value, shape)
         for term, value, shape in (
             ("bias: weights[E]", bias, None),
             ("forced_ids: ids[K]", forced_ids, (*lead, top_k)),
-            ("token_mask: bool", token_mask, tuple(lead)),
             ("expert_map: ids[E]", expert_map, (experts,)),
         )
     )
+    token_mask = None if token_mask is None else as_mask(op, token_mask, tuple(lead))
     if token_mask is not None:  # before the routing, so that no gradient meets what a masked row holds
         logits = jnp.where(token_mask[..., None], logits, jnp.zeros((), logits.dtype))
     if bias is not None:
@@ -180,7 +180,7 @@ def route_topk_softmax(
 
 def _choice(op: str, experts: int, top_k: int, num_groups: Any, group_top_k: Any, group_score: str) -> dict[str, Any]:
     """How experts are chosen. Groups that are all kept are none."""
-    _one_of(op, "group_score", group_score, GROUP_SCORES)
+    one_of(op, "group_score", group_score, GROUP_SCORES)
     none = {"num_groups": None, "group_top_k": None, "group_score": None}
     if num_groups is None and group_top_k is None:
         return none
@@ -207,8 +207,8 @@ def _choice(op: str, experts: int, top_k: int, num_groups: Any, group_top_k: Any
 
 def _weighing(op: str, scoring: str, norm_topk_prob: bool, scale: Any, zero_sum: str) -> dict[str, Any]:
     """How the chosen experts are weighed."""
-    _one_of(op, "scoring", scoring, SCORINGS)
-    _one_of(op, "zero_sum", zero_sum, ZERO_SUMS)
+    one_of(op, "scoring", scoring, SCORINGS)
+    one_of(op, "zero_sum", zero_sum, ZERO_SUMS)
     if not isinstance(scale, numbers.Real):
         raise TypeError(
             f"{op}: scale must be a Python number, known when the function is traced; got {type(scale).__name__}"
@@ -223,22 +223,12 @@ def _weighing(op: str, scoring: str, norm_topk_prob: bool, scale: Any, zero_sum:
     return {"scoring": scoring, "norm_topk_prob": norm, "scale": float(scale), "zero_sum": zero_sum}
 
 
-def _one_of(op: str, name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
-
-
 def _beside(op: str, term: str, value: Any, shape: tuple[Any, ...] | None) -> Any:
     """An optional array that goes with the logits, of the shape that these give it."""
     if value is None:
         return None
-    name, _, kind = term.partition(": ")
-    if kind == "bool":
-        array = jnp.asarray(value)
-        if array.dtype != jnp.bool_:
-            raise TypeError(f"{op}: {name} must be bool; got {array.dtype}")
-    else:
-        (array,) = canonical(op, parse(f"{term} -> "), (value,))
+    name = term.partition(":")[0]
+    (array,) = canonical(op, parse(f"{term} -> "), (value,))
     if shape is not None and array.shape != shape:
         raise ValueError(f"{op}: {name} must have shape {shape}, for these logits; got {array.shape}")
     return array
@@ -257,20 +247,20 @@ def _choose(
     group_score: str | None,
 ) -> jax.Array:
     if bias is None and num_groups is None:
-        return lax.top_k(_rankable(x), top_k)[1].astype(jnp.int32)
+        return lax.top_k(rankable(x), top_k)[1].astype(jnp.int32)
     scores = _score(x, scoring) if bias is None else _score(x, scoring) + bias
     if num_groups is None or group_top_k is None:
-        return lax.top_k(_rankable(scores), top_k)[1].astype(jnp.int32)
+        return lax.top_k(rankable(scores), top_k)[1].astype(jnp.int32)
     # The groups kept, in order of their experts' ids, side by side: what is not there cannot be chosen, NaN or not.
     groups = scores.reshape(num_groups, -1)
-    best = lax.top_k(_rankable(groups), 2 if group_score == "top2_sum" else 1)[0]
-    kept = jnp.sort(lax.top_k(_rankable(jnp.sum(best, axis=1)), group_top_k)[1])
-    place = lax.top_k(_rankable(groups[kept].reshape(-1)), top_k)[1]
+    best = lax.top_k(rankable(groups), 2 if group_score == "top2_sum" else 1)[0]
+    kept = jnp.sort(lax.top_k(rankable(jnp.sum(best, axis=1)), group_top_k)[1])
+    place = lax.top_k(rankable(groups[kept].reshape(-1)), top_k)[1]
     size = groups.shape[1]
     return (kept[place // size] * size + place % size).astype(jnp.int32)
 
 
-def _rankable(x: jax.Array) -> jax.Array:
+def rankable(x: jax.Array) -> jax.Array:
     """Floats which lax.top_k, that compares bits, ranks as the contract says: -0 as +0, and every NaN below -inf."""
     bits = lax.bitcast_convert_type(x, jnp.int32)
     bits = jnp.where(bits == jnp.int32(-(2**31)), 0, bits)

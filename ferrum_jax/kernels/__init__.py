@@ -187,6 +187,12 @@ def target_capability(device_kind: str | None = None) -> int | None:
     return next((c for name, c in _CAPABILITIES.items() if name in kind), 90) if kind else None
 
 
+def lead_axes(*operands: tuple[Any, int]) -> tuple[int, ...]:
+    """The broadcast leading axes of operands, each given with its count of trailing axes."""
+    leads = (x.shape[: x.ndim - trailing] for x, trailing in operands)
+    return tuple(next((n for n in sizes if n != 1), 1) for sizes in zip(*leads, strict=True))
+
+
 _interpreting = jax.make_user_context(False)
 
 

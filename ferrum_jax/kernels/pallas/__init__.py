@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from .. import lead_axes as lead_axes
 from .. import target_capability
 
 NEEDS_JAX = (0, 11, 2)
@@ -135,12 +136,6 @@ class _Tee(io.StringIO):
     def write(self, text: str) -> int:
         self.stream.write(text)
         return super().write(text)
-
-
-def lead_axes(*operands: tuple[Any, int]) -> tuple[int, ...]:
-    """The broadcast leading axes of operands, each given with its count of trailing axes."""
-    leads = (x.shape[: x.ndim - trailing] for x, trailing in operands)
-    return tuple(next((n for n in sizes if n != 1), 1) for sizes in zip(*leads, strict=True))
 
 
 def split(n: jax.Array, by: int) -> tuple[jax.Array, jax.Array]:

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from .. import lead_axes as lead_axes
 from .. import target_capability
 
 
@@ -51,12 +52,6 @@ def launch(
             **constants,
         )
     )
-
-
-def lead_axes(*operands: tuple[Any, int]) -> tuple[int, ...]:
-    """The broadcast leading axes of operands, each given with its count of trailing axes."""
-    leads = (x.shape[: x.ndim - trailing] for x, trailing in operands)
-    return tuple(next((n for n in sizes if n != 1), 1) for sizes in zip(*leads, strict=True))
 
 
 # ---- the interpreter: a second copy of Triton and of the kernel files, because Triton decides at import whether it
