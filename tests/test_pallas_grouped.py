@@ -67,6 +67,25 @@ def test_a_batch_and_tables_made_by_hand():
         np.testing.assert_allclose(np.float32(got), np.float32(want), rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize("width", [64, 192, 256, 320])
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_what_is_stored_as_one_piece_of_memory_ends_with_its_row(width, top_k, monkeypatch):
+    """Mosaic copies such a piece by addresses, past the row's end into the next; its interpreter does not."""
+    args = grouped_args(rng("piece"), Size(5, 3, 2, 256, 8), "bfloat16", pair_ids=top_k == 2)
+    copy, pieces = grouped.plgpu.copy_smem_to_gmem, []
+
+    def spy(source, to, **kwargs):
+        (rows, columns), whole = to.shape, to.ref.shape[1]
+        pieces.extend([(columns, whole)] if len(to.shape) == 2 and (rows == 1 or columns == whole) else [])
+        return copy(source, to, **kwargs)
+
+    monkeypatch.setattr(grouped.plgpu, "copy_smem_to_gmem", spy)
+    rhs = np.zeros((3, 256, width), args[1].dtype)
+    jax.make_jaxpr(lambda *a: grouped.grouped_matmul(*a, top_k=top_k, dtype="bfloat16"))(args[0], rhs, *args[2:])
+    assert pieces
+    assert all(whole % columns == 0 for columns, whole in pieces), pieces
+
+
 # ---- what the kernels are told about a table
 
 
