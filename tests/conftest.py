@@ -27,9 +27,13 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     """What Pallas has no kernel for it refuses, which test_implementations tests; here is nothing more to test.
 
-    Nor is there for several GPUs where there are fewer.
+    Nor is there with a JAX that has no Pallas kernels, or for several GPUs where there are fewer.
     """
-    items[:] = [item for item in items if not refused(item) and not lacks_gpus(item)]
+    items[:] = [item for item in items if not (refused(item) or lacks_pallas(item) or lacks_gpus(item))]
+
+
+def lacks_pallas(item):
+    return "pallas" not in KERNELS and item.get_closest_marker("pallas") is not None
 
 
 def lacks_gpus(item):

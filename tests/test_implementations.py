@@ -6,11 +6,8 @@ import numpy as np
 import pytest
 from cases import OPS, SMALL, rng
 from compiled import needs_plugin
-from conftest import KERNELS
 
 import ferrum_jax
-
-needs_pallas = pytest.mark.skipif("pallas" not in KERNELS, reason="the Pallas kernels need a newer JAX")
 
 
 @pytest.mark.parametrize("op", OPS, ids=str)
@@ -98,7 +95,7 @@ def test_combine_takes_what_was_measured(k, taken, other, why):
 
 @needs_plugin
 @pytest.mark.parametrize(("pairs", "taken"), [((16, 8), "xla"), ((128, 8), "pallas"), ((8192, 8), "xla")])
-@needs_pallas
+@pytest.mark.pallas
 def test_the_weighted_sum_by_its_size(pairs, taken):
     choice = chosen(ferrum_jax.weighted_sum_batched, (*pairs, 16), pairs)
     assert choice.implementation == taken
@@ -112,7 +109,7 @@ def test_the_weighted_sum_by_its_size(pairs, taken):
 
 
 @needs_plugin
-@needs_pallas
+@pytest.mark.pallas
 @pytest.mark.parametrize(
     ("tokens", "unique", "taken"), [(16, True, "xla"), (8192, True, "pallas"), (16, False, "triton")]
 )

@@ -496,7 +496,7 @@ def test_triton_compiles_for_an_h200_without_spills(model):
 
 @needs_plugin
 @needs_pjrt
-@pytest.mark.skipif("pallas" not in KERNELS, reason="Pallas kernels need a newer JAX")
+@pytest.mark.pallas
 def test_pallas_compiles_for_an_h200_without_spills():
     for model in REAL:
         text, kernels = whole_program_for_h200(*real(model, "pallas"))
