@@ -1,4 +1,4 @@
-"""Routing: one launch, one read of the logits."""
+"""Routing: one launch, one read of all logits, and one of the chosen ones."""
 
 import math
 
@@ -9,21 +9,35 @@ import triton.language as tl
 from . import launch, lead_axes
 
 _LOWEST = tl.constexpr(-(2**31))  # below every rank: no expert, or one that is taken
+_NAN = tl.constexpr(-(2**31) + 2**22)  # between that and the rank of -inf, also without the last 22 bits
 _LOG_EPS = tl.constexpr(math.log(1e-20))
 MAX_LANES = 16384
+
+# What was changed, and what came of it: instructions of a warp per token, in the machine code for an H200, K=8 bfloat16
+# logits, Triton 3.6.0. An H100 took the first column's kernel 7.4 us at T=8192 E=128 and 64.8 at T=65536 E=256, which
+# is what its instructions of the slow kind, two cycles each, add up to. The last column's has not been timed.
+#
+#   change                                                                        E=128   E=256
+#   the best rank, then the least lane that has it; crossed out                   344     576
+#   one maximum over rank and lane in one word; subtracted, not crossed out       185     480
+#   four rows a warp also at E=256, so that the weights are divided among lanes   185     315
+#   rank and word made in one; offsets of 32 bits in the tile                     174     293
+#   ids stored and read back, so that weights are computed once, not in each lane 155     244
+EXACT_LANES = {"bfloat16": 2**15, "float16": 2**12}  # up to which 31 bits have room for a whole logit and its lane
 
 
 @triton.jit
 def rank(x):
     # A float32's place among all: -0 as +0, NaN of either sign below -inf.
     bits = x.to(tl.int32, bitcast=True)
-    bits = tl.where(bits == _LOWEST, 0, bits)
-    return tl.where(x == x, bits ^ ((bits >> 31) & 0x7FFFFFFF), _LOWEST + 1)
+    sign = bits >> 31
+    return tl.where(x == x, (bits ^ (sign & 0x7FFFFFFF)) - sign, _NAN)
 
 
 @triton.jit
 def unrank(key):
-    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    sign = key >> 31
+    return ((key + sign) ^ (sign & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -104,53 +118,88 @@ def in_best_groups(key, GROUPS: tl.constexpr, KEPT: tl.constexpr, TOP2: tl.const
 
 
 @triton.jit
+def best_lanes(x, allowed, K: tl.constexpr, CHOICES: tl.constexpr, EXACT: tl.constexpr, ALL: tl.constexpr):
+    # The allowed lanes with each row's K best values, of equal ones the first: [rows, CHOICES].
+    LANES: tl.constexpr = x.shape[1]
+    lane = tl.arange(0, LANES)[None, :]
+    column = tl.arange(0, CHOICES)[None, :]
+    # One word holds a value's first bits, as a number in their order, and below them the lane, counted from the last:
+    # one maximum finds both. It has 31 bits, so that the next maximum is the largest of those that the last one makes
+    # negative when it is subtracted from all: nothing is crossed out.
+    bits = x.to(tl.int32, bitcast=True)
+    sign = bits >> 31
+    word = ((bits >> 1) ^ (sign & 0x3FFFFFFF)) - sign
+    if not EXACT:
+        word = word & -LANES
+    word = tl.where(x == x, word, _NAN >> 1) + (LANES - 1 - lane - 2**30)
+    if not ALL:
+        word = tl.where(allowed, word, -(2**31))
+    last = tl.zeros([x.shape[0], 1], tl.int32)
+    words = tl.zeros([x.shape[0], CHOICES], tl.int32)
+    unsure = tl.zeros([x.shape[0], 1], tl.int32)
+    for k in range(K + (0 if EXACT else 1)):
+        best = last + tl.max((word - last).to(tl.uint32, bitcast=True), 1)[:, None].to(tl.int32, bitcast=True)
+        words = tl.where(column == k, best, words)
+        if not EXACT:
+            unsure = tl.where(((best ^ last) & -LANES) == 0, 1, unsure)  # the bits left out decide
+        last = best
+    chosen = LANES - 1 - (words & (LANES - 1))
+    if not EXACT:  # noqa: SIM102 (decided when it is compiled, unlike the next)
+        if tl.max(unsure) > 0:
+            key = tl.where(allowed, rank(x), _LOWEST)
+            for place in range(K):
+                _, first = first_best(key, lane, LANES)
+                chosen = tl.where(column == place, first, chosen)
+                key = tl.where(lane == first, _LOWEST, key)
+    return chosen
+
+
+@triton.jit
 def route(
     logits, bias, ids, weights,
     tokens: tl.constexpr, E: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
     CHOICES: tl.constexpr, SCORING: tl.constexpr, NORM: tl.constexpr, SCALE: tl.constexpr, ZERO_SUM: tl.constexpr,
     BIAS_TOKENS: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, TOP2: tl.constexpr,
-    SIZE: tl.constexpr, WIDTH: tl.constexpr,
+    SIZE: tl.constexpr, WIDTH: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    # A program routes ROWS tokens. Up to 1,024 lanes it is one warp, which keeps its rows in registers and shares
-    # nothing. It reads the logits once and K times takes each row's largest rank key, of equal ones the smallest id;
-    # K ids and weights are all it writes. The key is the logit's bits, or those of its score plus bias where experts
-    # are chosen by that. A group of SIZE experts has WIDTH lanes; BIAS_TOKENS tokens share a row of the bias.
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    # A program routes ROWS tokens. Up to 1,024 lanes it is one warp, which keeps its rows in registers. It reads all
+    # logits once, for the choice, and the chosen ones again; K ids and weights are all it writes. It chooses by the
+    # logits, or by their scores plus bias. A group of SIZE experts has WIDTH lanes; BIAS_TOKENS tokens share a row of
+    # the bias.
+    first_row = tl.program_id(0).to(tl.int64) * ROWS
+    row = tl.arange(0, ROWS)[:, None]
+    there = row < tokens - first_row
     lane = tl.arange(0, LANES)[None, :]
     expert = lane // WIDTH * SIZE + lane % WIDTH if GROUPS > 1 else lane
-    here = (lane % WIDTH < SIZE) & (expert < E)
-    live = (row < tokens) & here
-    x = tl.load(logits + row * E + expert, mask=live, other=float("-inf")).to(tl.float32)
+    allowed = tl.broadcast_to((lane % WIDTH < SIZE) & (expert < E), [ROWS, LANES])
+    logits += first_row * E
+    x = tl.load(logits + row * E + expert, mask=there & allowed, other=float("-inf")).to(tl.float32)
 
-    BY_LOGIT: tl.constexpr = BIAS_TOKENS == 0 and GROUPS == 1
-    logit_key = tl.where(here, rank(x), _LOWEST)
-    key = logit_key
-    if SCORING == "softmax":  # what is asked of all logits is asked before the loop, which then holds nothing but ranks
-        broken = tl.max(tl.where((x == x) & (x < float("inf")), 0, 1), 1)[:, None] > 0
-        if not NORM or ZERO_SUM == "eps":
-            top = tl.max(tl.where(x == x, x, float("-inf")), 1)[:, None]
-            top = tl.where(top == float("-inf"), 0.0, top)
-            everything = tl.sum(tl.exp(x - top), 1)[:, None]
-    if not BY_LOGIT:
+    if SCORING == "softmax" and NORM and ZERO_SUM != "eps":
+        nan = tl.max(tl.where(x == x, 0, 1), 1)[:, None]
+    elif SCORING == "softmax":
+        top = tl.max(tl.where(x == x, x, float("-inf")), 1)[:, None]
+        top = tl.where(top == float("-inf"), 0.0, top)
+        everything = tl.sum(tl.exp(x - top), 1)[:, None]
+    value = x
+    if BIAS_TOKENS > 0 or GROUPS > 1:
         value = score(x, SCORING)
-        if BIAS_TOKENS > 0:
-            value += tl.load(bias + row // BIAS_TOKENS * E + expert, mask=live, other=0.0)
-        key = rank(value)
-    key = tl.where(here, key, _LOWEST)
+    if BIAS_TOKENS > 0:
+        at = (first_row + row) // BIAS_TOKENS * E + expert
+        value += tl.load(bias + at, mask=there & allowed, other=0.0)
     if GROUPS > 1:
-        key = in_best_groups(key, GROUPS, KEPT, TOP2, WIDTH)
+        allowed = in_best_groups(tl.where(allowed, rank(value), _LOWEST), GROUPS, KEPT, TOP2, WIDTH) > _LOWEST
+    chosen_lane = best_lanes(value, allowed, K, CHOICES, EXACT, E == LANES and GROUPS == 1)
+    chosen_id = chosen_lane // WIDTH * SIZE + chosen_lane % WIDTH if GROUPS > 1 else chosen_lane
     column = tl.arange(0, CHOICES)[None, :]
-    chosen_id = tl.zeros([ROWS, CHOICES], tl.int32)
-    chosen_key = tl.full([ROWS, CHOICES], _LOWEST, tl.int32)
-    for k in range(K):
-        best, first = first_best(key, expert, LANES)
-        chosen_id = tl.where(column == k, first, chosen_id)
-        if not BY_LOGIT:
-            best = tl.max(tl.where(expert == first, logit_key, _LOWEST), 1)[:, None]
-        chosen_key = tl.where(column == k, best, chosen_key)
-        key = tl.where(expert == first, _LOWEST, key)
+    kept = there & (column < K)
+    # What follows is for few numbers a row. Read back, they lie one to a thread, not all in every thread of a warp.
+    at = first_row * K + row * K + column
+    tl.store(ids + at, chosen_id, mask=kept)
+    tl.debug_barrier()
+    chosen_id = tl.load(ids + at, mask=kept, other=0)
+    chosen = tl.load(logits + row * E + chosen_id, mask=kept, other=float("-inf")).to(tl.float32)
 
-    chosen = tl.where(column < K, unrank(chosen_key), float("-inf"))
     power = exponent(chosen, SCORING)
     base = tl.zeros([ROWS, 1], tl.float32)
     if NORM:
@@ -167,11 +216,9 @@ def route(
             total += tl.exp(_LOG_EPS - base)
         otherwise: tl.constexpr = 1.0 / K if NORM and ZERO_SUM == "uniform" else 0.0
         weight = tl.where(total == 0.0, otherwise, weight / tl.where(total == 0.0, 1.0, total))
-    if SCORING == "softmax":
-        weight = tl.where(broken, float("nan"), weight)
-    kept = (row < tokens) & (column < K)
-    tl.store(ids + row * K + column, chosen_id, mask=kept)
-    tl.store(weights + row * K + column, weight * SCALE, mask=kept)
+    if SCORING == "softmax" and NORM and ZERO_SUM != "eps":
+        weight = tl.where(nan > 0, float("nan"), weight)
+    tl.store(weights + at, weight * SCALE, mask=kept)
 
 
 def _lanes(experts, num_groups):
@@ -208,8 +255,10 @@ def route_topk(
     if bias is not None:
         bias, bias_tokens = _shared_by(bias, lead)
     tokens, (lanes, width) = math.prod(lead), _lanes(experts, num_groups)
-    # 16 logits a lane keep a warp busy, unless that leaves multiprocessors idle: 4 warps for each of about 128.
-    rows = max(1, min(512 // lanes, triton.next_power_of_2(triton.cdiv(tokens, 512))))
+    exact = bias is None and num_groups is None and lanes <= EXACT_LANES.get(logits.dtype.name, 0)
+    # 32 logits a thread keep a warp busy, or 16 where those must be kept for a second look, unless that leaves
+    # multiprocessors idle: 16 warps for each of about 128.
+    rows = max(1, min((1024 if exact else 512) // lanes, triton.next_power_of_2(triton.cdiv(tokens, 2048))))
     return launch(
         route,
         logits,
@@ -233,4 +282,5 @@ def route_topk(
         TOP2=group_score == "top2_sum",
         SIZE=experts // (num_groups or 1),
         WIDTH=width,
+        EXACT=exact,
     )
