@@ -525,6 +525,23 @@ def test_logits_a_last_bit_apart(dtype, experts):
     np.testing.assert_allclose(weights, want.expert_weights, rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["xla", *KERNELS])
+@pytest.mark.parametrize("zero_sum", ["uniform", "zero", "eps"])
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_softmax_of_a_row_that_holds_what_is_not_chosen(name, zero_sum, norm, value):
+    """Every score is NaN, so the first experts are chosen; the weights are NaN all the same."""
+    x = np.zeros((2, 8), np.float32)
+    x[0, 7] = value
+    settings = {"norm_topk_prob": norm, "zero_sum": zero_sum, "implementation": name}
+    with ferrum_jax.interpret_kernels() if name in KERNELS else jax.disable_jit(False):
+        biased = route_topk(x, 2, bias=np.zeros(8, np.float32), **settings)
+        grouped = route_topk(x, 2, num_groups=4, group_top_k=1, **settings)
+    for ids, weights in (biased, grouped):
+        assert ids.tolist() == [[0, 1], [0, 1]]
+        assert np.isnan(weights).tolist() == [[True, True], [False, False]]
+
+
 @pytest.mark.parametrize("scoring", ["topk_softmax", "sigmoid", "sqrt_softplus"])
 def test_nan_beside_the_lanes_that_fill_up_a_group(scoring):
     """Three experts a group take four lanes: the fourth must pass for none of the next group's."""

@@ -13,17 +13,19 @@ _NAN = tl.constexpr(-(2**31) + 2**22)  # between that and the rank of -inf, also
 _LOG_EPS = tl.constexpr(math.log(1e-20))
 MAX_LANES = 16384
 
-# What was changed, and what came of it: instructions of a warp per token, in the machine code for an H200, K=8 bfloat16
-# logits, Triton 3.6.0. An H100 took the first column's kernel 7.4 us at T=8192 E=128 and 64.8 at T=65536 E=256, which
-# is what its instructions of the slow kind, two cycles each, add up to. The last column's has not been timed.
+EXACT_LANES = {"bfloat16": 2**15, "float16": 2**12}  # up to which 31 bits have room for a whole logit and its lane
+
+# What was changed, and what came of it: a warp's instructions per token, counted in the machine code for an H200 that
+# Triton 3.6.0 makes of K=8, bfloat16, T=8192 at E=128 and 65,536 at E=256. On an H100 the first row's kernel took 7.4
+# and 64.8 us, 2026-11-25; the others have not been timed.
 #
 #   change                                                                        E=128   E=256
-#   the best rank, then the least lane that has it; crossed out                   344     576
+#   the best rank, then the least lane that has it; crossed out                   341     570
 #   one maximum over rank and lane in one word; subtracted, not crossed out       185     480
 #   four rows a warp also at E=256, so that the weights are divided among lanes   185     315
 #   rank and word made in one; offsets of 32 bits in the tile                     174     293
 #   ids stored and read back, so that weights are computed once, not in each lane 155     244
-EXACT_LANES = {"bfloat16": 2**15, "float16": 2**12}  # up to which 31 bits have room for a whole logit and its lane
+#   +inf looked for beside NaN: with a bias or groups it may not be chosen        159     249
 
 
 @triton.jit
@@ -42,9 +44,8 @@ def unrank(key):
 
 @triton.jit
 def first_best(key, name, none):
-    # Each row's largest rank, and the smallest name that has it.
-    best = tl.max(key, 1)[:, None]
-    return best, tl.min(tl.where(key == best, name, none), 1)[:, None]
+    # The smallest name that has its row's largest rank.
+    return tl.min(tl.where(key == tl.max(key, 1)[:, None], name, none), 1)[:, None]
 
 
 @triton.jit
@@ -111,7 +112,7 @@ def in_best_groups(key, GROUPS: tl.constexpr, KEPT: tl.constexpr, TOP2: tl.const
     best = tl.where(group < GROUPS, best, _LOWEST)
     kept = tl.zeros([key.shape[0], WIDE], tl.int32)
     for _ in range(KEPT):
-        _, first = first_best(best, group, WIDE)
+        first = first_best(best, group, WIDE)
         kept = tl.where(group == first, 1, kept)
         best = tl.where(group == first, _LOWEST, best)
     return tl.reshape(tl.where(kept[:, :, None] > 0, by_group, _LOWEST), key.shape)
@@ -148,7 +149,7 @@ def best_lanes(x, allowed, K: tl.constexpr, CHOICES: tl.constexpr, EXACT: tl.con
         if tl.max(unsure) > 0:
             key = tl.where(allowed, rank(x), _LOWEST)
             for place in range(K):
-                _, first = first_best(key, lane, LANES)
+                first = first_best(key, lane, LANES)
                 chosen = tl.where(column == place, first, chosen)
                 key = tl.where(lane == first, _LOWEST, key)
     return chosen
@@ -176,7 +177,7 @@ def route(
     x = tl.load(logits + row * E + expert, mask=there & allowed, other=float("-inf")).to(tl.float32)
 
     if SCORING == "softmax" and NORM and ZERO_SUM != "eps":
-        nan = tl.max(tl.where(x == x, 0, 1), 1)[:, None]
+        broken = tl.max(tl.where(x < float("inf"), 0, 1), 1)[:, None]  # by a NaN or +inf, chosen or not
     elif SCORING == "softmax":
         top = tl.max(tl.where(x == x, x, float("-inf")), 1)[:, None]
         top = tl.where(top == float("-inf"), 0.0, top)
@@ -217,7 +218,7 @@ def route(
         otherwise: tl.constexpr = 1.0 / K if NORM and ZERO_SUM == "uniform" else 0.0
         weight = tl.where(total == 0.0, otherwise, weight / tl.where(total == 0.0, 1.0, total))
     if SCORING == "softmax" and NORM and ZERO_SUM != "eps":
-        weight = tl.where(nan > 0, float("nan"), weight)
+        weight = tl.where(broken > 0, float("nan"), weight)
     tl.store(weights + at, weight * SCALE, mask=kept)
 
 
