@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import OPS, SMALL, rng
-from compiled import for_h200, needs_plugin
+from compiled import for_h200, needs_pjrt, needs_plugin, whole_program_for_h200
 from jax import export
 from shapes import MODELS
 
@@ -173,3 +173,22 @@ def test_devices_share_the_interpreter():
         for _ in range(3):
             for g, w in zip(route(x), want, strict=True):
                 np.testing.assert_allclose(g, w, rtol=1e-6)
+
+
+@needs_pjrt
+def test_xla_computes_an_index_once():
+    """What makes an index stays out of the loop over a row's elements, which would compute it for each of them."""
+
+    def combine(rows, weights, ids, begin):
+        return ferrum_jax.moe_combine(rows, ids * 100 + begin[ids // 3], weights, implementation="xla")
+
+    def loops(f):
+        shapes = ((4096, 512), jnp.bfloat16), ((512, 8), jnp.float32), ((512, 8), jnp.int32), ((6,), jnp.int32)
+        program, _ = whole_program_for_h200(f, *(jax.ShapeDtypeStruct(*s) for s in shapes))
+        fusions = re.findall(r"^%?fused.*?^\}", program, re.MULTILINE | re.DOTALL)
+        return [text for text in fusions if "bf16[4096,512]" in text]
+
+    (loop,) = loops(combine)
+    assert loop.count(" gather(") == 1
+    (both,) = loops(lambda rows, weights, ids, begin: rows.at[ids * 100 + begin[ids // 3]].get(mode="clip") + 1)
+    assert both.count(" gather(") == 2  # so it would be

@@ -1,6 +1,7 @@
 """Experts spread over devices: equal to the unsharded layer, nothing lost unless counted, the collective asked for."""
 
 import functools
+import itertools
 import os
 import pathlib
 import re
@@ -33,11 +34,12 @@ def one_after_another(
     """What JAX documents of ragged_all_to_all, from collectives that a CPU has. Its derivatives stay JAX's own."""
     me = lax.axis_index(axis_name)
     sent, begin, put = (lax.all_gather(a, axis_name) for a in (operand, input_offsets, output_offsets))
-    place = jnp.arange(output.shape[0], dtype=jnp.int32)[None] - put[:, me, None]
+    begin, put = (a.reshape(len(sent), len(sent), -1)[:, me].reshape(-1) for a in (begin, put))  # [sender, part]
+    place = jnp.arange(output.shape[0], dtype=jnp.int32)[None] - put[:, None]
     inside = (place >= 0) & (place < recv_sizes[:, None])
-    sender = jnp.argmax(inside, axis=0)
-    row = jnp.take_along_axis(place + begin[:, me, None], sender[None], axis=0)[0]
-    rows = sent.at[sender, row].get(mode="clip")
+    slice_id = jnp.argmax(inside, axis=0)
+    row = jnp.take_along_axis(place + begin[:, None], slice_id[None], axis=0)[0]
+    rows = sent.at[slice_id // (len(begin) // len(sent)), row].get(mode="clip")
     return jnp.where(jnp.any(inside, axis=0)[:, None], rows, output)
 
 
@@ -195,26 +197,26 @@ def test_overflow_is_counted_exactly_and_adds_nothing(exchange):
     assert counts[3] == 0
 
 
-def simulated(operands, outputs, sizes):
+def simulated(operands, outputs, sizes, parts):
     """jax.lax.ragged_all_to_all in NumPy, all devices; every slice must lie in its buffer, and no two writes meet."""
     outputs, written = [o.copy() for o in outputs], [np.zeros(len(o), int) for o in outputs]
-    for s, sender in enumerate(sizes):
-        for d, receiver in enumerate(sizes):
-            begin, size, put = (int(a[d]) for a in sender[:3])
-            assert size == receiver.recv_sizes[s]
-            assert 0 <= begin <= begin + size <= len(operands[s])
-            assert 0 <= put <= put + size <= len(outputs[d])
-            outputs[d][put : put + size] = operands[s][begin : begin + size]
-            written[d][put : put + size] += 1
+    for (s, sender), (d, receiver), part in itertools.product(enumerate(sizes), enumerate(sizes), range(parts)):
+        begin, size, put = (int(a[d * parts + part]) for a in sender[:3])
+        assert size == receiver.recv_sizes[s * parts + part]
+        assert 0 <= begin <= begin + size <= len(operands[s])
+        assert 0 <= put <= put + size <= len(outputs[d])
+        outputs[d][put : put + size] = operands[s][begin : begin + size]
+        written[d][put : put + size] += 1
     assert all(np.max(w, initial=0) <= 1 for w in written)
     return outputs
 
 
+@pytest.mark.parametrize("parts", [1, 3, 7])
 @pytest.mark.parametrize("capacity", [None, 0, 5, 11, 1000])
-def test_sizes_and_offsets(capacity):
+def test_sizes_and_offsets(capacity, parts):
     devices, experts, pairs = 4, 8, 10
     r = rng("offsets", capacity)
-    f = jax.jit(jax.vmap(functools.partial(exchange_sizes, capacity=capacity), (None, 0)))
+    f = jax.jit(jax.vmap(functools.partial(exchange_sizes, capacity=capacity, parts=parts), (None, 0)))
     for case in range(6):
         owner = [np.sort(r.integers(0, experts, size=r.integers(0, pairs + 1))) for _ in range(devices)]
         owner = [np.zeros_like(o) for o in owner] if case == 0 else owner
@@ -225,12 +227,12 @@ def test_sizes_and_offsets(capacity):
         )
         rows = devices * pairs if capacity is None else capacity
         packed = [np.array([(d, i, e) for i, e in enumerate(o)], int).reshape(-1, 3) for d, o in enumerate(owner)]
-        received = simulated(packed, [np.full((rows, 3), -1)] * devices, there)
+        received = simulated(packed, [np.full((rows, 3), -1)] * devices, there, parts)
         for d, got in enumerate(received):
             mine = np.concatenate([p[p[:, 2] // (experts // devices) == d] for p in packed])
             np.testing.assert_array_equal(got[: len(mine)], mine[:rows])
             assert np.all(got[len(mine) :] == -1)
-        returned = simulated(received, [np.full((pairs, 3), -1)] * devices, back)
+        returned = simulated(received, [np.full((pairs, 3), -1)] * devices, back, parts)
         for d, got in enumerate(returned):
             home = got[got[:, 0] >= 0]
             np.testing.assert_array_equal(home, packed[d][home[:, 1]])
@@ -328,13 +330,14 @@ def test_named_error(name):
 
 
 def test_named_errors_of_exchange_sizes():
-    for offsets, capacity, error, words in (
-        (np.zeros((3, 5), int), None, ValueError, ["expert_offsets", "(3, 5)"]),
-        (np.zeros(5, int), None, ValueError, ["expert_offsets", "(5,)"]),
-        (np.zeros((2, 5)), None, TypeError, ["expert_offsets", "float"]),
-        (np.zeros((2, 5), int), -1, ValueError, ["capacity", "-1"]),
+    for offsets, options, error, words in (
+        (np.zeros((3, 5), int), {}, ValueError, ["expert_offsets", "(3, 5)"]),
+        (np.zeros(5, int), {}, ValueError, ["expert_offsets", "(5,)"]),
+        (np.zeros((2, 5)), {}, TypeError, ["expert_offsets", "float"]),
+        (np.zeros((2, 5), int), {"capacity": -1}, ValueError, ["capacity", "-1"]),
+        (np.zeros((2, 5), int), {"parts": 0}, ValueError, ["parts", "got 0"]),
     ):
         with pytest.raises(error) as info:
-            exchange_sizes(offsets, 0, capacity=capacity)
+            exchange_sizes(offsets, 0, **options)
         for word in words:
             assert word in str(info.value), str(info.value)
