@@ -14,7 +14,7 @@ from .host import route_topk_into_host, upload_moe_routing
 from .kernels import export_checks, interpret_kernels
 from .layer import moe_mlp
 from .losses import expert_counts, load_balancing_loss, router_z_loss, update_routing_bias
-from .routing import RouterOutput, route_topk, route_topk_softmax
+from .routing import RouterOutput, moe_route_plan, route_topk, route_topk_softmax
 from .stats import RoutingStats, routing_stats
 from .tables import (
     MoePlan,
@@ -50,6 +50,7 @@ __all__ = [
     "moe_dispatch",
     "moe_mlp",
     "moe_plan",
+    "moe_route_plan",
     "route_topk",
     "route_topk_into_host",
     "route_topk_softmax",

@@ -232,16 +232,14 @@ def _gradient(argnums: tuple[int, ...], shape: Callable[[Size], tuple[int, ...]]
 DECODE_STEPS = 200
 
 
-def _decode(
-    s: Size, route: Callable[..., Any], plan: Callable[..., Any], combine: Callable[..., Any]
-) -> Callable[..., Any]:
+def _decode(s: Size, route_plan: Callable[..., Any], combine: Callable[..., Any]) -> Callable[..., Any]:
     """What decoders do around their products: each step's logits come from the last one's result."""
 
     def step(_: Any, carry: Any) -> Any:
         logits, seen, rows = carry
-        ids, weights = route(logits)
+        _, weights, *tables = route_plan(logits)
         # All of them whole, though only a part of each is used.
-        tables = lax.optimization_barrier(tuple(plan(ids)))
+        tables = lax.optimization_barrier(tables)
         out = lax.optimization_barrier(combine(rows, tables[0], weights))
         seen += out[:, 0].astype(jnp.float32)
         entry = jnp.stack([table.reshape(-1)[0] for table in tables]).astype(jnp.float32).sum()
@@ -262,6 +260,22 @@ def _route(s: Size, name: str | None) -> Callable[..., Any]:
 
 def _plan(s: Size, name: str | None) -> Callable[..., Any]:
     return lambda ids: tuple(ferrum_jax.moe_plan(ids, s.E, s.block, implementation=name))
+
+
+def _route_plan(s: Size, name: str | None) -> Callable[..., Any]:
+    def run(logits: jax.Array) -> tuple[jax.Array, ...]:
+        routed, plan = ferrum_jax.moe_route_plan(logits, s.K, s.block, implementation=name)
+        return *routed, *plan
+
+    return run
+
+
+def _route_plan_today(s: Size) -> Callable[..., Any]:
+    def run(logits: jax.Array) -> tuple[jax.Array, ...]:
+        ids, weights = softmax_top_k(logits, s.K)
+        return ids, weights, *argsort_plan(ids, s.E, s.block)
+
+    return run
 
 
 def _combine(s: Size, name: str | None) -> Callable[..., Any]:
@@ -339,6 +353,12 @@ OPS: Mapping[str, Op] = {
         lambda s: {"argsort": lambda ids: argsort_plan(ids, s.E, s.block)},
         lambda s: 4 * (3 * s.P + s.E + 1 + s.S + s.S // s.block + 1),
     ),
+    "moe_route_plan": Op(
+        _logits,
+        _route_plan,
+        lambda s: {"softmax+top_k, argsort": _route_plan_today(s)},
+        lambda s: s.T * s.E * s.item + 4 * (5 * s.P + s.E + 1 + s.S + s.S // s.block + 1),
+    ),
     "moe_dispatch": _DISPATCH,
     "moe_dispatch.backward": _gradient((0,), lambda s: (s.P, s.H), _DISPATCH),
     "moe_combine": _COMBINE,
@@ -361,15 +381,8 @@ OPS: Mapping[str, Op] = {
     ),
     "decode_step": Op(
         _decode_inputs,
-        lambda s, name: _decode(s, _route(s, name), _plan(s, name), _combine(s, name)),
-        lambda s: {
-            "argsort, einsum": _decode(
-                s,
-                functools.partial(softmax_top_k, top_k=s.K),
-                functools.partial(argsort_plan, num_experts=s.E, block_size=s.block),
-                gather_einsum,
-            )
-        },
+        lambda s, name: _decode(s, _route_plan(s, name), _combine(s, name)),
+        lambda s: {"argsort, einsum": _decode(s, _route_plan_today(s), gather_einsum)},
         lambda s: 2 * s.T * s.E * s.item + (s.T + s.P) * s.H * s.item + 4 * (5 * s.P + s.E + s.S + s.S // s.block),
         steps=DECODE_STEPS,
     ),

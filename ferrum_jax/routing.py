@@ -1,5 +1,6 @@
-"""Routing: the top_k experts of every token, and their weights."""
+"""Routing: the top_k experts of every token, and their weights; with the tables that follow, for few tokens."""
 
+import functools
 import math
 import numbers
 from typing import Any, NamedTuple
@@ -10,11 +11,13 @@ from jax import lax
 
 from ._primitive import define
 from ._signature import INT32_MAX, as_int, as_mask, canonical, one_of, parse
+from .tables import MoePlan, MoeRouting, checked, dump_if_asked, moe_plan, plan_meaning, table_sizes
 
 SCORINGS = ("softmax", "topk_softmax", "sigmoid", "sqrt_softplus")
 GROUP_SCORES = ("top2_sum", "max")
 ZERO_SUMS = ("uniform", "zero", "eps")
 _LOG_EPS = math.log(1e-20)
+ONE_LAUNCH = 4096  # pairs up to which routing and tables are one op
 
 
 class RouterOutput(NamedTuple):
@@ -105,19 +108,12 @@ def route_topk(
     top_k = as_int(op, "top_k", top_k, 1, experts)
     choice = _choice(op, experts, top_k, num_groups, group_top_k, group_score)
     weighing = _weighing(op, scoring, norm_topk_prob, scale, zero_sum)
-    bias, forced_ids, expert_map = (
-        _beside(op, term, value, shape)
-        for term, value, shape in (
-            ("bias: weights[E]", bias, None),
-            ("forced_ids: ids[K]", forced_ids, (*lead, top_k)),
-            ("expert_map: ids[E]", expert_map, (experts,)),
-        )
-    )
+    bias = None if bias is None else _bias(op, bias, len(lead))
+    forced_ids = _beside(op, "forced_ids: ids[K]", forced_ids, (*lead, top_k))
+    expert_map = _beside(op, "expert_map: ids[E]", expert_map, (experts,))
     token_mask = None if token_mask is None else as_mask(op, token_mask, tuple(lead))
     if token_mask is not None:  # before the routing, so that no gradient meets what a masked row holds
         logits = jnp.where(token_mask[..., None], logits, jnp.zeros((), logits.dtype))
-    if bias is not None:
-        bias = jnp.expand_dims(bias, tuple(range(bias.ndim - 1, len(lead))))
     if forced_ids is None:
         given = (logits,) if bias is None else (logits, bias)
         ids, weights = _route(*given, top_k=top_k, **choice, **weighing, implementation=implementation)
@@ -175,6 +171,59 @@ def route_topk_softmax(
     return RouterOutput(*_route(logits, top_k=top_k, **choice, **weighing, implementation=implementation))
 
 
+def moe_route_plan(
+    logits: jax.Array,
+    top_k: int,
+    block_size: int,
+    *,
+    pair_ids: bool = False,
+    num_experts: int | None = None,
+    implementation: str | None = None,
+    **router: Any,
+) -> tuple[RouterOutput, MoePlan]:
+    """`route_topk`, and `moe_plan` of what it chose. On a GPU that is one launch for the few tokens of a decode step.
+
+    Args:
+      logits: [..., T, E] float16, bfloat16 or float32.
+      top_k: K, experts per token, in [1, E], and in the groups kept.
+      block_size: slots in a block, >= 1.
+      pair_ids: live slots hold pair ids, not packed rows, as in `moe_plan`.
+      num_experts: experts of the tables; None: E, the usual. With an `expert_map`, as many as it maps to.
+      implementation: None (see `which`), "xla", "triton" or "pallas".
+      router: `scoring`, `norm_topk_prob`, `bias`, `num_groups`, `group_top_k`, `group_score`, `scale`, `zero_sum`,
+        `forced_ids`, `token_mask`, `expert_map`, as in `route_topk`: a preset, for one.
+
+    Returns:
+      (RouterOutput, MoePlan), bit for bit those of the two functions. Gradients are those of `route_topk`.
+
+    Raises:
+      As `route_topk` and `moe_plan`; ValueError also for logits with fewer than two axes.
+
+    >>> import jax.numpy as jnp
+    >>> routed, plan = moe_route_plan(jnp.array([[0.0, 2.0, 1.0], [3.0, 1.0, 0.0]]), 2, 2)
+    >>> routed.expert_ids.tolist(), plan.pairs_by_token.tolist(), plan.block_ids.tolist()
+    ([[1, 2], [0, 1]], [[1, 3], [0, 2]], [0, 1, 2])
+    """
+    op = "moe_route_plan"
+    (logits,) = canonical(op, parse("logits: rows[T,E] -> "), (logits,))
+    *lead, tokens, experts = logits.shape
+    run: dict[str, Any] = {"implementation": implementation}
+    bias, beside = router.get("bias"), ("forced_ids", "token_mask", "expert_map")
+    together = num_experts in (None, experts) and all(router.get(name) is None for name in beside)
+    together &= bias is None or jnp.ndim(bias) <= len(lead) + 1
+    if not (together and experts and tokens * as_int(op, "top_k", top_k, 1, experts) <= ONE_LAUNCH):
+        routed = route_topk(logits, top_k, **router, **run)
+        tables = experts if num_experts is None else num_experts
+        return routed, moe_plan(routed.expert_ids, tables, block_size, pair_ids=pair_ids, **run)
+    sizes = checked(op, experts, block_size)
+    settings = _settings(op, experts, top_k, **{k: v for k, v in router.items() if k not in ("bias", *beside)})
+    given = (logits,) if bias is None else (logits, _bias(op, bias, len(lead)))
+    found = _route_plan(*given, **settings, block_size=sizes["block_size"], pair_ids=bool(pair_ids), **run)
+    routed, plan = RouterOutput(*found[:2]), MoePlan(*found[2:])
+    dump_if_asked(MoeRouting(*plan[-3:]), routed.expert_ids, pair_ids, **sizes)
+    return routed, plan
+
+
 # ---- the settings, checked, in the one form that each meaning has
 
 
@@ -223,13 +272,37 @@ def _weighing(op: str, scoring: str, norm_topk_prob: bool, scale: Any, zero_sum:
     return {"scoring": scoring, "norm_topk_prob": norm, "scale": float(scale), "zero_sum": zero_sum}
 
 
-def _beside(op: str, term: str, value: Any, shape: tuple[Any, ...] | None) -> Any:
+def _settings(
+    op: str,
+    experts: int,
+    top_k: int,
+    *,
+    scoring: str = "softmax",
+    norm_topk_prob: bool = True,
+    num_groups: int | None = None,
+    group_top_k: int | None = None,
+    group_score: str = "top2_sum",
+    scale: float = 1.0,
+    zero_sum: str = "uniform",
+) -> dict[str, Any]:
+    """All of them, by the names and defaults of `route_topk`."""
+    choice = _choice(op, experts, top_k, num_groups, group_top_k, group_score)
+    return {"top_k": top_k, **choice, **_weighing(op, scoring, norm_topk_prob, scale, zero_sum)}
+
+
+def _bias(op: str, bias: Any, leading: int) -> jax.Array:
+    """The bias with as many leading axes as an operand beside it."""
+    (array,) = canonical(op, parse("bias: weights[E] -> "), (bias,))
+    return jnp.expand_dims(array, tuple(range(array.ndim - 1, leading)))
+
+
+def _beside(op: str, term: str, value: Any, shape: tuple[Any, ...]) -> Any:
     """An optional array that goes with the logits, of the shape that these give it."""
     if value is None:
         return None
     name = term.partition(":")[0]
     (array,) = canonical(op, parse(f"{term} -> "), (value,))
-    if shape is not None and array.shape != shape:
+    if array.shape != shape:
         raise ValueError(f"{op}: {name} must have shape {shape}, for these logits; got {array.shape}")
     return array
 
@@ -404,6 +477,32 @@ _route = define(
     _meaning,
     sizes=lambda size, top_k, **settings: {"K": top_k},
     jvp=_jvp,
+)
+
+
+def _route_plan_meaning(
+    logits: jax.Array, bias: jax.Array | None = None, *, block_size: int, pair_ids: bool, **settings: Any
+) -> tuple[jax.Array, ...]:
+    ids, weights = jax.vmap(functools.partial(_meaning, **settings), in_axes=(0, None))(logits, bias)
+    tables = plan_meaning(ids, num_experts=logits.shape[1], block_size=block_size, pair_ids=pair_ids)
+    return ids, weights, *tables
+
+
+def _route_plan_jvp(
+    primals: Any, results: Any, tangents: Any, *, block_size: int, pair_ids: bool, **settings: Any
+) -> tuple[Any, ...]:
+    return *_jvp(primals, results[:2], tangents, **settings), *(None for _ in results[2:])
+
+
+_route_plan = define(
+    "moe_route_plan",
+    "logits: rows[T,E], bias: weights[E] -> ids[T,K], weights[T,K], ids[T,K], ids[P], ids[O], ids[S], ids[B], ids[]",
+    _route_plan_meaning,
+    sizes=lambda size, top_k, block_size, pair_ids, **settings: {
+        "K": top_k,
+        **table_sizes({**size, "K": top_k}, size["E"], block_size),
+    },
+    jvp=_route_plan_jvp,
 )
 _weighed = define(
     "route_weigh",

@@ -182,22 +182,22 @@ def moe_plan(
     >>> plan.expert_offsets.tolist(), int(plan.total_tokens_post_pad)
     ([0, 1, 3, 4], 6)
     """
-    sizes = _checked("moe_plan", num_experts, block_size)
+    sizes = checked("moe_plan", num_experts, block_size)
     plan = MoePlan(*_plan(expert_ids, **sizes, pair_ids=bool(pair_ids), implementation=implementation))
-    _dump(MoeRouting(*plan[-3:]), expert_ids, pair_ids, **sizes)
+    dump_if_asked(MoeRouting(*plan[-3:]), expert_ids, pair_ids, **sizes)
     return plan
 
 
 def _align(
     op: str, expert_ids: jax.Array, num_experts: int, block_size: int, pair_ids: bool, implementation: str | None
 ) -> MoeRouting:
-    sizes = _checked(op, num_experts, block_size)
+    sizes = checked(op, num_experts, block_size)
     routing = MoeRouting(*_aligned(expert_ids, **sizes, pair_ids=pair_ids, implementation=implementation))
-    _dump(routing, expert_ids, pair_ids, **sizes)
+    dump_if_asked(routing, expert_ids, pair_ids, **sizes)
     return routing
 
 
-def _dump(routing: MoeRouting, expert_ids: jax.Array, pair_ids: bool, **sizes: int) -> None:
+def dump_if_asked(routing: MoeRouting, expert_ids: jax.Array, pair_ids: bool, **sizes: int) -> None:
     if "FERRUM_MOE_DUMP" in os.environ:
         from .host import dump_routing  # which builds on this file
 
@@ -205,12 +205,12 @@ def _dump(routing: MoeRouting, expert_ids: jax.Array, pair_ids: bool, **sizes: i
         dump_routing("pair_ids" if pair_ids else "packed", routing, num_pairs=num_pairs, **sizes)
 
 
-def _checked(op: str, num_experts: int, block_size: int) -> dict[str, int]:
+def checked(op: str, num_experts: int, block_size: int) -> dict[str, int]:
     num_experts = as_int(op, "num_experts", num_experts, most=INT32_MAX - 1)
     return {"num_experts": num_experts, "block_size": as_int(op, "block_size", block_size)}
 
 
-def _table_sizes(size: dict[str, int], num_experts: int, block_size: int = 1, pair_ids: bool = False) -> dict[str, int]:
+def table_sizes(size: dict[str, int], num_experts: int, block_size: int = 1, pair_ids: bool = False) -> dict[str, int]:
     """Sizes of every table's axes: P pairs, O offsets, S slots, B blocks."""
     pairs = size["T"] * size["K"]
     slots = max_aligned_rows(pairs, num_experts, block_size)
@@ -227,7 +227,7 @@ def _aligned_meaning(
     return _fill_blocks(*counting_sort(expert_ids.reshape(-1), num_experts), block_size, pair_ids)
 
 
-def _plan_meaning(expert_ids: jax.Array, *, num_experts: int, block_size: int, pair_ids: bool) -> tuple[jax.Array, ...]:
+def plan_meaning(expert_ids: jax.Array, *, num_experts: int, block_size: int, pair_ids: bool) -> tuple[jax.Array, ...]:
     order, offsets = counting_sort(expert_ids.reshape(-1), num_experts)
     return *_pack(expert_ids, order, offsets), *_fill_blocks(order, offsets, block_size, pair_ids)
 
@@ -283,8 +283,8 @@ def _owner_meaning(packed_token_idx: jax.Array, offsets: jax.Array) -> jax.Array
 
 
 _IDS, _PAIRS, _BLOCKS = "expert_ids: ids[T,K]", "ids[T,K], ids[P], ids[O]", "ids[S], ids[B], ids[]"
-_pairs = define("moe_build_pairs_by_token", f"{_IDS} -> {_PAIRS}", _pairs_meaning, sizes=_table_sizes)
-_aligned = define("moe_align_block_size", f"{_IDS} -> {_BLOCKS}", _aligned_meaning, sizes=_table_sizes)
-_plan = define("moe_plan", f"{_IDS} -> {_PAIRS}, {_BLOCKS}", _plan_meaning, sizes=_table_sizes)
+_pairs = define("moe_build_pairs_by_token", f"{_IDS} -> {_PAIRS}", _pairs_meaning, sizes=table_sizes)
+_aligned = define("moe_align_block_size", f"{_IDS} -> {_BLOCKS}", _aligned_meaning, sizes=table_sizes)
+_plan = define("moe_plan", f"{_IDS} -> {_PAIRS}, {_BLOCKS}", plan_meaning, sizes=table_sizes)
 # The expert of each packed row; E past the last live row.
 expert_of_row = define("expert_of_row", "packed_token_idx: ids[P], expert_offsets: ids[O] -> ids[P]", _owner_meaning)

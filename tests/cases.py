@@ -108,6 +108,24 @@ def router(name, settings, biased=False):
     return Op(name, call, lambda *args, size: oracle.route_topk(*args, top_k=size.K, **settings(size)), args, (0,))
 
 
+def route_plan(name, settings=lambda size: {}, biased=False, pair_ids=False):
+    """A row for moe_route_plan: the router's arguments, and the tables of what it chose."""
+    route = router(name, lambda size: {"scoring": "softmax", **settings(size)}, biased)
+
+    def call(x, *bias, size, implementation):
+        given = {"bias": bias[0]} if bias else {}
+        run = {"pair_ids": pair_ids, "implementation": implementation}
+        routed, plan = ferrum_jax.moe_route_plan(x, size.K, size.block, **given, **settings(size), **run)
+        return *routed, *plan
+
+    def meaning(*args, size):
+        routed = route.oracle(*args, size=size)
+        sizes = {"num_experts": size.E, "block_size": size.block}
+        return *routed, *oracle.moe_plan(routed[0][0], **sizes, pair_ids=pair_ids)
+
+    return route._replace(call=call, oracle=meaning)
+
+
 def expert_ids(r, size, dtype=None):
     """Distinct experts, but for some pairs without one; the first token crowds one expert."""
     ids = np.argsort(r.random((size.T, size.E)), axis=1)[:, : size.K].astype(np.int32)
@@ -193,6 +211,10 @@ OPS = (
     ),
     router("route_topk-groups", lambda size: {"scoring": "sigmoid", "scale": 2.5, **groups(size)}, biased=True),
     router("route_topk-max", lambda size: {"group_score": "max", "zero_sum": "eps", **groups(size)}),
+    route_plan("moe_route_plan"),
+    route_plan(
+        "moe_route_plan-groups", lambda size: {"scoring": "sigmoid", **groups(size)}, biased=True, pair_ids=True
+    ),
     Op(
         "moe_build_pairs_by_token",
         lambda ids, size, implementation: ferrum_jax.moe_build_pairs_by_token(
@@ -297,7 +319,7 @@ def finite_args(op, r, size, dtype="float32"):
     for i in op.floats:
         wide = np.asarray(args[i], np.float32)
         plain[i] = np.nan_to_num(wide, nan=0.5, posinf=2.0, neginf=-2.0).astype(args[i].dtype)
-    if op.name.startswith("route"):  # experts far enough apart that a finite difference changes no choice
+    if "route" in op.name:  # experts far enough apart that a finite difference changes no choice
         order = np.argsort(r.random(plain[0].shape), axis=-1)
         plain[0] = (order * 0.37 - 1).astype(plain[0].dtype)
     return tuple(plain)

@@ -35,7 +35,10 @@ def programs(model, tokens, implementation):
     route = functools.partial(ferrum_jax.route_topk_softmax, top_k=k, **as_asked)
     tables = {"num_experts": experts, "block_size": 64, **as_asked}
     few = tokens * k * experts <= 8192 * 128
+    route_plan = functools.partial(ferrum_jax.moe_route_plan, top_k=k, block_size=64, **as_asked)
+    decode = [of((min(tokens, 4096 // k), experts), jnp.bfloat16)]
     return {
+        "route and plan": (route_plan, decode, 1, False),
         "route": (route, [of((tokens, experts), jnp.bfloat16)], 1, False),
         "plan": (functools.partial(ferrum_jax.moe_plan, **tables), [ids], 1 if few else 3, False),
         "combine": (combine, [rows, ids, weights], 1, True),

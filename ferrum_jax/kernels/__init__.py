@@ -27,6 +27,7 @@ KERNELS: Mapping[str, Mapping[str, Sequence[str]]] = {
     "triton": {
         "routing": ("route_topk",),
         "tables": ("moe_build_pairs_by_token", "moe_align_block_size", "moe_plan"),
+        "route_plan": ("moe_route_plan",),
         "combine": _COMBINE,
         "grouped": ("grouped_matmul", "grouped_matmul_transposed", "grouped_outer"),
     },

@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-import importlib.util
+import importlib
 import inspect
 import os
 import sys
@@ -61,12 +61,13 @@ def launch(
 @functools.cache
 def interpreted(family: str) -> ModuleType:
     """A copy of a kernel file whose wrappers take and return NumPy arrays, and run in Triton's interpreter."""
-    spec = importlib.util.find_spec(f"{__name__}.{family}")
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
     with _second_triton():
-        spec.loader.exec_module(module)  # type: ignore[union-attr]
-    vars(module).update(launch=_interpret, jnp=np)
+        module = importlib.import_module(f"{__name__}.{family}")
+    for name, copy in _second.items():
+        package, _, file = name.rpartition(".")
+        if package == __name__:
+            vars(copy).update(launch=_interpret, jnp=np)
+            vars(sys.modules[package]).pop(file, None)  # the import left the copy there
     _patch_language_once()
     return module
 
@@ -90,10 +91,14 @@ _importing, _interpreter = threading.Lock(), threading.Lock()
 
 @contextlib.contextmanager
 def _second_triton() -> Iterator[None]:
-    """In here `import triton` finds the copy that interprets. The compiled library is common to both copies."""
+    """In here `import triton` finds the copy that interprets, and an import of a kernel file one that is made of it.
+
+    The compiled library is common to both copies.
+    """
+    of_triton = lambda n: n.split(".")[0] == "triton" and not n.startswith("triton._C")  # noqa: E731
 
     def swap(modules: dict[str, ModuleType]) -> dict[str, ModuleType]:
-        names = [n for n in sys.modules if n.split(".")[0] == "triton" and not n.startswith("triton._C")]
+        names = [n for n in sys.modules if of_triton(n) or n.startswith(f"{__name__}.")]
         taken = {name: sys.modules.pop(name) for name in names}
         sys.modules.update(modules)
         return taken

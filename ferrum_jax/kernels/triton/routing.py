@@ -156,20 +156,18 @@ def best_lanes(x, allowed, K: tl.constexpr, CHOICES: tl.constexpr, EXACT: tl.con
 
 
 @triton.jit
-def route(
-    logits, bias, ids, weights,
-    tokens: tl.constexpr, E: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+def route_rows(
+    logits, bias, ids, weights, first_row, end_row,
+    E: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
     CHOICES: tl.constexpr, SCORING: tl.constexpr, NORM: tl.constexpr, SCALE: tl.constexpr, ZERO_SUM: tl.constexpr,
     BIAS_TOKENS: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, TOP2: tl.constexpr,
     SIZE: tl.constexpr, WIDTH: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    # A program routes ROWS tokens. Up to 1,024 lanes it is one warp, which keeps its rows in registers. It reads all
-    # logits once, for the choice, and the chosen ones again; K ids and weights are all it writes. It chooses by the
-    # logits, or by their scores plus bias. A group of SIZE experts has WIDTH lanes; BIAS_TOKENS tokens share a row of
-    # the bias.
-    first_row = tl.program_id(0).to(tl.int64) * ROWS
+    # Routes ROWS tokens from the first on, none from the end on. All logits are read once, for the choice, and the
+    # chosen ones again; K ids and weights are all that is written. It chooses by the logits, or by their scores plus
+    # bias. A group of SIZE experts has WIDTH lanes; BIAS_TOKENS tokens share a row of the bias.
     row = tl.arange(0, ROWS)[:, None]
-    there = row < tokens - first_row
+    there = row < end_row - first_row
     lane = tl.arange(0, LANES)[None, :]
     expert = lane // WIDTH * SIZE + lane % WIDTH if GROUPS > 1 else lane
     allowed = tl.broadcast_to((lane % WIDTH < SIZE) & (expert < E), [ROWS, LANES])
@@ -222,6 +220,21 @@ def route(
     tl.store(weights + at, weight * SCALE, mask=kept)
 
 
+@triton.jit
+def route(
+    logits, bias, ids, weights,
+    tokens: tl.constexpr, E: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+    CHOICES: tl.constexpr, SCORING: tl.constexpr, NORM: tl.constexpr, SCALE: tl.constexpr, ZERO_SUM: tl.constexpr,
+    BIAS_TOKENS: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, TOP2: tl.constexpr,
+    SIZE: tl.constexpr, WIDTH: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    # A program routes ROWS tokens. Up to 1,024 lanes it is one warp, which keeps its rows in registers.
+    route_rows(
+        logits, bias, ids, weights, tl.program_id(0).to(tl.int64) * ROWS, tokens, E, K, ROWS, LANES, CHOICES, SCORING,
+        NORM, SCALE, ZERO_SUM, BIAS_TOKENS, GROUPS, KEPT, TOP2, SIZE, WIDTH, EXACT,
+    )  # fmt: skip
+
+
 def _lanes(experts, num_groups):
     """The lanes of a row, and of a group in it: powers of two, which groups fill up each by itself."""
     if num_groups is None:
@@ -247,41 +260,50 @@ def _shared_by(bias, lead):
     return jnp.broadcast_to(bias, wide), math.prod(lead[outer:])
 
 
-def route_topk(
-    logits, bias=None, *, top_k, scoring, norm_topk_prob, num_groups, group_top_k, group_score, scale, zero_sum
+def settings(
+    logits, bias, lead, warps, *, top_k, scoring, norm_topk_prob, num_groups, group_top_k, group_score, scale, zero_sum
 ):
+    """The bias as `route_rows` takes it, and its constants, for programs of so many warps."""
     experts, bias_tokens = logits.shape[-1], 0
-    lead = lead_axes((logits, 1), *([] if bias is None else [(bias, 1)]))
-    logits = jnp.broadcast_to(logits, (*lead, experts))
     if bias is not None:
         bias, bias_tokens = _shared_by(bias, lead)
     tokens, (lanes, width) = math.prod(lead), _lanes(experts, num_groups)
     exact = bias is None and num_groups is None and lanes <= EXACT_LANES.get(logits.dtype.name, 0)
-    # 32 logits a thread keep a warp busy, or 16 where those must be kept for a second look, unless that leaves
-    # multiprocessors idle: 16 warps for each of about 128.
-    rows = max(1, min((1024 if exact else 512) // lanes, triton.next_power_of_2(triton.cdiv(tokens, 2048))))
+    return logits if bias is None else bias, {
+        "E": experts,
+        "K": top_k,
+        # 32 logits a thread keep a warp busy, or 16 where those must be kept for a second look.
+        "ROWS": max(1, min(warps * (1024 if exact else 512) // lanes, triton.next_power_of_2(tokens))),
+        "LANES": lanes,
+        "CHOICES": triton.next_power_of_2(top_k),
+        "SCORING": scoring,
+        "NORM": norm_topk_prob,
+        "SCALE": scale,
+        "ZERO_SUM": zero_sum,
+        "BIAS_TOKENS": bias_tokens,
+        "GROUPS": num_groups or 1,
+        "KEPT": group_top_k or 1,
+        "TOP2": group_score == "top2_sum",
+        "SIZE": experts // (num_groups or 1),
+        "WIDTH": width,
+        "EXACT": exact,
+    }
+
+
+def route_topk(logits, bias=None, **params):
+    lead = lead_axes((logits, 1), *([] if bias is None else [(bias, 1)]))
+    logits = jnp.broadcast_to(logits, (*lead, logits.shape[-1]))
+    bias, constants = settings(logits, bias, lead, 1, **params)
+    tokens = math.prod(lead)
+    # Fewer rows a program where multiprocessors would be idle: 16 warps for each of about 128.
+    constants["ROWS"] = min(constants["ROWS"], triton.next_power_of_2(triton.cdiv(tokens, 2048)))
     return launch(
         route,
         logits,
-        logits if bias is None else bias,
-        out=[((*lead, top_k), jnp.int32), ((*lead, top_k), jnp.float32)],
-        grid=triton.cdiv(tokens, rows),
-        num_warps=min(32, max(1, lanes // 1024)),
+        bias,
+        out=[((*lead, params["top_k"]), dtype) for dtype in (jnp.int32, jnp.float32)],
+        grid=triton.cdiv(tokens, constants["ROWS"]),
+        num_warps=min(32, max(1, constants["LANES"] // 1024)),
         tokens=tokens,
-        E=experts,
-        K=top_k,
-        ROWS=rows,
-        LANES=lanes,
-        CHOICES=triton.next_power_of_2(top_k),
-        SCORING=scoring,
-        NORM=norm_topk_prob,
-        SCALE=scale,
-        ZERO_SUM=zero_sum,
-        BIAS_TOKENS=bias_tokens,
-        GROUPS=num_groups or 1,
-        KEPT=group_top_k or 1,
-        TOP2=group_score == "top2_sum",
-        SIZE=experts // (num_groups or 1),
-        WIDTH=width,
-        EXACT=exact,
+        **constants,
     )

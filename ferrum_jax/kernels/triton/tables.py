@@ -93,17 +93,17 @@ def fill(table, start, end, value, step, FILL: tl.constexpr):
 
 
 @triton.jit
-def place(
+def place_tile(
     ids, before, totals, pairs, tokens, offsets, slots, blocks, padded,
     P: tl.constexpr, E: tl.constexpr, T: tl.constexpr, K: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr,
     TILES: tl.constexpr, BINS: tl.constexpr, TILE: tl.constexpr, RANKED: tl.constexpr, CHUNK: tl.constexpr,
     FILL: tl.constexpr, BITS: tl.constexpr,
     COUNTED: tl.constexpr, PAIRS: tl.constexpr, ALIGNED: tl.constexpr, PAIR_IDS: tl.constexpr,
 ):  # fmt: skip
-    # The last launch, and for few pairs the only one: a program places one tile of a slice's pairs, and writes its
-    # share of padding and tails. It goes through the experts BINS at a time and first learns how many pairs each has,
-    # here and before: from launch two, or by counting all the pairs itself, 4 bytes a pair out of L2. Then it takes
-    # RANKED pairs at a time: a pair's row is its expert's next one plus the number of its expert's pairs before it.
+    # A program places one tile of a slice's pairs, and writes its share of padding and tails. It goes through the
+    # experts BINS at a time and first learns how many pairs each has, here and before: from launch two, or by counting
+    # all the pairs itself, 4 bytes a pair out of L2. Then it takes RANKED pairs at a time: a pair's row is its expert's
+    # next one plus the number of its expert's pairs before it.
     slice_id, program = tl.program_id(0).to(tl.int64) // TILES, tl.program_id(0).to(tl.int64) % TILES
     ids += slice_id * P
     pairs += slice_id * P
@@ -187,22 +187,75 @@ def place(
             tl.store(padded + slice_id, live_slots)
 
 
-def _tables(expert_ids, num_experts, block_size=1, pair_ids=False, pairs=False, aligned=False):
-    *lead, num_tokens, top_k = expert_ids.shape
-    num_pairs, slices = num_tokens * top_k, math.prod(lead)
+@triton.jit
+def place(
+    ids, before, totals, pairs, tokens, offsets, slots, blocks, padded,
+    P: tl.constexpr, E: tl.constexpr, T: tl.constexpr, K: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr,
+    TILES: tl.constexpr, BINS: tl.constexpr, TILE: tl.constexpr, RANKED: tl.constexpr, CHUNK: tl.constexpr,
+    FILL: tl.constexpr, BITS: tl.constexpr,
+    COUNTED: tl.constexpr, PAIRS: tl.constexpr, ALIGNED: tl.constexpr, PAIR_IDS: tl.constexpr,
+):  # fmt: skip
+    # The last launch, and for few pairs the only one.
+    place_tile(
+        ids, before, totals, pairs, tokens, offsets, slots, blocks, padded, P, E, T, K, S, BLOCK, TILES, BINS, TILE,
+        RANKED, CHUNK, FILL, BITS, COUNTED, PAIRS, ALIGNED, PAIR_IDS,
+    )  # fmt: skip
+
+
+def sizes(num_tokens, top_k, num_experts, block_size, aligned, one_launch=False):
+    """A table's constants, and how many warps a program has where it counts all pairs itself."""
+    num_pairs = num_tokens * top_k
     busy = min(num_experts, num_pairs)
     slots = (busy + (num_pairs - busy) // block_size) * block_size
     bins = min(BINS, max(16, triton.next_power_of_2(num_experts)))
-    counted = num_pairs * num_experts > ONE_LAUNCH
+    counted = not one_launch and num_pairs * num_experts > ONE_LAUNCH
     tile = min(max(triton.next_power_of_2(triton.cdiv(num_pairs, PROGRAMS)), TILE[0]), TILE[1])
     tiles = max(triton.cdiv(num_pairs, tile), 2)  # Triton 3.6 fails on one: all bounds are constant
     if not counted and aligned:  # hands for the filling
         tiles = max(tiles, min(triton.cdiv(slots, FILL), 16))
-    sizes = {"P": num_pairs, "E": num_experts, "TILES": tiles, "BINS": bins, "TILE": tile}
+    constants = {
+        "P": num_pairs,
+        "E": num_experts,
+        "T": num_tokens,
+        "K": top_k,
+        "S": slots,
+        "BLOCK": block_size,
+        "TILES": tiles,
+        "BINS": bins,
+        "TILE": tile,
+        "RANKED": min(RANKED, tile),
+        "CHUNK": CHUNK,
+        "FILL": FILL,
+        "BITS": bins.bit_length() - 1,
+        "COUNTED": counted,
+    }
+    return constants, 4 if bins <= 512 else 8
+
+
+def shapes(lead, constants):
+    """Of the pairs' three tables, and of the three in blocks."""
+    num_tokens, top_k, num_pairs, slots = (constants[name] for name in "TKPS")
+    packed = [(*lead, num_tokens, top_k), (*lead, num_pairs), (*lead, constants["E"] + 1)]
+    blocked = [(*lead, slots), (*lead, slots // constants["BLOCK"]), tuple(lead)]
+    return packed, blocked
+
+
+def _tables(expert_ids, num_experts, block_size=1, pair_ids=False, pairs=False, aligned=False):
+    *lead, num_tokens, top_k = expert_ids.shape
+    constants, warps = sizes(num_tokens, top_k, num_experts, block_size, aligned)
+    slices, tiles = math.prod(lead), constants["TILES"]
     before = totals = expert_ids
-    if counted:
+    if constants["COUNTED"]:
+        warps = 2 if constants["BINS"] <= 256 else 4
         shape = (*lead, tiles, num_experts)
-        (counts,) = launch(count, expert_ids, out=[(shape, jnp.int32)], grid=slices * tiles, num_warps=4, **sizes)
+        (counts,) = launch(
+            count,
+            expert_ids,
+            out=[(shape, jnp.int32)],
+            grid=slices * tiles,
+            num_warps=4,
+            **{name: constants[name] for name in ("P", "E", "TILES", "BINS", "TILE")},
+        )
         before, totals = launch(
             scan,
             counts,
@@ -214,8 +267,7 @@ def _tables(expert_ids, num_experts, block_size=1, pair_ids=False, pairs=False, 
             ROWS=min(1024, triton.next_power_of_2(tiles)),
             COLS=8,
         )
-    packed = [(*lead, num_tokens, top_k), (*lead, num_pairs), (*lead, num_experts + 1)]
-    blocked = [(*lead, slots), (*lead, slots // block_size), tuple(lead)]
+    packed, blocked = shapes(lead, constants)
     absent = [(1,)] * 3  # stand where the kernel expects tables that are not wanted, and are not written
     written = launch(
         place,
@@ -224,20 +276,11 @@ def _tables(expert_ids, num_experts, block_size=1, pair_ids=False, pairs=False, 
         totals,
         out=[(shape, jnp.int32) for shape in (packed if pairs else absent) + (blocked if aligned else absent)],
         grid=slices * tiles,
-        num_warps=(2 if bins <= 256 else 4) if counted else (4 if bins <= 512 else 8),
-        T=num_tokens,
-        K=top_k,
-        S=slots,
-        BLOCK=block_size,
-        RANKED=min(RANKED, tile),
-        CHUNK=CHUNK,
-        FILL=FILL,
-        BITS=bins.bit_length() - 1,
-        COUNTED=counted,
+        num_warps=warps,
         PAIRS=pairs,
         ALIGNED=aligned,
         PAIR_IDS=pair_ids,
-        **sizes,
+        **constants,
     )
     return written[0 if pairs else 3 : 6 if aligned else 3]
 

@@ -1,0 +1,61 @@
+"""Routing and its tables in one launch, for few tokens: each program routes them all, then places its tile."""
+
+import math
+
+import jax.numpy as jnp
+import triton
+import triton.language as tl
+
+from . import launch, lead_axes
+from .routing import refuse as refuse
+from .routing import route_rows, settings
+from .tables import place_tile, shapes, sizes
+
+
+@triton.jit
+def route_and_place(
+    logits, bias, ids, weights, pairs, tokens, offsets, slots, blocks, padded,
+    E: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+    CHOICES: tl.constexpr, SCORING: tl.constexpr, NORM: tl.constexpr, SCALE: tl.constexpr, ZERO_SUM: tl.constexpr,
+    BIAS_TOKENS: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, TOP2: tl.constexpr,
+    SIZE: tl.constexpr, WIDTH: tl.constexpr, EXACT: tl.constexpr,
+    P: tl.constexpr, T: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr,
+    TILES: tl.constexpr, BINS: tl.constexpr, TILE: tl.constexpr, RANKED: tl.constexpr, CHUNK: tl.constexpr,
+    FILL: tl.constexpr, BITS: tl.constexpr, COUNTED: tl.constexpr, PAIR_IDS: tl.constexpr,
+):  # fmt: skip
+    # A tile's place depends on the ids of all of a slice's tokens. Rather than wait for other programs, each computes
+    # these itself and writes them, the same bits as the others, where it reads them back.
+    first_row = tl.program_id(0).to(tl.int64) // TILES * T
+    end_row = first_row + T
+    while first_row < end_row:
+        route_rows(
+            logits, bias, ids, weights, first_row, end_row, E, K, ROWS, LANES, CHOICES, SCORING, NORM, SCALE, ZERO_SUM,
+            BIAS_TOKENS, GROUPS, KEPT, TOP2, SIZE, WIDTH, EXACT,
+        )  # fmt: skip
+        first_row += ROWS
+    tl.debug_barrier()
+    place_tile(
+        ids, ids, ids, pairs, tokens, offsets, slots, blocks, padded, P, E, T, K, S, BLOCK, TILES, BINS, TILE,
+        RANKED, CHUNK, FILL, BITS, COUNTED, True, True, PAIR_IDS,
+    )  # fmt: skip
+
+
+def moe_route_plan(logits, bias=None, *, block_size, pair_ids, **params):
+    lead = lead_axes((logits, 2), *([] if bias is None else [(bias, 1)]))
+    num_tokens, experts = logits.shape[-2:]
+    logits = jnp.broadcast_to(logits, (*lead, num_tokens, experts))
+    bias = None if bias is None else jnp.expand_dims(bias, -2)
+    constants, warps = sizes(num_tokens, params["top_k"], experts, block_size, True, one_launch=True)
+    bias, routed = settings(logits, bias, (*lead, num_tokens), warps, **params)
+    packed, blocked = shapes(lead, constants)
+    chosen = [((*lead, num_tokens, params["top_k"]), dtype) for dtype in (jnp.int32, jnp.float32)]
+    return launch(
+        route_and_place,
+        logits,
+        bias,
+        out=chosen + [(shape, jnp.int32) for shape in packed + blocked],
+        grid=math.prod(lead) * constants["TILES"],
+        num_warps=warps,
+        PAIR_IDS=pair_ids,
+        **routed | constants,
+    )
