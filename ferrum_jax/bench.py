@@ -2,8 +2,9 @@
 
 On a GPU a time is that of the kernels, by CUPTI: the median over calls that rotate through inputs, 256 MiB of them or
 64 sets, so that all but small inputs come from memory, not from a cache. A chain of small kernels is timed by the clock
-instead, as many steps inside one jit, so that launches count. The floor of a time is the larger of its bytes over the
-bandwidth of a large copy and its operations over the rate of a large matrix product, both measured in the same run.
+instead, as many steps inside one jit, so that launches count; XLA puts them into CUDA graphs. The floor of a time is
+the larger of its bytes over the bandwidth of a large copy and its operations over the rate of a large matrix product,
+both measured in the same run.
 """
 
 import argparse
@@ -242,7 +243,7 @@ def _decode(s: Size, route_plan: Callable[..., Any], combine: Callable[..., Any]
         tables = lax.optimization_barrier(tables)
         out = lax.optimization_barrier(combine(rows, tables[0], weights))
         seen += out[:, 0].astype(jnp.float32)
-        entry = jnp.stack([table.reshape(-1)[0] for table in tables]).astype(jnp.float32).sum()
+        entry = sum(table.reshape(-1)[0] for table in tables).astype(jnp.float32)
         # Too little to change a logit, which XLA does not know.
         return (logits + 1e-30 * (seen[:, None] + entry)).astype(s.dtype), seen, rows
 
@@ -465,8 +466,13 @@ def measure(program: Callable[..., Any], sets: Sequence[tuple[Any, ...]], steps:
     return Time(statistics.median(seconds), launches, "CUPTI")
 
 
-def _programs(ways: Iterable[Callable[..., Any]], args: tuple[Any, ...]) -> list[Any]:
+# Each launch by itself takes several microseconds of the host's time, longer than a small kernel runs.
+GRAPHS = {"xla_gpu_enable_command_buffer": "FUSION,CUSTOM_CALL", "xla_gpu_graph_min_graph_size": 1}
+
+
+def _programs(ways: Iterable[Callable[..., Any]], args: tuple[Any, ...], chain: bool) -> list[Any]:
     """Each way compiled for these arguments, or the exception that it ends in; XLA compiles them side by side."""
+    options = GRAPHS if chain and jax.default_backend() == "gpu" else {}
 
     def attempt(function: Callable[..., Any], *args: Any) -> Any:
         try:
@@ -476,7 +482,7 @@ def _programs(ways: Iterable[Callable[..., Any]], args: tuple[Any, ...]) -> list
 
     lowered = [attempt(lambda f=f: jax.jit(f).lower(*args)) for f in ways]
     with ThreadPoolExecutor() as pool:
-        return list(pool.map(lambda x: x if isinstance(x, Exception) else attempt(x.compile), lowered))
+        return list(pool.map(lambda x: x if isinstance(x, Exception) else attempt(x.compile, options), lowered))
 
 
 def peaks() -> dict[str, float]:
@@ -516,9 +522,9 @@ def rows(op_name: str, s: Size, peak: Mapping[str, Any]) -> Iterator[dict[str, A
     names = (*ferrum_jax.kernels.IMPLEMENTATIONS, None) if jax.default_backend() == "gpu" else ("xla",)
     ours = {name: op.ours(s, name) for name in names}
     today = op.today(s)
-    programs = _programs(ours.values(), sets[0])
+    programs = _programs(ours.values(), sets[0], op.steps > 0)
     for function in today.values():  # one after the other: XLA tries out ragged_dot in half of a GPU's memory
-        programs += _programs([function], sets[0])
+        programs += _programs([function], sets[0], op.steps > 0)
     for way, program in zip((*ours, *today), programs, strict=True):
         row = known | {"way": way or "default", "ours": way in ours, "us": None, "launches": None, "method": None}
         if isinstance(program, NotImplementedError):
@@ -623,14 +629,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     todo = list(itertools.product(ops, shapes, map(int, args.tokens.split(","))))
     report = here() | {"rows": []}
     _print_here(report)
+
+    def save() -> None:
+        if args.json:
+            pathlib.Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
+
+    save()  # where it cannot be saved, before anything takes long
     for i, (name, shape, tokens) in enumerate(todo):
         _bar(i, len(todo), f"{name} {shape} T={tokens}")
         found = list(rows(name, size(shape, tokens), report))
         _bar(i, len(todo), "")
         _print_rows(found)
         report["rows"] += found
-        if args.json:  # as far as it is: a run can take long
-            pathlib.Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
+        save()
     if args.plot:
         figure: Any = ferrum_jax.viz.benchmark(report)[0].figure
         figure.savefig(args.plot, dpi=120)

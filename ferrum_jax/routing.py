@@ -17,7 +17,7 @@ SCORINGS = ("softmax", "topk_softmax", "sigmoid", "sqrt_softplus")
 GROUP_SCORES = ("top2_sum", "max")
 ZERO_SUMS = ("uniform", "zero", "eps")
 _LOG_EPS = math.log(1e-20)
-ONE_LAUNCH = 4096  # pairs up to which routing and tables are one op
+ONE_LAUNCH = 256  # pairs up to which routing and tables are one op: see kernels/triton/route_plan.py
 
 
 class RouterOutput(NamedTuple):
@@ -181,7 +181,7 @@ def moe_route_plan(
     implementation: str | None = None,
     **router: Any,
 ) -> tuple[RouterOutput, MoePlan]:
-    """`route_topk`, and `moe_plan` of what it chose. On a GPU that is one launch for the few tokens of a decode step.
+    """`route_topk`, and `moe_plan` of what it chose. On a GPU that is one launch for up to 256 pairs, as in decoding.
 
     Args:
       logits: [..., T, E] float16, bfloat16 or float32.

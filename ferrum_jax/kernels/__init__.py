@@ -79,6 +79,9 @@ MEASURED: Mapping[str, Sequence[Measured]] = {
     # 191/212/218.
     "slot_scale": (Measured("xla", "every size tried", lambda shapes, params: True),),
     "slot_dot": (Measured("xla", "every size tried", lambda shapes, params: True),),
+    # triton/pallas, E=128 N=1536, packed rows: T=16 403/275, T=128 448/298, T=1024 530/354, T=8192 1340/774; pair ids:
+    # 406/319, 451/327, 530/426, 1344/1024.
+    "grouped_outer": (Measured("pallas", "every size tried", lambda shapes, params: True),),
 }
 
 # Compute capability by the GPU's name, for a GPU that is named but not there. Longer names before the shorter ones
