@@ -46,6 +46,16 @@ def test_every_way_of_every_op_agrees_and_is_timed(op):
         assert 0 < row["floor_us"] < 1e3
 
 
+def test_no_floor_is_above_a_time():
+    """A row that moves more a second than the copy did is what the others' floors are made of."""
+    fast, slow, small = ({"us": us, "bytes": size, "flops": 0} for us, size in ((1e3, 2e8), (4e3, 2e8), (1e-3, 2e6)))
+    failed = {"us": None, "bytes": 2e8, "flops": 4e8}
+    report = {"rows": [slow, fast, small, failed], **PEAK}
+    bench.settle(report)
+    assert report["bytes_per_s"] == pytest.approx(2e11)  # not the small one's: that may lie in a cache
+    assert [row["floor_us"] for row in report["rows"]] == pytest.approx([1e3, 1e3, 10, 4e3])
+
+
 def test_a_wrong_result_is_not_timed(monkeypatch, capsys):
     right = ferrum_jax.moe_combine
     monkeypatch.setattr(ferrum_jax, "moe_combine", lambda *args, **kwargs: right(*args, **kwargs).at[1].mul(1.01))
