@@ -1,5 +1,6 @@
 """The grouped products on wgmma: interpreted with race detection, and compiled for an H200 at real models' shapes."""
 
+import contextlib
 import functools
 import re
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from cases import Size, grouped_args, grouped_matmul, rng, rows
 from compiled import needs_pjrt, needs_plugin, on_h200, whole_program_for_h200
+from jax.sharding import AxisType
 from test_grouped import MODELS, check
 
 import ferrum_jax
@@ -65,6 +67,79 @@ def test_a_batch_and_tables_made_by_hand():
 
     for got, want in zip(both("pallas"), both("xla"), strict=True):
         np.testing.assert_allclose(np.float32(got), np.float32(want), rtol=0.02, atol=0.02)
+
+
+def loss(f, *args):
+    return jnp.sum(jnp.sin(f(*args).astype(jnp.float32)))
+
+
+def both_gradients(f):
+    return jax.grad(functools.partial(loss, f), (0, 1))
+
+
+def of_gradients(f, *args):
+    return sum(jnp.sum(jnp.cos(g.astype(jnp.float32))) for g in both_gradients(f)(*args))
+
+
+def repeated(f, x, matrices):
+    """The product again and again, its results computed anew for the gradient."""
+
+    def step(x, _):
+        return jax.checkpoint(f)(x, matrices), None
+
+    return jax.lax.scan(step, x, None, length=2)[0]
+
+
+def sharded(f, x, matrices, axis_types):
+    """The batch over as many devices as there are, up to two: by hand in an Auto mesh, by shardings in an Explicit."""
+    mesh = jax.make_mesh((min(2, jax.device_count()),), ("d",), axis_types=(axis_types,))
+    by_batch = jax.sharding.PartitionSpec("d")
+    if axis_types == AxisType.Explicit:
+        with jax.set_mesh(mesh):
+            return jax.jit(jax.vmap(f, (0, None)))(jax.device_put(x, by_batch), matrices)
+    run = jax.vmap(f, (0, None))
+    return jax.shard_map(run, mesh=mesh, in_specs=(by_batch, jax.sharding.PartitionSpec()), out_specs=by_batch)(
+        x, matrices
+    )
+
+
+# name -> a result of the product f, of x[2, P, H] and of matrices m[2, E, H, H]
+TRANSFORMATIONS = {
+    "jit": lambda f, x, m: jax.jit(f)(x[0], m[0]),
+    "vmap of x": lambda f, x, m: jax.vmap(f, (1, None), 2)(jnp.moveaxis(x, 0, 1), m[0]),
+    "vmap of the matrices": lambda f, x, m: jax.vmap(f, (None, -1))(x[0], jnp.moveaxis(m, 0, -1)),
+    "vmap in vmap": lambda f, x, m: jax.vmap(jax.vmap(f, (0, None)), (None, 0))(x, m),
+    "jvp": lambda f, x, m: jax.jvp(f, (x[0], m[0]), (x[1], m[1])),
+    "grad": lambda f, x, m: both_gradients(f)(x[0], m[0]),
+    "vmap of grad": lambda f, x, m: jax.vmap(both_gradients(f), (0, None))(x, m[0]),
+    "grad of vmap": lambda f, x, m: both_gradients(jax.vmap(f, (0, None)))(x, m[0]),
+    "grad of grad": lambda f, x, m: jax.grad(functools.partial(of_gradients, f), (0, 1))(x[0], m[0]),
+    "remat in scan": lambda f, x, m: both_gradients(functools.partial(repeated, f))(x[0], m[0]),
+    "shard_map": lambda f, x, m: both_gradients(functools.partial(sharded, f, axis_types=AxisType.Auto))(x, m[0]),
+    "Explicit mesh": lambda f, x, m: sharded(f, x, m[0], AxisType.Explicit),
+}
+
+
+@pytest.mark.parametrize("where", [pytest.param(w, marks=getattr(pytest.mark, w)) for w in ("interpreted", "gpu")])
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_transformations(name, where):
+    """Of products that wgmma can multiply, which those of the tests of every op, in float32, are not."""
+    routing = ferrum_jax.moe_plan(rng("t").integers(-1, 3, size=(5, 2)).astype(np.int32), 3, 8, implementation="xla")
+    r = rng("transformed")
+    x, matrices = rows(r, (2, 10, 24), "bfloat16"), rows(r, (2, 3, 24, 24), "bfloat16") * 0.3
+
+    def product(name, x, matrices):
+        return ferrum_jax.grouped_matmul(x, matrices, routing, implementation=name)
+
+    with ferrum_jax.interpret_kernels() if where == "interpreted" else contextlib.nullcontext():
+        got, want = (
+            jax.tree.leaves(TRANSFORMATIONS[name](functools.partial(product, by), x, matrices.astype(x.dtype)))
+            for by in ("pallas", "xla")
+        )
+    for g, w in zip(got, want, strict=True):
+        g, w = (np.asarray(a.astype(jnp.float32)) for a in (g, w))
+        bound = float(jnp.finfo(jnp.bfloat16).eps) ** (2 / 3) * np.abs(w).max()
+        np.testing.assert_allclose(g, w, rtol=0, atol=bound)
 
 
 @pytest.mark.parametrize("width", [64, 192, 256, 320])
