@@ -106,11 +106,11 @@ def _version(name: str) -> str:
 
 
 def _calls(layer: Layer) -> dict[str, tuple[Any, ...]]:
-    """Every op of the library, with arguments as the layer gives them."""
+    """Every op of the library, with arguments as the layer gives them; few tokens where many take two ops."""
     _, e, k, h, f, t, block, dtype = layer
     x, rows, slots, w = (jax.ShapeDtypeStruct(s, dtype) for s in ((t, h), (t * k, h), (t, k, h), (e, h, 2 * f)))
     ids, index = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((t, k), (t * k,)))
-    logits, weights = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((t, e), (t, k)))
+    logits, few, weights = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((t, e), (16, e), (t, k)))
     return {
         "route_topk": (logits, k),
         "route_topk_softmax": (logits, k),
@@ -118,6 +118,7 @@ def _calls(layer: Layer) -> dict[str, tuple[Any, ...]]:
         "moe_align_block_size": (ids, e, block),
         "moe_align_block_size_pair_ids": (ids, e, block),
         "moe_plan": (ids, e, block),
+        "moe_route_plan": (few, k, block),
         "moe_dispatch": (x, index),
         "moe_combine": (rows, ids, weights),
         "weighted_sum_batched": (slots, weights),
