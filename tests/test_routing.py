@@ -553,3 +553,61 @@ def test_nan_beside_the_lanes_that_fill_up_a_group(scoring):
     assert ids.tolist() == want.expert_ids.tolist() == [[5, 4, 3]]
     np.testing.assert_array_equal(np.isnan(weights), np.isnan(want.expert_weights))
     assert np.isnan(weights).any()
+
+
+# ---- with the tables that follow
+
+
+BESIDE = {
+    "plain": {},
+    "settings": {"scoring": "sigmoid", "norm_topk_prob": False, "num_groups": 4, "group_top_k": 2, "scale": 2.5},
+    "bias": {"bias": np.linspace(0, 1, 8, dtype=np.float32)},
+    "bias of each slice": {"bias": np.linspace(0, 1, 16, dtype=np.float16).reshape(2, 8)},
+    "bias of each token": {"bias": np.linspace(0, 1, 96, dtype=np.float32).reshape(2, 6, 8)},
+    "forced_ids": {"forced_ids": np.arange(24).reshape(2, 6, 2) % 10 - 1},
+    "token_mask": {"token_mask": np.arange(12).reshape(2, 6) % 3 > 0},
+    "expert_map": {"expert_map": np.arange(8) // 2 - 1, "num_experts": 3},
+    "more experts than logits": {"num_experts": 11},
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_route_plan_is_one_after_the_other(name):
+    logits, router = rng("plan").normal(size=(2, 6, 8)).astype(np.float32), dict(BESIDE[name])
+    got = ferrum_jax.moe_route_plan(logits, 2, 4, pair_ids=True, **router)
+    experts = router.pop("num_experts", 8)
+    routed = ferrum_jax.route_topk(logits, 2, **router)
+    want = routed, ferrum_jax.moe_plan(routed.expert_ids, experts, 4, pair_ids=True)
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_array_equal(g, w)
+
+
+@pytest.mark.parametrize("tokens", [127, 128, 129])
+def test_route_plan_of_more_pairs_than_one_launch_takes(tokens):
+    logits = rng("limit").normal(size=(tokens, 5)).astype(np.float32)
+    routed, plan = ferrum_jax.moe_route_plan(logits, 2, 4)
+    oracle.assert_matches(routed, oracle.route_topk_softmax(logits, top_k=2))
+    oracle.assert_matches(plan, oracle.moe_plan(np.asarray(routed.expert_ids), num_experts=5, block_size=4))
+    ops = str(jax.make_jaxpr(lambda x: ferrum_jax.moe_route_plan(x, 2, 4))(logits)).count("ferrum_moe_route_plan")
+    assert ops == (1 if tokens * 2 <= 256 else 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"logits": np.zeros(8, np.float32)}, ValueError, ["logits", "(8,)"]),
+        ({"top_k": 9}, ValueError, ["top_k", "[1, 8]", "got 9"]),
+        ({"block_size": 0}, ValueError, ["block_size", "got 0"]),
+        ({"num_experts": 0}, ValueError, ["num_experts", "got 0"]),
+        ({"bias": np.zeros((3, 8), np.float32)}, ValueError, ["bias", "(3, 8)"]),
+        ({"scoring": "relu"}, ValueError, ["scoring", "'relu'"]),
+        ({"block_size": 2.5}, TypeError, ["block_size", "float"]),
+        ({"temperature": 2}, TypeError, ["temperature"]),
+    ],
+    ids=str,
+)
+def test_named_errors_of_route_plan(change, error, words):
+    with pytest.raises(error) as info:
+        ferrum_jax.moe_route_plan(**{"logits": np.zeros((2, 6, 8), np.float32), "top_k": 2, "block_size": 4, **change})
+    for word in words:
+        assert word in str(info.value), str(info.value)
