@@ -29,7 +29,7 @@ def route_and_place(
     E: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
     CHOICES: tl.constexpr, SCORING: tl.constexpr, NORM: tl.constexpr, SCALE: tl.constexpr, ZERO_SUM: tl.constexpr,
     BIAS_TOKENS: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, TOP2: tl.constexpr,
-    SIZE: tl.constexpr, WIDTH: tl.constexpr, EXACT: tl.constexpr,
+    SIZE: tl.constexpr, WIDTH: tl.constexpr, EXACT: tl.constexpr, VECTOR: tl.constexpr,
     P: tl.constexpr, T: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr,
     TILES: tl.constexpr, BINS: tl.constexpr, TILE: tl.constexpr, RANKED: tl.constexpr, CHUNK: tl.constexpr,
     FILL: tl.constexpr, BITS: tl.constexpr, COUNTED: tl.constexpr, PAIR_IDS: tl.constexpr,
@@ -41,7 +41,7 @@ def route_and_place(
     while first_row < end_row:
         route_rows(
             logits, bias, ids, weights, first_row, end_row, E, K, ROWS, LANES, CHOICES, SCORING, NORM, SCALE, ZERO_SUM,
-            BIAS_TOKENS, GROUPS, KEPT, TOP2, SIZE, WIDTH, EXACT,
+            BIAS_TOKENS, GROUPS, KEPT, TOP2, SIZE, WIDTH, EXACT, VECTOR,
         )  # fmt: skip
         first_row += ROWS
     tl.debug_barrier()
@@ -58,7 +58,7 @@ def moe_route_plan(logits, bias=None, *, block_size, pair_ids, **params):
     bias = None if bias is None else jnp.expand_dims(bias, -2)
     constants, warps = sizes(num_tokens, params["top_k"], experts, block_size, True, one_launch=True)
     warps = warps if num_tokens <= 16 else 8
-    bias, routed = settings(logits, bias, (*lead, num_tokens), warps, **params)
+    bias, routed = settings(logits, bias, (*lead, num_tokens), warps, num_tokens, **params)
     packed, blocked = shapes(lead, constants)
     chosen = [((*lead, num_tokens, params["top_k"]), dtype) for dtype in (jnp.int32, jnp.float32)]
     return launch(

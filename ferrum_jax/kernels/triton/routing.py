@@ -10,22 +10,26 @@ from . import launch, lead_axes
 
 _LOWEST = tl.constexpr(-(2**31))  # below every rank: no expert, or one that is taken
 _NAN = tl.constexpr(-(2**31) + 2**22)  # between that and the rank of -inf, also without the last 22 bits
+_INF = tl.constexpr(0x7F800000)
 _LOG_EPS = tl.constexpr(math.log(1e-20))
 MAX_LANES = 16384
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 EXACT_LANES = {"bfloat16": 2**15, "float16": 2**12}  # up to which 31 bits have room for a whole logit and its lane
 
 # What was changed, and what came of it: a warp's instructions per token, counted in the machine code for an H200 that
-# Triton 3.6.0 makes of K=8, bfloat16, T=8192 at E=128 and 65,536 at E=256. On an H100 the first row's kernel took 7.4
-# and 64.8 us, 2026-11-25; the others have not been timed.
+# Triton 3.6.0 makes of bfloat16, K=8, T=8192 at E=128 and 65,536 at E=256, and K=10 at E=512.
 #
-#   change                                                                        E=128   E=256
+#   change                                                                        E=128   E=256   E=512
 #   the best rank, then the least lane that has it; crossed out                   341     570
 #   one maximum over rank and lane in one word; subtracted, not crossed out       185     480
 #   four rows a warp also at E=256, so that the weights are divided among lanes   185     315
 #   rank and word made in one; offsets of 32 bits in the tile                     174     293
 #   ids stored and read back, so that weights are computed once, not in each lane 155     244
-#   +inf looked for beside NaN: with a bias or groups it may not be chosen        159     249
+#   +inf looked for beside NaN: with a bias or groups it may not be chosen        162     252     560
+#   each thread sorts its words, so that a round is one comparison and few moves  164     208     420
+#   words of 32 bits that one addition makes of NaN and -0 too; and what NaNs     137     182     368
+#     need apart, row by row: it is rare, and must not take the registers
 
 
 @triton.jit
@@ -119,40 +123,133 @@ def in_best_groups(key, GROUPS: tl.constexpr, KEPT: tl.constexpr, TOP2: tl.const
 
 
 @triton.jit
-def best_lanes(x, allowed, K: tl.constexpr, CHOICES: tl.constexpr, EXACT: tl.constexpr, ALL: tl.constexpr):
-    # The allowed lanes with each row's K best values, of equal ones the first: [rows, CHOICES].
-    LANES: tl.constexpr = x.shape[1]
-    lane = tl.arange(0, LANES)[None, :]
+def same_value(a, b, LANES: tl.constexpr):
+    # Whether words differ in their lanes only.
+    return (((a + 2 * LANES - 1) ^ (b + 2 * LANES - 1)) & (-2 * LANES)) == 0
+
+
+@triton.jit
+def columns(x, N: tl.constexpr):
+    # The N columns, a tuple, of x[rows, threads, N].
+    if N == 1:
+        return (tl.reshape(x, [x.shape[0], x.shape[1]]),)
+    else:
+        a, b = tl.split(tl.reshape(x, [x.shape[0], x.shape[1], N // 2, 2]))
+        return columns(a, N // 2) + columns(b, N // 2)
+
+
+@triton.jit
+def merge(a, b, N: tl.constexpr):
+    # Two descending tuples of N as one, by Batcher's odd-even merging.
+    if N == 1:
+        return (tl.maximum(a[0], b[0]), tl.minimum(a[0], b[0]))
+    else:
+        even, odd = merge(a[::2], b[::2], N // 2), merge(a[1::2], b[1::2], N // 2)
+        merged = even[:1]
+        for i in tl.static_range(N - 1):
+            merged += (tl.maximum(even[i + 1], odd[i]), tl.minimum(even[i + 1], odd[i]))
+        return merged + odd[N - 1 :]
+
+
+@triton.jit
+def sort(x, N: tl.constexpr):
+    # A tuple of N, descending.
+    if N == 1:
+        return x
+    else:
+        return merge(sort(x[: N // 2], N // 2), sort(x[N // 2 :], N // 2), N // 2)
+
+
+@triton.jit
+def best_by_sorting(word, K: tl.constexpr, CHOICES: tl.constexpr, EXACT: tl.constexpr, VECTOR: tl.constexpr):
+    # Each thread sorts the words that it holds of a row, VECTOR neighbours or several times as many. Then, K times, the
+    # largest of the threads' first ones is taken, and the others of its thread move up.
+    ROWS: tl.constexpr = word.shape[0]
+    LANES: tl.constexpr = word.shape[1]
+    THREADS: tl.constexpr = min(32, LANES // VECTOR)
+    N: tl.constexpr = LANES // THREADS
+    own = tl.permute(tl.reshape(word, [ROWS, N // VECTOR, THREADS, VECTOR]), [0, 2, 1, 3])
+    own = sort(columns(tl.reshape(own, [ROWS, THREADS, N]), N), N) + (tl.full([ROWS, THREADS], _LOWEST, tl.int32),)
     column = tl.arange(0, CHOICES)[None, :]
-    # One word holds a value's first bits, as a number in their order, and below them the lane, counted from the last:
-    # one maximum finds both. It has 31 bits, so that the next maximum is the largest of those that the last one makes
-    # negative when it is subtracted from all: nothing is crossed out.
-    bits = x.to(tl.int32, bitcast=True)
-    sign = bits >> 31
-    word = ((bits >> 1) ^ (sign & 0x3FFFFFFF)) - sign
-    if not EXACT:
-        word = word & -LANES
-    word = tl.where(x == x, word, _NAN >> 1) + (LANES - 1 - lane - 2**30)
-    if not ALL:
-        word = tl.where(allowed, word, -(2**31))
-    last = tl.zeros([x.shape[0], 1], tl.int32)
-    words = tl.zeros([x.shape[0], CHOICES], tl.int32)
-    unsure = tl.zeros([x.shape[0], 1], tl.int32)
-    for k in range(K + (0 if EXACT else 1)):
-        best = last + tl.max((word - last).to(tl.uint32, bitcast=True), 1)[:, None].to(tl.int32, bitcast=True)
+    words = tl.zeros([ROWS, CHOICES], tl.int32)
+    unsure = tl.zeros([ROWS, 1], tl.int32)
+    COUNT: tl.constexpr = K if EXACT else K + 1
+    for k in tl.static_range(COUNT):
+        best = tl.max(own[0], 1)[:, None]
+        words = tl.where(column == k, best, words)
+        if k == 0:
+            first = best
+        elif not EXACT:
+            unsure = tl.where(same_value(best, last, LANES), 1, unsure)
+        last = best
+        taken = own[0] == best
+        for i in tl.static_range(min(N, COUNT - 1 - k)):
+            own = own[:i] + (tl.where(taken, own[i + 1], own[i]),) + own[i + 1 :]
+    return words, first, unsure
+
+
+@triton.jit
+def best_in_turn(word, K: tl.constexpr, CHOICES: tl.constexpr, EXACT: tl.constexpr):
+    # The same, for many lanes or choices: the largest of all is crossed out.
+    column = tl.arange(0, CHOICES)[None, :]
+    words = tl.zeros([word.shape[0], CHOICES], tl.int32)
+    first = tl.max(word, 1)[:, None]
+    last = first
+    unsure = tl.zeros([word.shape[0], 1], tl.int32)
+    for k in range(K if EXACT else K + 1):
+        best = tl.max(word, 1)[:, None]
         words = tl.where(column == k, best, words)
         if not EXACT:
-            unsure = tl.where(((best ^ last) & -LANES) == 0, 1, unsure)  # the bits left out decide
+            unsure = tl.where((k > 0) & same_value(best, last, word.shape[1]), 1, unsure)
         last = best
-    chosen = LANES - 1 - (words & (LANES - 1))
-    if not EXACT:  # noqa: SIM102 (decided when it is compiled, unlike the next)
-        if tl.max(unsure) > 0:
-            key = tl.where(allowed, rank(x), _LOWEST)
-            for place in range(K):
-                first = first_best(key, lane, LANES)
-                chosen = tl.where(column == place, first, chosen)
-                key = tl.where(lane == first, _LOWEST, key)
+        word = tl.where(word == best, _LOWEST, word)
+    return words, first, unsure
+
+
+@triton.jit
+def best_lanes(
+    x, allowed, K: tl.constexpr, CHOICES: tl.constexpr, EXACT: tl.constexpr, ALL: tl.constexpr, VECTOR: tl.constexpr
+):
+    # The allowed lanes with each row's K best values, of equal ones the first: [rows, CHOICES]; whether the best is NaN
+    # or +inf; and whether it is NaN, which ranks last, or the bits decide that a word has no room for.
+    LANES: tl.constexpr = x.shape[1]
+    lane = tl.arange(0, LANES)[None, :]
+    # One word says where a value is among all, by its bits as a number, and less than its distance from the next below
+    # it, twice the lane: one maximum finds both. To add 0 makes +0 of -0, and on a GPU every NaN the one above +inf.
+    if INTERPRETED:  # by a NumPy that may flush subnormals to 0 and keeps the NaNs' signs
+        bits = x.to(tl.int32, bitcast=True)
+        bits = tl.where(bits == _LOWEST, 0, tl.where(x == x, bits, 0x7FFFFFFF))
+    else:
+        bits = (x + 0.0).to(tl.int32, bitcast=True)
+    if not EXACT:
+        bits = bits & (-2 * LANES)
+    sign = bits >> 31
+    word = (bits ^ (sign ^ (sign << 31))) - 2 * lane  # with "& 0x7FFFFFFF", as one would write it, LLVM does worse
+    if not ALL:
+        word = tl.where(allowed, word, _LOWEST)
+    if VECTOR > 0:
+        words, first, unsure = best_by_sorting(word, K, CHOICES, EXACT, VECTOR)
+    else:
+        words, first, unsure = best_in_turn(word, K, CHOICES, EXACT)
+    return (-words >> 1) & (LANES - 1), first > _INF - 2 * LANES, tl.where(first > _INF, 1, unsure)
+
+
+@triton.jit
+def best_by_rank(x, allowed, K: tl.constexpr, CHOICES: tl.constexpr):
+    # The same lanes from whole values, of which NaN is the last.
+    lane, column = tl.arange(0, x.shape[1])[None, :], tl.arange(0, CHOICES)[None, :]
+    key = tl.where(allowed, rank(x), _LOWEST)
+    chosen = tl.zeros([x.shape[0], CHOICES], tl.int32)
+    for place in range(K):
+        best = first_best(key, lane, x.shape[1])
+        chosen = tl.where(column == place, best, chosen)
+        key = tl.where(lane == best, _LOWEST, key)
     return chosen
+
+
+@triton.jit
+def name_of(lane, SIZE: tl.constexpr, WIDTH: tl.constexpr):
+    return lane // WIDTH * SIZE + lane % WIDTH  # a group of SIZE experts has WIDTH lanes
 
 
 @triton.jit
@@ -161,7 +258,7 @@ def route_rows(
     E: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
     CHOICES: tl.constexpr, SCORING: tl.constexpr, NORM: tl.constexpr, SCALE: tl.constexpr, ZERO_SUM: tl.constexpr,
     BIAS_TOKENS: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, TOP2: tl.constexpr,
-    SIZE: tl.constexpr, WIDTH: tl.constexpr, EXACT: tl.constexpr,
+    SIZE: tl.constexpr, WIDTH: tl.constexpr, EXACT: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     # Routes ROWS tokens from the first on, none from the end on. All logits are read once, for the choice, and the
     # chosen ones again; K ids and weights are all that is written. It chooses by the logits, or by their scores plus
@@ -169,14 +266,12 @@ def route_rows(
     row = tl.arange(0, ROWS)[:, None]
     there = row < end_row - first_row
     lane = tl.arange(0, LANES)[None, :]
-    expert = lane // WIDTH * SIZE + lane % WIDTH if GROUPS > 1 else lane
+    expert = name_of(lane, SIZE, WIDTH)
     allowed = tl.broadcast_to((lane % WIDTH < SIZE) & (expert < E), [ROWS, LANES])
     logits += first_row * E
     x = tl.load(logits + row * E + expert, mask=there & allowed, other=float("-inf")).to(tl.float32)
 
-    if SCORING == "softmax" and NORM and ZERO_SUM != "eps":
-        broken = tl.max(tl.where(x < float("inf"), 0, 1), 1)[:, None]  # by a NaN or +inf, chosen or not
-    elif SCORING == "softmax":
+    if SCORING == "softmax" and (not NORM or ZERO_SUM == "eps"):
         top = tl.max(tl.where(x == x, x, float("-inf")), 1)[:, None]
         top = tl.where(top == float("-inf"), 0.0, top)
         everything = tl.sum(tl.exp(x - top), 1)[:, None]
@@ -188,13 +283,24 @@ def route_rows(
         value += tl.load(bias + at, mask=there & allowed, other=0.0)
     if GROUPS > 1:
         allowed = in_best_groups(tl.where(allowed, rank(value), _LOWEST), GROUPS, KEPT, TOP2, WIDTH) > _LOWEST
-    chosen_lane = best_lanes(value, allowed, K, CHOICES, EXACT, E == LANES and GROUPS == 1)
-    chosen_id = chosen_lane // WIDTH * SIZE + chosen_lane % WIDTH if GROUPS > 1 else chosen_lane
+    chosen, broken, unsure = best_lanes(value, allowed, K, CHOICES, EXACT, E == LANES and GROUPS == 1, VECTOR)
+    if BIAS_TOKENS > 0 or GROUPS > 1:  # the NaN or +inf that breaks a row may not be chosen
+        broken = tl.max(tl.where(x < float("inf"), 0, 1), 1)[:, None] > 0
     column = tl.arange(0, CHOICES)[None, :]
     kept = there & (column < K)
     # What follows is for few numbers a row. Read back, they lie one to a thread, not all in every thread of a warp.
     at = first_row * K + row * K + column
-    tl.store(ids + at, chosen_id, mask=kept)
+    tl.store(ids + at, name_of(chosen, SIZE, WIDTH), mask=kept)
+    if tl.max(unsure) > 0:
+        tl.debug_barrier()
+        if BIAS_TOKENS > 0 or GROUPS > 1:
+            tl.store(ids + at, name_of(best_by_rank(value, allowed, K, CHOICES), SIZE, WIDTH), mask=kept)
+        else:  # rare, so that it is no use to keep so many registers for it: row by row
+            for i in range(ROWS):
+                here = i < end_row - first_row
+                one = tl.load(logits + i * E + lane, mask=here & (lane < E), other=float("-inf")).to(tl.float32)
+                best = best_by_rank(one, lane < E, K, CHOICES)
+                tl.store(ids + (first_row + i) * K + column, best, mask=here & (column < K))
     tl.debug_barrier()
     chosen_id = tl.load(ids + at, mask=kept, other=0)
     chosen = tl.load(logits + row * E + chosen_id, mask=kept, other=float("-inf")).to(tl.float32)
@@ -216,7 +322,7 @@ def route_rows(
         otherwise: tl.constexpr = 1.0 / K if NORM and ZERO_SUM == "uniform" else 0.0
         weight = tl.where(total == 0.0, otherwise, weight / tl.where(total == 0.0, 1.0, total))
     if SCORING == "softmax" and NORM and ZERO_SUM != "eps":
-        weight = tl.where(broken > 0, float("nan"), weight)
+        weight = tl.where(broken, float("nan"), weight)
     tl.store(weights + at, weight * SCALE, mask=kept)
 
 
@@ -226,12 +332,12 @@ def route(
     tokens: tl.constexpr, E: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
     CHOICES: tl.constexpr, SCORING: tl.constexpr, NORM: tl.constexpr, SCALE: tl.constexpr, ZERO_SUM: tl.constexpr,
     BIAS_TOKENS: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, TOP2: tl.constexpr,
-    SIZE: tl.constexpr, WIDTH: tl.constexpr, EXACT: tl.constexpr,
+    SIZE: tl.constexpr, WIDTH: tl.constexpr, EXACT: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     # A program routes ROWS tokens. Up to 1,024 lanes it is one warp, which keeps its rows in registers.
     route_rows(
         logits, bias, ids, weights, tl.program_id(0).to(tl.int64) * ROWS, tokens, E, K, ROWS, LANES, CHOICES, SCORING,
-        NORM, SCALE, ZERO_SUM, BIAS_TOKENS, GROUPS, KEPT, TOP2, SIZE, WIDTH, EXACT,
+        NORM, SCALE, ZERO_SUM, BIAS_TOKENS, GROUPS, KEPT, TOP2, SIZE, WIDTH, EXACT, VECTOR,
     )  # fmt: skip
 
 
@@ -261,19 +367,23 @@ def _shared_by(bias, lead):
 
 
 def settings(
-    logits, bias, lead, warps, *, top_k, scoring, norm_topk_prob, num_groups, group_top_k, group_score, scale, zero_sum
-):
-    """The bias as `route_rows` takes it, and its constants, for programs of so many warps."""
+    logits, bias, lead, warps, most_rows,
+    *, top_k, scoring, norm_topk_prob, num_groups, group_top_k, group_score, scale, zero_sum,
+):  # fmt: skip
+    """The bias as `route_rows` takes it, and its constants, for programs of so many warps and rows."""
     experts, bias_tokens = logits.shape[-1], 0
     if bias is not None:
         bias, bias_tokens = _shared_by(bias, lead)
-    tokens, (lanes, width) = math.prod(lead), _lanes(experts, num_groups)
-    exact = bias is None and num_groups is None and lanes <= EXACT_LANES.get(logits.dtype.name, 0)
+    lanes, width = _lanes(experts, num_groups)
+    plain = bias is None and num_groups is None
+    # 32 logits a thread keep a warp busy, or 16 where those must be kept for a second look.
+    rows = max(1, min(warps * (1024 if plain else 512) // lanes, triton.next_power_of_2(most_rows)))
+    # How many neighbours of a row a thread holds, where threads sort: where their words and the choices are few.
+    vector = min(16 // logits.dtype.itemsize, max(1, rows * lanes // (32 * warps)), lanes)
     return logits if bias is None else bias, {
         "E": experts,
         "K": top_k,
-        # 32 logits a thread keep a warp busy, or 16 where those must be kept for a second look.
-        "ROWS": max(1, min(warps * (1024 if exact else 512) // lanes, triton.next_power_of_2(tokens))),
+        "ROWS": rows,
         "LANES": lanes,
         "CHOICES": triton.next_power_of_2(top_k),
         "SCORING": scoring,
@@ -286,17 +396,17 @@ def settings(
         "TOP2": group_score == "top2_sum",
         "SIZE": experts // (num_groups or 1),
         "WIDTH": width,
-        "EXACT": exact,
+        "EXACT": plain and lanes <= EXACT_LANES.get(logits.dtype.name, 0),
+        "VECTOR": vector if lanes <= 512 and top_k <= 16 else 0,
     }
 
 
 def route_topk(logits, bias=None, **params):
     lead = lead_axes((logits, 1), *([] if bias is None else [(bias, 1)]))
     logits = jnp.broadcast_to(logits, (*lead, logits.shape[-1]))
-    bias, constants = settings(logits, bias, lead, 1, **params)
     tokens = math.prod(lead)
     # Fewer rows a program where multiprocessors would be idle: 16 warps for each of about 128.
-    constants["ROWS"] = min(constants["ROWS"], triton.next_power_of_2(triton.cdiv(tokens, 2048)))
+    bias, constants = settings(logits, bias, lead, 1, triton.cdiv(tokens, 2048), **params)
     return launch(
         route,
         logits,
