@@ -544,13 +544,13 @@ def rows(op_name: str, s: Size, peak: Mapping[str, Any]) -> Iterator[dict[str, A
         yield row
 
 
-LARGE = 2**25  # bytes from which on a rate is that of the memory
+LARGE = 2**27  # bytes from which on a rate is that of the memory
 
 
 def settle(report: dict[str, Any]) -> None:
     """Raise the peaks to what a large row reached, if that is more, and make every row's floor of them."""
     for row in report["rows"]:
-        if row["us"] is not None and row["bytes"] >= LARGE:
+        if row["method"] == "CUPTI" and row["bytes"] >= LARGE:
             for amount, peak in (("bytes", "bytes_per_s"), ("flops", "flops_per_s")):
                 report[peak] = max(report[peak], row[amount] / row["us"] * 1e6)
     for row in report["rows"]:
@@ -587,7 +587,7 @@ def _print_here(found: Mapping[str, Any]) -> None:
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)
     print(textwrap.fill(f"{found['device']}, {found['date']}: {versions}", 116))
     copy, product = _rate(found["bytes_per_s"], 1e6, "B/s"), _rate(found["flops_per_s"], 1e6, "FLOP/s")
-    print(f"Floors are made of {copy} of a copy and {product} of a matrix product, measured just now.")
+    print(f"Floors are made of {copy} of a copy and {product} of a matrix product.")
     if found["platform"] != "gpu":
         print(f"This is a CPU: no kernel runs here, widths are cut to {CPU_WIDTHS}, and times are by the clock.")
     print(f"\n{_line(*HEADER)}")

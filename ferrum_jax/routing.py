@@ -17,7 +17,8 @@ SCORINGS = ("softmax", "topk_softmax", "sigmoid", "sqrt_softplus")
 GROUP_SCORES = ("top2_sum", "max")
 ZERO_SUMS = ("uniform", "zero", "eps")
 _LOG_EPS = math.log(1e-20)
-ONE_LAUNCH = 256  # pairs up to which routing and tables are one op: see kernels/triton/route_plan.py
+# Pairs, and lanes of logits, up to which routing and tables are one op: see kernels/triton/route_plan.py.
+ONE_OP_PAIRS, ONE_OP_LOGITS = 256, 4096
 
 
 class RouterOutput(NamedTuple):
@@ -181,7 +182,10 @@ def moe_route_plan(
     implementation: str | None = None,
     **router: Any,
 ) -> tuple[RouterOutput, MoePlan]:
-    """`route_topk`, and `moe_plan` of what it chose. On a GPU that is one launch for up to 256 pairs, as in decoding.
+    """`route_topk`, and `moe_plan` of what it chose: on a GPU in one launch where there is little to do, as in decode.
+
+    One op, that is, up to 256 pairs T*K and 4,096 logits T*E, E rounded up to a power of two, of each slice of the
+    leading axes; with none of `forced_ids`, `token_mask` and `expert_map`, and no bias for each token. Else two.
 
     Args:
       logits: [..., T, E] float16, bfloat16 or float32.
@@ -208,16 +212,21 @@ def moe_route_plan(
     (logits,) = canonical(op, parse("logits: rows[T,E] -> "), (logits,))
     *lead, tokens, experts = logits.shape
     run: dict[str, Any] = {"implementation": implementation}
-    bias, beside = router.get("bias"), ("forced_ids", "token_mask", "expert_map")
-    together = num_experts in (None, experts) and all(router.get(name) is None for name in beside)
-    together &= bias is None or jnp.ndim(bias) <= len(lead) + 1
-    if not (together and experts and tokens * as_int(op, "top_k", top_k, 1, experts) <= ONE_LAUNCH):
-        routed = route_topk(logits, top_k, **router, **run)
-        tables = experts if num_experts is None else num_experts
-        return routed, moe_plan(routed.expert_ids, tables, block_size, pair_ids=pair_ids, **run)
-    sizes = checked(op, experts, block_size)
-    settings = _settings(op, experts, top_k, **{k: v for k, v in router.items() if k not in ("bias", *beside)})
-    given = (logits,) if bias is None else (logits, _bias(op, bias, len(lead)))
+    for name in set(router) - set(route_topk.__kwdefaults__ or ()):
+        raise TypeError(f"{op}: got an unexpected keyword argument {name!r}")
+    sizes = checked(op, experts if num_experts is None else num_experts, block_size)
+    bias, beside = router.pop("bias", None), ("forced_ids", "token_mask", "expert_map")
+    if bias is not None:
+        bias = _bias(op, bias, len(lead))
+    together = sizes["num_experts"] == experts and all(router.get(name) is None for name in beside)
+    together &= bias is None or bias.ndim == len(lead) + 1
+    top_k = as_int(op, "top_k", top_k, 1, experts) if experts else top_k
+    few = experts and tokens * top_k <= ONE_OP_PAIRS and tokens << (experts - 1).bit_length() <= ONE_OP_LOGITS
+    if not (together and few):
+        routed = route_topk(logits, top_k, bias=bias, **router, **run)
+        return routed, moe_plan(routed.expert_ids, **sizes, pair_ids=pair_ids, **run)
+    settings = _settings(op, experts, top_k, **{k: v for k, v in router.items() if k not in beside})
+    given = (logits,) if bias is None else (logits, bias)
     found = _route_plan(*given, **settings, block_size=sizes["block_size"], pair_ids=bool(pair_ids), **run)
     routed, plan = RouterOutput(*found[:2]), MoePlan(*found[2:])
     dump_if_asked(MoeRouting(*plan[-3:]), routed.expert_ids, pair_ids, **sizes)

@@ -36,7 +36,7 @@ def programs(model, tokens, implementation):
     tables = {"num_experts": experts, "block_size": 64, **as_asked}
     few = tokens * k * experts <= 8192 * 128
     route_plan = functools.partial(ferrum_jax.moe_route_plan, top_k=k, block_size=64, **as_asked)
-    decode = [of((min(tokens, 256 // k), experts), jnp.bfloat16)]
+    decode = [of((min(tokens, 256 // k, 4096 >> (experts - 1).bit_length()), experts), jnp.bfloat16)]
     return {
         "route and plan": (route_plan, decode, 1, False),
         "route": (route, [of((tokens, experts), jnp.bfloat16)], 1, False),

@@ -582,14 +582,16 @@ def test_route_plan_is_one_after_the_other(name):
         np.testing.assert_array_equal(g, w)
 
 
-@pytest.mark.parametrize("tokens", [127, 128, 129])
-def test_route_plan_of_more_pairs_than_one_launch_takes(tokens):
-    logits = rng("limit").normal(size=(tokens, 5)).astype(np.float32)
-    routed, plan = ferrum_jax.moe_route_plan(logits, 2, 4)
+@pytest.mark.parametrize(
+    ("tokens", "experts", "together"), [(127, 5, 1), (128, 5, 1), (129, 5, 0), (32, 100, 1), (33, 100, 0), (1, 5000, 0)]
+)
+def test_route_plan_of_more_than_one_launch_takes(tokens, experts, together):
+    logits = rng("limit").normal(size=(tokens, experts)).astype(np.float32)
+    routed, plan = ferrum_jax.moe_route_plan(logits, np.int32(2), 4)
     oracle.assert_matches(routed, oracle.route_topk_softmax(logits, top_k=2))
-    oracle.assert_matches(plan, oracle.moe_plan(np.asarray(routed.expert_ids), num_experts=5, block_size=4))
+    oracle.assert_matches(plan, oracle.moe_plan(np.asarray(routed.expert_ids), num_experts=experts, block_size=4))
     ops = str(jax.make_jaxpr(lambda x: ferrum_jax.moe_route_plan(x, 2, 4))(logits)).count("ferrum_moe_route_plan")
-    assert ops == (1 if tokens * 2 <= 256 else 0)
+    assert ops == together
 
 
 @pytest.mark.parametrize(
@@ -602,7 +604,8 @@ def test_route_plan_of_more_pairs_than_one_launch_takes(tokens):
         ({"bias": np.zeros((3, 8), np.float32)}, ValueError, ["bias", "(3, 8)"]),
         ({"scoring": "relu"}, ValueError, ["scoring", "'relu'"]),
         ({"block_size": 2.5}, TypeError, ["block_size", "float"]),
-        ({"temperature": 2}, TypeError, ["temperature"]),
+        ({"temperature": 2}, TypeError, ["moe_route_plan", "'temperature'"]),
+        ({"top_k": 2.0}, TypeError, ["moe_route_plan", "top_k", "float"]),
     ],
     ids=str,
 )

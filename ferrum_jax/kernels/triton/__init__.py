@@ -60,15 +60,19 @@ def launch(
 
 @functools.cache
 def interpreted(family: str) -> ModuleType:
-    """A copy of a kernel file whose wrappers take and return NumPy arrays, and run in Triton's interpreter."""
+    """A copy of a kernel file whose wrappers take and return NumPy arrays, and run in Triton's interpreter.
+
+    Copies are modules of a package of their own, beside the one whose files they are read from.
+    """
+    name = f"{__name__}._interpreted"
     with _second_triton():
-        module = importlib.import_module(f"{__name__}.{family}")
-    for name, copy in _second.items():
-        package, _, file = name.rpartition(".")
-        if package == __name__:
-            vars(copy).update(launch=_interpret, jnp=np)
-            vars(sys.modules[package]).pop(file, None)  # the import left the copy there
-    _patch_language_once()
+        if name not in sys.modules:
+            package = sys.modules[name] = ModuleType(name)
+            vars(package).update(__path__=__path__, launch=_interpret, lead_axes=lead_axes)
+        module = importlib.import_module(f"{name}.{family}")
+        for other in [m for n, m in sys.modules.items() if n.startswith(f"{name}.")]:
+            vars(other).update(jnp=np)
+        _patch_language_once()
     return module
 
 
@@ -77,7 +81,7 @@ def _patch_language_once() -> None:
 
     The second copy of the language serves nothing but the interpreter, so it is patched once, for good.
     """
-    interpreter, language = _second["triton.runtime.interpreter"], _second["triton.language"]
+    interpreter, language = sys.modules["triton.runtime.interpreter"], sys.modules["triton.language"]
     if not hasattr(interpreter, "_patch_lang") or not hasattr(interpreter, "_LangPatchScope"):
         return  # another generation of it: slower, and as right
     patch = interpreter._patch_lang
@@ -91,15 +95,14 @@ _importing, _interpreter = threading.Lock(), threading.Lock()
 
 @contextlib.contextmanager
 def _second_triton() -> Iterator[None]:
-    """In here `import triton` finds the copy that interprets, and an import of a kernel file one that is made of it.
+    """In here `import triton` finds the copy that interprets.
 
     The compiled library is common to both copies.
     """
     of_triton = lambda n: n.split(".")[0] == "triton" and not n.startswith("triton._C")  # noqa: E731
 
     def swap(modules: dict[str, ModuleType]) -> dict[str, ModuleType]:
-        names = [n for n in sys.modules if of_triton(n) or n.startswith(f"{__name__}.")]
-        taken = {name: sys.modules.pop(name) for name in names}
+        taken = {name: sys.modules.pop(name) for name in list(sys.modules) if of_triton(name)}
         sys.modules.update(modules)
         return taken
 

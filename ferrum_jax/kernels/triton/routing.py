@@ -169,22 +169,24 @@ def best_by_sorting(word, K: tl.constexpr, CHOICES: tl.constexpr, EXACT: tl.cons
     THREADS: tl.constexpr = min(32, LANES // VECTOR)
     N: tl.constexpr = LANES // THREADS
     own = tl.permute(tl.reshape(word, [ROWS, N // VECTOR, THREADS, VECTOR]), [0, 2, 1, 3])
-    own = sort(columns(tl.reshape(own, [ROWS, THREADS, N]), N), N) + (tl.full([ROWS, THREADS], _LOWEST, tl.int32),)
+    own = sort(columns(tl.reshape(own, [ROWS, THREADS, N]), N), N)
+    own += (tl.full([ROWS, THREADS], _LOWEST, tl.int32),)
     column = tl.arange(0, CHOICES)[None, :]
     words = tl.zeros([ROWS, CHOICES], tl.int32)
     unsure = tl.zeros([ROWS, 1], tl.int32)
     COUNT: tl.constexpr = K if EXACT else K + 1
+    first = tl.max(own[0], 1)[:, None]
+    last = first
     for k in tl.static_range(COUNT):
-        best = tl.max(own[0], 1)[:, None]
+        best = first if k == 0 else tl.max(own[0], 1)[:, None]
         words = tl.where(column == k, best, words)
-        if k == 0:
-            first = best
-        elif not EXACT:
+        if k > 0 and not EXACT:
             unsure = tl.where(same_value(best, last, LANES), 1, unsure)
         last = best
         taken = own[0] == best
         for i in tl.static_range(min(N, COUNT - 1 - k)):
-            own = own[:i] + (tl.where(taken, own[i + 1], own[i]),) + own[i + 1 :]
+            moved = tl.where(taken, own[i + 1], own[i])
+            own = own[:i] + (moved,) + own[i + 1 :]  # noqa: RUF005 (Triton knows no unpacking)
     return words, first, unsure
 
 
