@@ -29,26 +29,30 @@ def route_and_place(
     E: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
     CHOICES: tl.constexpr, SCORING: tl.constexpr, NORM: tl.constexpr, SCALE: tl.constexpr, ZERO_SUM: tl.constexpr,
     BIAS_TOKENS: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, TOP2: tl.constexpr,
-    SIZE: tl.constexpr, WIDTH: tl.constexpr, EXACT: tl.constexpr, VECTOR: tl.constexpr,
+    SIZE: tl.constexpr, WIDTH: tl.constexpr, EXACT: tl.constexpr, VECTOR: tl.constexpr, WHOLE: tl.constexpr,
     P: tl.constexpr, T: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr,
     TILES: tl.constexpr, BINS: tl.constexpr, TILE: tl.constexpr, RANKED: tl.constexpr, CHUNK: tl.constexpr,
     FILL: tl.constexpr, BITS: tl.constexpr, COUNTED: tl.constexpr, PAIR_IDS: tl.constexpr,
 ):  # fmt: skip
     # A tile's place depends on the ids of all of a slice's tokens. Rather than wait for other programs, each computes
-    # these itself and writes them, the same bits as the others, where it reads them back.
-    first_row = tl.program_id(0).to(tl.int64) // TILES * T
+    # these itself and writes them, the same bits as the others, where it reads them back. Of a slice's programs TILES
+    # then place a tile, and the last one weighs what was chosen.
+    program = tl.program_id(0).to(tl.int64)
+    slice_id, tile = program // (TILES + 1), program % (TILES + 1)
+    first_row = slice_id * T
     end_row = first_row + T
     while first_row < end_row:
         route_rows(
             logits, bias, ids, weights, first_row, end_row, E, K, ROWS, LANES, CHOICES, SCORING, NORM, SCALE, ZERO_SUM,
-            BIAS_TOKENS, GROUPS, KEPT, TOP2, SIZE, WIDTH, EXACT, VECTOR,
+            BIAS_TOKENS, GROUPS, KEPT, TOP2, SIZE, WIDTH, EXACT, VECTOR, WHOLE, tile == TILES,
         )  # fmt: skip
         first_row += ROWS
-    tl.debug_barrier()
-    place_tile(
-        ids, ids, ids, pairs, tokens, offsets, slots, blocks, padded, P, E, T, K, S, BLOCK, TILES, BINS, TILE,
-        RANKED, CHUNK, FILL, BITS, COUNTED, True, True, PAIR_IDS,
-    )  # fmt: skip
+    if tile < TILES:
+        tl.debug_barrier()
+        place_tile(
+            slice_id * TILES + tile, ids, ids, ids, pairs, tokens, offsets, slots, blocks, padded, P, E, T, K, S, BLOCK,
+            TILES, BINS, TILE, RANKED, CHUNK, FILL, BITS, COUNTED, True, True, PAIR_IDS,
+        )  # fmt: skip
 
 
 def moe_route_plan(logits, bias=None, *, block_size, pair_ids, **params):
@@ -66,8 +70,9 @@ def moe_route_plan(logits, bias=None, *, block_size, pair_ids, **params):
         logits,
         bias,
         out=chosen + [(shape, jnp.int32) for shape in packed + blocked],
-        grid=math.prod(lead) * constants["TILES"],
+        grid=math.prod(lead) * (constants["TILES"] + 1),
         num_warps=warps,
         PAIR_IDS=pair_ids,
+        WHOLE=num_tokens % routed["ROWS"] == 0,
         **routed | constants,
     )

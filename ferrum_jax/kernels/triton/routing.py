@@ -260,18 +260,23 @@ def route_rows(
     E: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
     CHOICES: tl.constexpr, SCORING: tl.constexpr, NORM: tl.constexpr, SCALE: tl.constexpr, ZERO_SUM: tl.constexpr,
     BIAS_TOKENS: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, TOP2: tl.constexpr,
-    SIZE: tl.constexpr, WIDTH: tl.constexpr, EXACT: tl.constexpr, VECTOR: tl.constexpr,
+    SIZE: tl.constexpr, WIDTH: tl.constexpr, EXACT: tl.constexpr, VECTOR: tl.constexpr, WHOLE: tl.constexpr, weigh,
 ):  # fmt: skip
-    # Routes ROWS tokens from the first on, none from the end on. All logits are read once, for the choice, and the
-    # chosen ones again; K ids and weights are all that is written. It chooses by the logits, or by their scores plus
-    # bias. A group of SIZE experts has WIDTH lanes; BIAS_TOKENS tokens share a row of the bias.
+    # Routes ROWS tokens from the first on, none from the end on; WHOLE: all are there. All logits are read once, for
+    # the choice, and the chosen ones again, if they are weighed; K ids and weights are all that is written. It chooses
+    # by the logits, or by their scores plus bias. A group of SIZE experts has WIDTH lanes; BIAS_TOKENS tokens share a
+    # row of the bias.
     row = tl.arange(0, ROWS)[:, None]
     there = row < end_row - first_row
     lane = tl.arange(0, LANES)[None, :]
     expert = name_of(lane, SIZE, WIDTH)
     allowed = tl.broadcast_to((lane % WIDTH < SIZE) & (expert < E), [ROWS, LANES])
     logits += first_row * E
-    x = tl.load(logits + row * E + expert, mask=there & allowed, other=float("-inf")).to(tl.float32)
+    ALL: tl.constexpr = E == LANES and GROUPS == 1
+    if ALL and WHOLE:
+        x = tl.load(logits + row * E + expert).to(tl.float32)
+    else:
+        x = tl.load(logits + row * E + expert, mask=there & allowed, other=float("-inf")).to(tl.float32)
 
     if SCORING == "softmax" and (not NORM or ZERO_SUM == "eps"):
         top = tl.max(tl.where(x == x, x, float("-inf")), 1)[:, None]
@@ -285,7 +290,7 @@ def route_rows(
         value += tl.load(bias + at, mask=there & allowed, other=0.0)
     if GROUPS > 1:
         allowed = in_best_groups(tl.where(allowed, rank(value), _LOWEST), GROUPS, KEPT, TOP2, WIDTH) > _LOWEST
-    chosen, broken, unsure = best_lanes(value, allowed, K, CHOICES, EXACT, E == LANES and GROUPS == 1, VECTOR)
+    chosen, broken, unsure = best_lanes(value, allowed, K, CHOICES, EXACT, ALL, VECTOR)
     if BIAS_TOKENS > 0 or GROUPS > 1:  # the NaN or +inf that breaks a row may not be chosen
         broken = tl.max(tl.where(x < float("inf"), 0, 1), 1)[:, None] > 0
     column = tl.arange(0, CHOICES)[None, :]
@@ -303,29 +308,30 @@ def route_rows(
                 one = tl.load(logits + i * E + lane, mask=here & (lane < E), other=float("-inf")).to(tl.float32)
                 best = best_by_rank(one, lane < E, K, CHOICES)
                 tl.store(ids + (first_row + i) * K + column, best, mask=here & (column < K))
-    tl.debug_barrier()
-    chosen_id = tl.load(ids + at, mask=kept, other=0)
-    chosen = tl.load(logits + row * E + chosen_id, mask=kept, other=float("-inf")).to(tl.float32)
+    if weigh:
+        tl.debug_barrier()
+        chosen_id = tl.load(ids + at, mask=kept, other=0)
+        logit = tl.load(logits + row * E + chosen_id, mask=kept, other=float("-inf")).to(tl.float32)
 
-    power = exponent(chosen, SCORING)
-    base = tl.zeros([ROWS, 1], tl.float32)
-    if NORM:
-        base = tl.max(power, 1)[:, None]
-        base = tl.where(base == float("-inf"), 0.0, base)
-    elif SCORING == "softmax":
-        base = top
-    weight = tl.where(column < K, factor(chosen, SCORING) * tl.exp(power - base), 0.0)
-    if NORM or SCORING == "softmax":
-        total = tl.sum(weight, 1)[:, None] if NORM else everything
-        if NORM and ZERO_SUM == "eps" and SCORING == "softmax":
-            total += tl.exp(top - base + _LOG_EPS) * everything
-        elif NORM and ZERO_SUM == "eps" and SCORING != "topk_softmax":
-            total += tl.exp(_LOG_EPS - base)
-        otherwise: tl.constexpr = 1.0 / K if NORM and ZERO_SUM == "uniform" else 0.0
-        weight = tl.where(total == 0.0, otherwise, weight / tl.where(total == 0.0, 1.0, total))
-    if SCORING == "softmax" and NORM and ZERO_SUM != "eps":
-        weight = tl.where(broken, float("nan"), weight)
-    tl.store(weights + at, weight * SCALE, mask=kept)
+        power = exponent(logit, SCORING)
+        base = tl.zeros([ROWS, 1], tl.float32)
+        if NORM:
+            base = tl.max(power, 1)[:, None]
+            base = tl.where(base == float("-inf"), 0.0, base)
+        elif SCORING == "softmax":
+            base = top
+        weight = tl.where(column < K, factor(logit, SCORING) * tl.exp(power - base), 0.0)
+        if NORM or SCORING == "softmax":
+            total = tl.sum(weight, 1)[:, None] if NORM else everything
+            if NORM and ZERO_SUM == "eps" and SCORING == "softmax":
+                total += tl.exp(top - base + _LOG_EPS) * everything
+            elif NORM and ZERO_SUM == "eps" and SCORING != "topk_softmax":
+                total += tl.exp(_LOG_EPS - base)
+            otherwise: tl.constexpr = 1.0 / K if NORM and ZERO_SUM == "uniform" else 0.0
+            weight = tl.where(total == 0.0, otherwise, weight / tl.where(total == 0.0, 1.0, total))
+        if SCORING == "softmax" and NORM and ZERO_SUM != "eps":
+            weight = tl.where(broken, float("nan"), weight)
+        tl.store(weights + at, weight * SCALE, mask=kept)
 
 
 @triton.jit
@@ -334,12 +340,12 @@ def route(
     tokens: tl.constexpr, E: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
     CHOICES: tl.constexpr, SCORING: tl.constexpr, NORM: tl.constexpr, SCALE: tl.constexpr, ZERO_SUM: tl.constexpr,
     BIAS_TOKENS: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, TOP2: tl.constexpr,
-    SIZE: tl.constexpr, WIDTH: tl.constexpr, EXACT: tl.constexpr, VECTOR: tl.constexpr,
+    SIZE: tl.constexpr, WIDTH: tl.constexpr, EXACT: tl.constexpr, VECTOR: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     # A program routes ROWS tokens. Up to 1,024 lanes it is one warp, which keeps its rows in registers.
     route_rows(
         logits, bias, ids, weights, tl.program_id(0).to(tl.int64) * ROWS, tokens, E, K, ROWS, LANES, CHOICES, SCORING,
-        NORM, SCALE, ZERO_SUM, BIAS_TOKENS, GROUPS, KEPT, TOP2, SIZE, WIDTH, EXACT, VECTOR,
+        NORM, SCALE, ZERO_SUM, BIAS_TOKENS, GROUPS, KEPT, TOP2, SIZE, WIDTH, EXACT, VECTOR, WHOLE, True,
     )  # fmt: skip
 
 
@@ -417,5 +423,6 @@ def route_topk(logits, bias=None, **params):
         grid=triton.cdiv(tokens, constants["ROWS"]),
         num_warps=min(32, max(1, constants["LANES"] // 1024)),
         tokens=tokens,
+        WHOLE=tokens % constants["ROWS"] == 0,
         **constants,
     )

@@ -94,17 +94,17 @@ def fill(table, start, end, value, step, FILL: tl.constexpr):
 
 @triton.jit
 def place_tile(
-    ids, before, totals, pairs, tokens, offsets, slots, blocks, padded,
+    program, ids, before, totals, pairs, tokens, offsets, slots, blocks, padded,
     P: tl.constexpr, E: tl.constexpr, T: tl.constexpr, K: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr,
     TILES: tl.constexpr, BINS: tl.constexpr, TILE: tl.constexpr, RANKED: tl.constexpr, CHUNK: tl.constexpr,
     FILL: tl.constexpr, BITS: tl.constexpr,
     COUNTED: tl.constexpr, PAIRS: tl.constexpr, ALIGNED: tl.constexpr, PAIR_IDS: tl.constexpr,
 ):  # fmt: skip
-    # A program places one tile of a slice's pairs, and writes its share of padding and tails. It goes through the
-    # experts BINS at a time and first learns how many pairs each has, here and before: from launch two, or by counting
-    # all the pairs itself, 4 bytes a pair out of L2. Then it takes RANKED pairs at a time: a pair's row is its expert's
-    # next one plus the number of its expert's pairs before it.
-    slice_id, program = tl.program_id(0).to(tl.int64) // TILES, tl.program_id(0).to(tl.int64) % TILES
+    # Of TILES programs a slice each places one tile of its pairs, and writes its share of padding and tails. It goes
+    # through the experts BINS at a time and first learns how many pairs each has, here and before: from launch two, or
+    # by counting all the pairs itself, 4 bytes a pair out of L2. Then it takes RANKED pairs at a time: a pair's row is
+    # its expert's next one plus the number of its expert's pairs before it.
+    slice_id, program = program // TILES, program % TILES
     ids += slice_id * P
     pairs += slice_id * P
     tokens += slice_id * P
@@ -197,8 +197,8 @@ def place(
 ):  # fmt: skip
     # The last launch, and for few pairs the only one.
     place_tile(
-        ids, before, totals, pairs, tokens, offsets, slots, blocks, padded, P, E, T, K, S, BLOCK, TILES, BINS, TILE,
-        RANKED, CHUNK, FILL, BITS, COUNTED, PAIRS, ALIGNED, PAIR_IDS,
+        tl.program_id(0).to(tl.int64), ids, before, totals, pairs, tokens, offsets, slots, blocks, padded, P, E, T, K,
+        S, BLOCK, TILES, BINS, TILE, RANKED, CHUNK, FILL, BITS, COUNTED, PAIRS, ALIGNED, PAIR_IDS,
     )  # fmt: skip
 
 
