@@ -59,22 +59,20 @@ def invert(index, owner, *, N, K, R):
     n = lax.axis_index("program")
     slice_id, token = split(n, N)
 
-    def write(k, _):
-        row = index[n, k]
+    @some(K)
+    def _(choices):
+        rows = [index[n, k] for k in choices]
+        for k, row in zip(choices, rows, strict=True):
 
-        @pl.when((row >= 0) & (row < R))
-        def _():
-            owner[slice_id, row] = token * K + k
-
-        return ()
-
-    repeat(K, write, ())
+            @pl.when((row >= 0) & (row < R))
+            def _(k=k, row=row):
+                owner[slice_id, row] = token * K + k
 
 
-def scatter(g, index, weights, owner, out, *, N, K, R, TOTAL):
-    # out[index[n,k]] = weights[n,k] * g[n]; without an index, to the rows n*K + k. The first blocks own one chunk of
-    # one token: they read it once and store it K times. The others own 8 rows each, and write zeros to those of them
-    # that no pair names.
+def scatter(g, index, weights, owner, out, *, N, K, R, TOTAL, CLEARING):
+    # out[index[n,k]] = weights[n,k] * g[n]; without an index, to the rows n*K + k. A block owns one chunk of one token:
+    # it reads it once and stores it K times. And it owns 8 rows, and writes zeros to those of them that no pair names.
+    # Of either there may be fewer.
     program, chunks = lax.axis_index("program"), out.shape[2]
 
     @pl.when(program < TOTAL * chunks)
@@ -83,38 +81,37 @@ def scatter(g, index, weights, owner, out, *, N, K, R, TOTAL):
         slice_id, token = split(n, N)
         own = load(g, slice_id, token, chunk)
 
-        def write(k, _):
-            row = index[n, k] if index is not None else token * K + k
+        def put(row, factor):
+            pl.when((row >= 0) & (row < R))(lambda: store(out, (slice_id, row), chunk, own * factor))
 
-            @pl.when((row >= 0) & (row < R))
-            def _():
-                store(out, (slice_id, row), chunk, own * weights[n, k])
+        if index is None:
+            repeat(K, lambda k, _: put(token * K + k, weights[n, k]) or (), ())
+            return
 
-            return ()
-
-        repeat(K, write, ())
+        @some(K)
+        def _(choices):
+            named = [(index[n, k], weights[n, k]) for k in choices]
+            for row, factor in named:
+                put(row, factor)
 
     if index is None:
         return
 
-    @pl.when(program >= TOTAL * chunks)
+    @pl.when(program < CLEARING)
     def _():
-        slice_id, first = split(program - TOTAL * chunks, pl.cdiv(R, 8))
+        slice_id, first = split(program, pl.cdiv(R, 8))
 
-        def clear(j, _):
-            row = first * 8 + j
-            pair = owner[slice_id, jnp.minimum(row, R - 1)]
-            known = (pair >= 0) & (pair < N * K)
-            token, k = split(jnp.where(known, pair, 0), K)
-            named = known & (index[slice_id * N + token, k] == row)
+        # All eight are asked for before the first is used.
+        eight = [first * 8 + j for j in range(8)]
+        pairs = [owner[slice_id, jnp.minimum(row, R - 1)] for row in eight]
+        known = [(pair >= 0) & (pair < N * K) for pair in pairs]
+        at = [split(jnp.where(ok, pair, 0), K) for ok, pair in zip(known, pairs, strict=True)]
+        named = [index[slice_id * N + token, k] for token, k in at]
+        for row, ok, name in zip(eight, known, named, strict=True):
 
-            @pl.when((row < R) & jnp.logical_not(named))
-            def _():
+            @pl.when((row < R) & jnp.logical_not(ok & (name == row)))
+            def _(row=row):
                 loop(chunks, lambda chunk, _: store(out, (slice_id, row), chunk, zeros(out)) or (), ())
-
-            return ()
-
-        loop(8, clear, ())
 
 
 def segment_sum(rows, weights, order, dest, out, *, P, K, R):
@@ -190,6 +187,20 @@ def repeat(times, step, state):
     for k in range(eights * 8, times):
         state = step(jnp.int32(k), state)
     return state
+
+
+def some(times):
+    """The decorated function of lists of k, all together each k in [0, times): all at once where they are few, else by
+    eights. What it loads for a list before it stores anything is in flight at once: no load overtakes a store.
+    """
+
+    def run(body):
+        eights = 0 if times <= UNROLLED else times // 8
+        loop(eights, lambda i, _: body([i * 8 + j for j in range(8)]) or (), ())
+        if eights * 8 < times:
+            body([jnp.int32(k) for k in range(eights * 8, times)])
+
+    return run
 
 
 # ---- wrappers: leading axes become one; rows that the whole batch shares are not copied
@@ -268,11 +279,12 @@ def _scatter(g, index, weights, lead, n, k, num_rows):
         _small(weights, lead, total, k),
         owner,
         out=[((slices, num_rows, chunks, columns), g.dtype)],
-        grid=total * chunks + clearing,
+        grid=max(total * chunks, clearing),
         N=n,
         K=k,
         R=num_rows,
         TOTAL=total,
+        CLEARING=clearing,
     )
     return (_unchunked(out, (*lead, num_rows, g.shape[-1])),)
 
