@@ -61,7 +61,7 @@ def moe_route_plan(logits, bias=None, *, block_size, pair_ids, **params):
     logits = jnp.broadcast_to(logits, (*lead, num_tokens, experts))
     bias = None if bias is None else jnp.expand_dims(bias, -2)
     constants, warps = sizes(num_tokens, params["top_k"], experts, block_size, True, one_launch=True)
-    warps = warps if num_tokens <= 16 else 8
+    warps = warps if num_tokens * triton.next_power_of_2(experts) <= 2048 else 8
     bias, routed = settings(logits, bias, (*lead, num_tokens), warps, num_tokens, **params)
     packed, blocked = shapes(lead, constants)
     chosen = [((*lead, num_tokens, params["top_k"]), dtype) for dtype in (jnp.int32, jnp.float32)]

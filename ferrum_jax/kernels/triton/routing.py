@@ -304,7 +304,7 @@ def route_rows(
             tl.store(ids + at, name_of(best_by_rank(value, allowed, K, CHOICES), SIZE, WIDTH), mask=kept)
         else:  # rare, so that it is no use to keep so many registers for it: row by row
             for i in range(ROWS):
-                here = i < end_row - first_row
+                here = tl.full([1, 1], i, tl.int32) < end_row - first_row
                 one = tl.load(logits + i * E + lane, mask=here & (lane < E), other=float("-inf")).to(tl.float32)
                 best = best_by_rank(one, lane < E, K, CHOICES)
                 tl.store(ids + (first_row + i) * K + column, best, mask=here & (column < K))
