@@ -326,7 +326,7 @@ def route_rows(
             if NORM and ZERO_SUM == "eps" and SCORING == "softmax":
                 total += tl.exp(top - base + _LOG_EPS) * everything
             elif NORM and ZERO_SUM == "eps" and SCORING != "topk_softmax":
-                total += tl.exp(_LOG_EPS - base)
+                total += tl.exp(-base + _LOG_EPS)
             otherwise: tl.constexpr = 1.0 / K if NORM and ZERO_SUM == "uniform" else 0.0
             weight = tl.where(total == 0.0, otherwise, weight / tl.where(total == 0.0, 1.0, total))
         if SCORING == "softmax" and NORM and ZERO_SUM != "eps":
