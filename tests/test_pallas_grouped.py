@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import re
 
 import jax
@@ -40,7 +41,7 @@ def test_values_and_gradients(size, dtype, pair_ids):
 
 @pytest.mark.usefixtures("interpreting")
 def test_blocks_beyond_a_tile_many_columns_and_float32_results():
-    """One expert's block in two tiles, each of several sizes; more columns than one tile; experts without rows."""
+    """One expert's rows in two tiles and more; more columns than one tile; experts without rows."""
     r = rng("large")
     routing = ferrum_jax.moe_plan(np.full((200, 1), 1, np.int32), 3, 256, implementation="xla")
     lhs, rhs = rows(r, (200, 64), "bfloat16"), rows(r, (3, 64, 320), "bfloat16")
@@ -165,32 +166,70 @@ def test_what_is_stored_as_one_piece_of_memory_ends_with_its_row(width, top_k, m
 
 
 def test_runs_are_told_from_other_slots():
-    slots = jnp.array([[4, 5, 6], [4, 5, -1], [4, 6, -1], [4, -1, 6], [-1, 4, 5], [-1, -1, -1], [0, -1, -1], [5, 4, 3]])
-    assert grouped._runs(slots).tolist() == [4, 4, -1, -1, -1, -1, 0, -1]
+    slots = jnp.array([[4, 5, 6], [4, 5, -1], [4, 6, -1], [4, -1, 6], [-1, 4, 5], [-1, -1, -1], [0, 9, -7], [5, 4, 3]])
+    live, last, first = grouped._runs(slots, jnp.zeros(8, jnp.int32), 9)
+    assert first.tolist() == [4, 4, -1, -1, -1, -1, 0, -1]
+    assert live.tolist() == [3, 2, 2, 2, 2, 0, 1, 3]
+    assert last.tolist() == [3, 2, 2, 3, 3, 0, 1, 3]
+    assert grouped._runs(slots, jnp.full(8, -1, jnp.int32), 9)[0].tolist() == [0] * 8
 
 
-@pytest.mark.parametrize("window", [2, 4, 32])
-def test_the_order_holds_each_tile_once_and_keeps_experts_together(window):
-    expert = np.sort(rng("order").integers(0, 9, size=45)).astype(np.int32)
-    expert[-7:] = -1
-    across, seen = 3, []
-    begin, size = np.divmod(np.asarray(grouped._order(jnp.asarray(expert), window)), grouped.WINDOW + 1)
-    for at in range(len(expert) * across):
-        b = at // across
-        column, block = divmod(at - begin[b] * across, size[b])
-        assert expert[begin[b] + block] == expert[b]
-        seen.append((begin[b] + block, column))
-    assert sorted(seen) == [(b, c) for b in range(len(expert)) for c in range(across)]
+@pytest.mark.parametrize("most", [16, 32, 144])
+def test_tiles_hold_each_row_once_and_experts_stay_together(most):
+    r = rng("tiles")
+    rows_of = r.integers(0, 2000, size=14) * r.integers(0, 2, size=14)
+    rows_of[0], rows_of[1], rows_of[-1] = 0, most, 1
+    high = np.cumsum(rows_of)
+    low = high - rows_of
+    low[rows_of == 0] = high[rows_of == 0] = 0
+    across = 3
+    low, high = jnp.int32(low), jnp.int32(high)
+    table, count = grouped._tiles(low, high, most, grouped._most_tiles(int(high[-1]), 14, most))
+    at = np.arange(count[0] * across)
+    begin, size = np.divmod(np.asarray(table)[3, at // across], grouped.WINDOW + 1)
+    column, number = np.divmod(at - begin * across, size)
+    owner, first, height, _ = np.asarray(table)[:, begin + number]
+    assert (np.diff(owner) >= 0).all()
+    most_tiles = 0
+    for e in range(14):
+        if low[e] == high[e]:
+            assert not (owner == e).any()
+            continue
+        mine = (owner == e) & (column == 0)
+        covered = [row for t in np.flatnonzero(mine) for row in range(first[t], first[t] + height[t])]
+        assert covered == list(range(covered[0], covered[-1] + 1))
+        assert covered[0] == low[e] // 8 * 8
+        assert high[e] <= covered[-1] + 1 < high[e] + grouped.UNIT
+        assert (first[mine] % 8 == 0).all()
+        assert (height[mine] % grouped.UNIT == 0).all()
+        assert max(height[mine]) <= most
+        assert max(height[mine]) - min(height[mine]) <= grouped.UNIT
+        assert mine.sum() == -(-len(covered) // most)
+        most_tiles = max(most_tiles, mine.sum())
+        for c in range(1, across):
+            assert (first[(owner == e) & (column == c)] == first[mine]).all()
+    side_by_side = [len(list(run)) for _, run in itertools.groupby(zip(owner, column, strict=True))]
+    assert max(side_by_side) == min(grouped.WINDOW, most_tiles)
+
+
+def test_tiles_of_tables_that_break_the_rules_stay_inside():
+    """Every expert claims every row: more tiles than there is room for."""
+    (_, _, _, order), count = grouped._tiles(jnp.zeros(5, jnp.int32), jnp.full(5, 100, jnp.int32), 16, 9)
+    begin, size = np.divmod(np.asarray(order), grouped.WINDOW + 1)
+    assert count.tolist() == [9]
+    assert (size > 0).all()
+    assert (begin + size <= 9).all()
 
 
 def test_an_expert_is_read_where_it_lies_if_its_rows_lie_together():
     # Rows 2 to 4; two runs; none; 7 and 1; after an end that is not full, row 0
     slots = jnp.array([[2, 3], [4, -1], [5, 6], [8, 9], [-1, -1], [7, 1], [10, -1], [0, -1]])
-    expert, live = jnp.array([0, 0, 1, 1, -1, 3, 4, 4]), jnp.array([2, 1, 2, 2, 0, 2, 1, 1])
-    low, high, apart, skip = grouped._ranges(slots, expert, live, 8, 5, 5, 1)
+    owner = jnp.array([0, 0, 1, 1, 2, 3, 4, 4])
+    low, high, apart = grouped._ranges(slots, owner, 1, 5, 11, 1)
     assert apart.tolist() == [0, 1, 0, 1, 1]
-    assert list(zip(low.tolist(), high.tolist(), strict=True)) == [(2, 5), (4, 8), (0, 0), (10, 12), (12, 16)]
-    assert skip.tolist() == [1, 1, 0, 0, 1, 0, 0, 0]
+    assert list(zip(low.tolist(), high.tolist(), strict=True)) == [(2, 5), (4, 8), (0, 0), (10, 12), (12, 15)]
+    two = grouped._ranges(slots, jnp.where(jnp.arange(8) < 4, owner, owner + 5), 2, 5, 11, 1)
+    assert [x[:5].tolist() + x[5:].tolist() for x in two][2] == [0, 1, 0, 0, 0, 0, 0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("compared", [0, 2**25])
@@ -199,9 +238,10 @@ def test_holes_are_the_rows_that_no_slot_names(compared, monkeypatch):
     slots = np.full((4, 8), -1, np.int32)  # two blocks of each of two slices of 13 rows
     slots[:3, :5] = np.stack([rng("holes").permutation(13)[:5] for _ in range(3)])
     slots[1, :5] = np.setdiff1d(np.arange(13), slots[0, :5])[:5]
-    holes = np.asarray(grouped._holes(jnp.asarray(slots), 2, 2, 13, 16, 128))
+    slots[2, 5], slots[3] = 13, np.arange(8)  # no row, and a block that does not count
+    holes = np.asarray(grouped._holes(jnp.asarray(slots), jnp.array([0, 2, 3, -1]), 2, 13, 16, 128))
     assert holes.shape == (128,)
-    unnamed = [s * 16 + r for s in range(2) for r in range(13) if r not in slots[2 * s : 2 * s + 2]]
+    unnamed = [s * 16 + r for s in range(2) for r in range(13) if r not in slots[2 * s : 3]]
     assert [8 * g + j for g in range(128) for j in range(8) if holes[g] >> j & 1] == unnamed
 
 

@@ -4,6 +4,7 @@ import functools
 import math
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -14,21 +15,13 @@ PROGRAMS = 132  # persistent blocks: the multiprocessors of a Hopper SXM card, o
 STEP = 64  # elements of a 128-byte line of shared memory, the longest that wgmma reads: all lengths are multiples
 SWIZZLE = 128
 COLUMNS = 256  # of a tile, half for each of the two multiplying warpgroups
-WINDOW = 32  # the largest window
-SMALL = 2**24  # bytes of an expert's matrix that stays in the L2 cache from one of its blocks to the next
-PART = 160  # most slots of a tile: beyond, one ptxas or another spills registers
+UNIT = 16  # the rows by which tiles' heights differ: there is a product for each height
+WINDOW = 32  # most tiles of an expert that go side by side through the columns, so that they share what they read of it
+PART = 160  # most slots whose rows a thread block gathers
 
-# Most slots of a tile -> by how many slots the sizes differ over which its product is made, the smallest that holds its
-# rows; the window, table blocks of which those of one expert go side by side through the columns; and how many tiles a
-# thread block takes, the hardware dealing them out (0: as many as its share, so that its loads never stop). Decode:
-# bytes are the time. Middle: products count too, and most experts have one or two blocks. Prefill: a full tile's time
-# is its products; of LARGE matrices the cache holds less than one, so all blocks that use a column go there together.
-# The product's kernel on an H100 80GB HBM3, bfloat16, 2026-11-25, E=128 H=2048 N=1536: T=16 167 us; T=1024, blocks of
-# 64, 296 us with sizes 40, 56 and 72 (40 and 72: 309, and 315 in groups of 4 blocks); T=8192 700 us by 32 in groups of
-# 2 blocks (by 24: 710, by 16: 728, larger groups: 731 to 745), tiles of 192 slots 682 us. E=64 H=7168 N=4096, T=4096:
-# 4011 us in windows of 32 (groups of 8 blocks: 4270, of 4: 4783). `python -m ferrum_jax.kernels.pallas.tune` times all.
-TILES = {40: (24, 1, 0), 72: (16, 1, 0), PART + 8: (32, 2, 0)}
-LARGE = (32, 32, 0)
+# An expert's rows on average, at most -> the most rows of a tile; and whether the hardware deals the tiles out, one a
+# thread block, or each of PROGRAMS blocks takes its share of them, so that its loads never stop.
+TILES = {16: (32, False), 80: (96, False), math.inf: (144, True)}
 COMPARED = 2**25  # up to here each eight rows are compared with each slot: one launch in place of three
 CHUNK = 32  # slots of a tile that are stored at a time
 
@@ -37,39 +30,32 @@ CHUNK = 32  # slots of a tile that are stored at a time
 
 
 def product(
-    lhs, gathered, rhs, expert, first, live, order, slots, total, holes, out,
+    lhs, gathered, rhs, tiles, count, low, high, apart, names, holes, out,
     rows, matrix, stage, edge, zero, full, empty,
-    *, TRANSPOSED, STEPS, STAGES, ROWS, CHUNK, SIZES, GRID, TAKES,
-    SIZE, PARTS, PER_SLICE, LHS_SLICE, OUT_SLICE, RHS_SLICE,
+    *, TRANSPOSED, STEPS, STAGES, ROWS, CHUNK, GRID, EXPERTS, PAIRS, LHS_SLICE, OUT_SLICE, RHS_SLICE,
 ):  # fmt: skip
-    # out[s] = lhs[s] @ rhs[e]: a block owns in turn tiles of COLUMNS columns by a table block's slots, and makes them
-    # transposed, columns in the tensor cores' long direction and slots, any multiple of 8, in the short one. TMA reads
-    # rows from a multiple of 8 on; the up to 7 rows before a block's first are multiplied too, and not stored. Blocks
-    # whose slots name no run of rows are read from `gathered`, and stored row by row.
+    # out[r] = lhs[r] @ rhs[e]: a block owns in turn tiles of COLUMNS columns by up to ROWS rows of an expert, and makes
+    # them transposed, columns in the tensor cores' long direction and rows, any multiple of 8, in the short one. TMA
+    # reads rows from a multiple of 8 on: the few before an expert's first and past its last are multiplied, not stored.
+    # Experts whose rows do not lie together are read from `gathered`, and stored row by row under their names.
     program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
-    width, blocks = out.shape[1], expert.shape[0]
-    if blocks == PER_SLICE:
-        blocks = (lax.div(jnp.clip(total[0], 0, blocks // PARTS * SIZE) - 1, jnp.int32(SIZE)) + 1) * PARTS
+    width = out.shape[1]
     across = pl.cdiv(width, COLUMNS)
-    if TAKES:
-        tiles = jnp.clip(blocks * across - program * TAKES, 0, TAKES)
-    else:
-        tiles = lax.div(blocks * across - program + GRID - 1, jnp.int32(GRID))
+
+    def own_tiles():  # in each branch anew: from before them it would be spilled
+        return lax.div(jnp.maximum(count[0] * across - program, 0) + GRID - 1, jnp.int32(GRID))
 
     def tile(i):
-        """The table block, the first column, and the source's first row of this block's i-th tile."""
-        at = program * TAKES + i if TAKES else program + i * GRID
-        if order is None:
-            block, column = split(at, across)
-        else:
-            begin, size = split(order[lax.div(at, jnp.int32(across))], WINDOW + 1)
-            column, block = split(at - begin * across, size)
-            block += begin
-        return block, pl.multiple_of(column * COLUMNS, COLUMNS), first[block]
+        """The matrix, and of this block's i-th tile the first column, the first row and the height."""
+        at = program + i * GRID
+        begin, size = split(tiles[3, lax.div(at, jnp.int32(across))], WINDOW + 1)
+        column, number = split(at - begin * across, size)
+        # Not the same for each column: else, where GRID is a multiple of `size`, a block's tiles might all be tall.
+        number = begin + lax.rem(number + column, size)
+        return tiles[0, number], pl.multiple_of(column * COLUMNS, COLUMNS), tiles[1, number], tiles[2, number]
 
     def feed(i, step):
-        block, column, row = tile(i)
-        slice_id, owner = lax.div(block, jnp.int32(PER_SLICE)), expert[block]
+        owner, column, first, _ = tile(i)
 
         def load(k, step):
             slot = lax.rem(step, jnp.int32(STAGES))
@@ -79,21 +65,18 @@ def product(
             def _():
                 plgpu.barrier_wait(empty.at[slot])
 
-            @pl.when(row >= 0)
-            def _():
-                at = pl.multiple_of(slice_id * LHS_SLICE + lax.div(row, jnp.int32(8)) * 8, 8)
-                plgpu.copy_gmem_to_smem(lhs.at[pl.ds(at, ROWS), along], rows.at[slot], full.at[slot])
+            def copy(source, start):
+                at = pl.ds(pl.multiple_of(start + first, 8), ROWS)
+                plgpu.copy_gmem_to_smem(source.at[at, along], rows.at[slot], full.at[slot])
 
-            @pl.when(row < 0)
-            def _():
-                at = pl.multiple_of(block * slots.shape[1], 8)
-                plgpu.copy_gmem_to_smem(gathered.at[pl.ds(at, ROWS), along], rows.at[slot], full.at[slot])
-
+            pl.when(apart[owner] == 0)(lambda: copy(lhs, lax.div(owner, jnp.int32(EXPERTS)) * LHS_SLICE))
+            pl.when(apart[owner] != 0)(lambda: copy(gathered, 0))
             these = (pl.ds(column, COLUMNS), along) if TRANSPOSED else (along, pl.ds(column, COLUMNS))
-            plgpu.copy_gmem_to_smem(rhs.at[slice_id * RHS_SLICE + owner, *these], matrix.at[slot], full.at[slot])
+            mine = owner if RHS_SLICE else lax.rem(owner, jnp.int32(EXPERTS))
+            plgpu.copy_gmem_to_smem(rhs.at[mine, *these], matrix.at[slot], full.at[slot])
             return step + 1
 
-        return lax.cond(owner >= 0, lambda: loop(STEPS, load, step), lambda: step)
+        return loop(STEPS, load, step)
 
     def clear(at):
         bits = holes[at]
@@ -108,8 +91,8 @@ def product(
 
     @pl.when(warpgroup == 2)
     def _():
-        plgpu.set_max_registers(40, action="decrease")
-        loop(tiles, feed, jnp.int32(0))
+        plgpu.set_max_registers(56, action="decrease")
+        loop(own_tiles(), feed, jnp.int32(0))
         own = holes.shape[0] // min(GRID, PROGRAMS)
 
         @pl.when(program < PROGRAMS)
@@ -130,21 +113,20 @@ def product(
 
     @pl.when(warpgroup < 2)
     def _():
-        plgpu.set_max_registers(232, action="increase")
+        plgpu.set_max_registers(224, action="increase")
         own = pl.multiple_of(warpgroup * (COLUMNS // 2), COLUMNS // 2)
 
         def multiply(i, step):
-            block, column, row = tile(i)
-            need = jnp.where(row >= 0, lax.rem(row, jnp.int32(8)) + live[block], slots.shape[1])
-            for below, size in zip((0, *SIZES), SIZES, strict=False):
+            owner, column, first, height = tile(i)
+            for size in range(UNIT, ROWS + 1, UNIT):
 
-                @pl.when((expert[block] >= 0) & (need > below) & (need <= size))
+                @pl.when(height == size)
                 def _(size=size):
                     sums = plgpu.ACC((COLUMNS // 2, size), jnp.float32)
                     sums = pl.run_scoped(functools.partial(accumulate, step, size), sums)
-                    write(block, pl.multiple_of(column + own, COLUMNS // 2), row, sums)
+                    write(owner, pl.multiple_of(column + own, COLUMNS // 2), first, sums)
 
-            return jnp.where(expert[block] >= 0, step + STEPS, step)
+            return step + STEPS
 
         def accumulate(step, size, sums):
             def add(step):
@@ -166,10 +148,9 @@ def product(
             plgpu.barrier_arrive(empty.at[lax.rem(step + STEPS - 1, jnp.int32(STAGES))])
             return sums[...].astype(out.dtype)
 
-        def write(block, column, row, sums):
-            slice_id, number = lax.div(block, jnp.int32(PER_SLICE)), live[block]
-            before = jnp.where(row >= 0, lax.rem(row, jnp.int32(8)), 0)
-            to = slice_id * OUT_SLICE
+        def write(owner, column, first, sums):
+            begin, end, gathers = low[owner], high[owner], apart[owner] != 0
+            to = lax.div(owner, jnp.int32(EXPERTS)) * OUT_SLICE
             columns, narrow = pl.ds(column, COLUMNS // 2), out.dtype.itemsize == 2
             for start in range(0, sums.shape[1], CHUNK):
                 here = min(CHUNK, sums.shape[1] - start)
@@ -183,15 +164,15 @@ def product(
                 @each(here // 8)
                 def _(g, start=start):
                     at = pl.multiple_of(g * 8, 8)
-                    slot = start + at - before  # of the eight rows' first; there may be none at the ends
-                    whole = (row >= 0) & (slot >= 0) & (slot + 8 <= number)
+                    row = first + start + at  # of the eight rows' first
+                    whole = jnp.logical_not(gathers) & (row >= begin) & (row + 8 <= end)
 
                     @pl.when(whole)
                     def _():
-                        rows = pl.ds(pl.multiple_of(to + row + slot, 8), 8)
+                        rows = pl.ds(pl.multiple_of(to + row, 8), 8)
                         plgpu.copy_smem_to_gmem(stage.at[warpgroup, pl.ds(at, 8)], out.at[rows, columns])
 
-                    @pl.when(~whole & (slot + 8 > 0) & (slot < slots.shape[1]))
+                    @pl.when(~whole & (row + 8 > begin) & (row < end))
                     def _():
                         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                         eight_rows = plgpu.load(
@@ -202,14 +183,14 @@ def product(
 
                         @each(8)
                         def _(j):
-                            inside = (slot + j >= 0) & (slot + j < slots.shape[1])
-                            name = slots[block, jnp.where(inside, slot + j, 0)]
+                            inside = (row + j >= begin) & (row + j < end)
+                            name = jnp.where(gathers, names[jnp.where(inside & gathers, row + j, 0)], row + j)
 
-                            @pl.when(inside & (name >= 0))
+                            @pl.when(inside & (name >= 0) & (name < PAIRS))
                             def _():
                                 put_row(edge.at[warpgroup, pl.ds(j, 1)], out, to + name, column)
 
-        loop(tiles, multiply, jnp.int32(0))
+        loop(own_tiles(), multiply, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
 
 
@@ -251,15 +232,18 @@ def put_row(row, out, index, column):
             plgpu.copy_smem_to_gmem(row.at[:, pl.ds(start, width)], out.at[pl.ds(index, 1), pl.ds(to, width)])
 
 
-def gather(lhs, slots, skip, out, buffer, full, *, PER_SLICE, LHS_SLICE, TOP_K):
+def gather(lhs, slots, owners, apart, out, buffer, full, *, EXPERTS, PAIRS, LHS_SLICE, TOP_K):
     # out[i] = lhs[slot i // TOP_K], zeros where slot i names no row: a block owns a table block by a buffer's columns
-    # and copies eight rows at a time. TMA gives zeros for a row beyond the last. Skipped blocks are not written.
+    # and copies eight rows at a time. TMA gives zeros for a row beyond the last. Only blocks of experts whose rows are
+    # apart are written.
     parts, _, columns = buffer.shape
     block, chunk = split(lax.axis_index("program"), pl.cdiv(out.shape[1], parts * columns))
 
-    @pl.when(skip[block] == 0)
+    owner = owners[block]
+
+    @pl.when((owner >= 0) & (apart[jnp.maximum(owner, 0)] != 0))
     def _():
-        start = lax.div(block, jnp.int32(PER_SLICE)) * LHS_SLICE
+        start = lax.div(owner, jnp.int32(EXPERTS)) * LHS_SLICE
 
         @each(slots.shape[1] // 8)
         def _(eight):
@@ -269,7 +253,7 @@ def gather(lhs, slots, skip, out, buffer, full, *, PER_SLICE, LHS_SLICE, TOP_K):
             @each(8)
             def _(j):
                 name = slots[block, eight * 8 + j]
-                row = jnp.where(name >= 0, start + lax.div(name, jnp.int32(TOP_K)), lhs.shape[0])
+                row = jnp.where((name >= 0) & (name < PAIRS), start + lax.div(name, jnp.int32(TOP_K)), lhs.shape[0])
                 for part in range(parts):
                     plgpu.copy_gmem_to_smem(lhs.at[pl.ds(row, 1), across[part]], buffer.at[part, pl.ds(j, 1)], full)
 
@@ -395,77 +379,107 @@ def outer(
 # ---- tables
 
 
-def _blocks(tables, lead, num_pairs, num_experts):
-    """Each block's slots, [blocks, slots], -1 for none; and per block its expert, -1 if no slot of it counts."""
+def _blocks(tables, lead, num_experts):
+    """Slots as [blocks of them, slots], and per block its matrix, slice * num_experts + expert; -1 if it counts not."""
     slots, blocks, total = (jnp.broadcast_to(t, (*lead, *t.shape[len(lead) :])) for t in tables)
     slots, blocks, total = (jnp.reshape(t, (math.prod(lead), -1)) for t in (slots, blocks, total))
     size = slots.shape[1] // blocks.shape[1]
-    parts = pl.cdiv(size, PART)
-    part = _up(pl.cdiv(size, parts), 8)
     starts = lax.broadcasted_iota(jnp.int32, blocks.shape, 1) * size
     counts = (blocks >= 0) & (blocks < num_experts) & (starts < total)
-    slots = jnp.reshape(slots, (*blocks.shape, size))
-    slots = jnp.where((slots >= 0) & (slots < num_pairs) & counts[..., None], slots, -1)
-    slots = jnp.pad(slots, ((0, 0), (0, 0), (0, parts * part - size)), constant_values=-1)
-    slots = jnp.reshape(slots, (-1, part))
-    live = jnp.sum(slots >= 0, axis=1, dtype=jnp.int32)
-    expert = jnp.reshape(jnp.broadcast_to(blocks[..., None], (*blocks.shape, parts)), (-1,))
-    return slots, jnp.where(live > 0, expert, -1), live
+    owner = jnp.where(counts, lax.broadcasted_iota(jnp.int32, blocks.shape, 0) * num_experts + blocks, -1)
+    parts = next(n for n in range(pl.cdiv(size, PART), size + 1) if size % (8 * n) == 0 or n * 8 >= size)
+    part = _up(pl.cdiv(size, parts), 8)
+    slots = jnp.reshape(slots, (-1, size))
+    if parts * part > size:
+        slots = jnp.pad(slots, ((0, 0), (0, parts * part - size)), constant_values=-1)
+    owner = jnp.broadcast_to(jnp.reshape(owner, (-1, 1)), (owner.size, parts))
+    return jnp.reshape(slots, (-1, part)), jnp.reshape(owner, (-1,))
 
 
 def _up(n, to):
     return -(-n // to) * to
 
 
-def _runs(slots):
-    """Per block its first row where its slots name a run of rows, first to last; else -1."""
-    steps = lax.broadcasted_iota(jnp.int32, slots.shape, 1)
-    named = slots >= 0
-    after = jnp.pad(named[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-    run = jnp.all((slots == slots[:, :1] + steps) & after | ~named, axis=1)
-    return jnp.where(run, slots[:, 0], -1)
-
-
-def _order(expert, window):
-    """Per block, of those of its expert in its window, the first's index * (WINDOW + 1) + their number."""
-    windows = jnp.reshape(
-        jnp.pad(expert, (0, _up(expert.size, window) - expert.size), constant_values=-2), (-1, window)
+def _at_once(operands, starts, combine, axis):
+    """Reductions of arrays of one shape, each its own, in one pass."""
+    starts = tuple(map(np.int32, starts))
+    return lax.reduce(
+        operands, starts, lambda x, y: tuple(f(a, b) for f, a, b in zip(combine, x, y, strict=True)), (axis,)
     )
-    same = windows[:, :, None] == windows[:, None, :]
-    before = jnp.argmax(same, axis=2).astype(jnp.int32)
-    begin = lax.broadcasted_iota(jnp.int32, before.shape, 0) * window + before
-    order = begin * (WINDOW + 1) + jnp.sum(same, axis=2, dtype=jnp.int32)
-    return jnp.reshape(order, (-1,))[: expert.size]
 
 
-def _ranges(slots, expert, live, per_slice, matrices, num_experts, top_k):
-    """Per expert of each slice the rows to read, [low, high); whether they are apart, and those of the gathered copy;
-    and per block whether it needs no gathered copy.
+def _runs(slots, owner, num_pairs):
+    """Per block how many of its slots count, and the place after the last of them; and its first row where they name a
+    run of rows, first to last; else -1.
     """
-    block = lax.iota(jnp.int32, live.size)
-    owner = jnp.where(expert >= 0, block // per_slice * num_experts + expert, -1)
-    first = _runs(slots)
-    goes_on = jnp.pad((slots[:-1, -1] >= 0) & (slots[:-1, -1] + 1 == first[1:]), (1, 0)) | (
-        owner != jnp.pad(owner[:-1], (1, 0), constant_values=-2)
+    steps = lax.broadcasted_iota(jnp.int32, slots.shape, 1)
+    named = (slots >= 0) & (slots < num_pairs) & (owner >= 0)[:, None]
+    breaks = named & (slots != slots[:, :1] + steps)
+    values = (jnp.where(x, y, 0) for x, y in ((named, 1), (named, steps + 1), (breaks, 1)))
+    live, last, breaks = _at_once(tuple(values), (0, 0, 0), (lax.add, lax.max, lax.max), 1)
+    return live, last, jnp.where((live > 0) & (live == last) & (breaks == 0), slots[:, 0], -1)
+
+
+def _ranges(slots, owner, num_slices, num_experts, num_pairs, top_k):
+    """Per matrix the rows to read, [low, high), and whether its rows are apart: then they are those of the gathered
+    copy, which has a row for each slot.
+    """
+    live, last, first = _runs(slots, owner, num_pairs)
+    block, size = lax.iota(jnp.int32, owner.size), slots.shape[1]
+    goes_on = jnp.pad((live[:-1] == size) & (first[:-1] + size == first[1:]), (1, 0))
+    goes_on |= owner != jnp.pad(owner[:-1], (1, 0), constant_values=-2)
+    breaks = jnp.where((first < 0) | ~goes_on, 1, 0) if top_k == 1 else jnp.ones_like(owner)
+    wide = num_slices, num_experts, owner.size // num_slices
+    spread = lambda x: jnp.broadcast_to(jnp.reshape(x, (num_slices, 1, -1)), wide)  # noqa: E731
+    matrix = lax.broadcasted_iota(jnp.int32, wide, 0) * num_experts + lax.broadcasted_iota(jnp.int32, wide, 1)
+    mine = (spread(owner) == matrix) & spread(live > 0)
+    none = 2**31 - 1
+    reduced = (block * size, none), (block * size + last, 0), (breaks, 0), (first, none), (first + live, 0)
+    begin, end, apart, low, high = _at_once(
+        tuple(jnp.where(mine, spread(x), start) for x, start in reduced),
+        [start for _, start in reduced],
+        (lax.min, lax.max, lax.max, lax.min, lax.max),
+        2,
     )
-    mine = owner[None, :] == lax.broadcasted_iota(jnp.int32, (matrices, live.size), 0)
-    wide = lambda x: jnp.broadcast_to(x[None, :], mine.shape)  # noqa: E731
-    reduce = lambda f, x, none: f(jnp.where(mine, wide(x), none), axis=1)  # noqa: E731
-    begin, end = reduce(jnp.min, block, live.size), reduce(jnp.max, block + 1, 0)
-    apart = jnp.any(mine & wide((first < 0) | ~goes_on), axis=1) if top_k == 1 else jnp.full(matrices, True)
-    size = slots.shape[1]
-    low = jnp.where(apart, begin * size, reduce(jnp.min, first, 2**31 - 1))
-    high = jnp.where(apart, end * size, reduce(jnp.max, first + live, 0))
-    none = begin >= end
-    skip = (owner < 0) | ~apart[jnp.maximum(owner, 0)]
-    return (*(jnp.where(none, 0, x) for x in (low, high)), apart.astype(jnp.int32), skip.astype(jnp.int32))
+    low, high = jnp.where(apart != 0, begin, low), jnp.where(apart != 0, end, high)
+    return *(jnp.reshape(jnp.where(end > 0, x, 0), -1) for x in (low, high)), jnp.reshape(apart, -1)
 
 
-def _holes(slots, per_slice, num_slices, num_rows, padded, length):
+def _tiles(low, high, most, num_tiles):
+    """The matrices' rows in as few tiles of at most `most` rows as can be, of even heights: per tile its matrix, its
+    first row, its height, and of the tiles that go side by side through the columns, at most WINDOW of one matrix, the
+    first's number * (WINDOW + 1) + how many they are; and how many tiles there are.
+    """
+    low = low // 8 * 8
+    units = jnp.maximum(high - low + UNIT - 1, 0) // UNIT
+    counts = pl.cdiv(units, most // UNIT)
+    if counts.size <= COMPARED**0.5:  # one launch
+        until = lax.broadcasted_iota(jnp.int32, (counts.size, counts.size), 0)
+        before = lax.broadcasted_iota(jnp.int32, until.shape, 1) <= until
+        ends = jnp.sum(jnp.where(before, counts[None, :], 0), axis=1, dtype=jnp.int32)
+    else:
+        ends = jnp.cumsum(counts, dtype=jnp.int32)
+    number = lax.iota(jnp.int32, num_tiles)
+    by_halves = "scan" if ends.size * num_tiles > COMPARED else "compare_all"
+    owner = jnp.searchsorted(ends, number, side="right", method=by_halves).astype(jnp.int32)
+    owner = jnp.minimum(owner, ends.size - 1)
+    count, begin = jnp.maximum(counts[owner], 1), ends[owner] - counts[owner]
+    j, (usual, longer) = number - begin, (units[owner] // count, units[owner] % count)
+    side = j // WINDOW * WINDOW
+    together = jnp.minimum(jnp.minimum(ends[owner], num_tiles) - begin - side, WINDOW)
+    first = low[owner] + UNIT * (j * usual + jnp.minimum(j, longer))
+    height = UNIT * jnp.where(j < longer, usual + 1, usual)
+    order = (begin + side) * (WINDOW + 1) + together
+    # Of tables that break the rules there may be more tiles than there is room for.
+    return jnp.stack([owner, first, height, order]), jnp.minimum(ends[-1:], num_tiles)
+
+
+def _holes(slots, owner, num_slices, num_pairs, padded, length):
     """For each eight rows of the result, a bit for each row that no slot names; zeros up to a multiple of `length`."""
-    slices = lax.broadcasted_iota(jnp.int32, slots.shape, 0) // per_slice
     eights = num_slices * padded // 8
-    at = jnp.reshape(jnp.where(slots >= 0, slices * padded + slots, eights * 8), (-1,))
+    slices = lax.broadcasted_iota(jnp.int32, slots.shape, 0) // (owner.size // num_slices)
+    named = (slots >= 0) & (slots < num_pairs) & (owner >= 0)[:, None]
+    at = jnp.reshape(jnp.where(named, slices * padded + slots, eights * 8), (-1,))
     if eights * at.size <= COMPARED:
         wide = lambda x: jnp.broadcast_to(x[None, :], (eights, at.size))  # noqa: E731
         own = wide(at >> 3) == lax.broadcasted_iota(jnp.int32, (eights, at.size), 0)
@@ -474,7 +488,7 @@ def _holes(slots, per_slice, num_slices, num_rows, padded, length):
         named = jnp.zeros(eights * 8, jnp.int32).at[at].set(1, mode="drop", unique_indices=True)
         named = jnp.reshape(named, (eights, 8))
         bits = jnp.sum(named << lax.broadcasted_iota(jnp.int32, named.shape, 1), axis=1, dtype=jnp.int32)
-    there = jnp.clip(num_rows - 8 * (lax.iota(jnp.int32, eights) % (padded // 8)), 0, 8)
+    there = jnp.clip(num_pairs - 8 * (lax.iota(jnp.int32, eights) % (padded // 8)), 0, 8)
     return jnp.pad(((1 << there) - 1) & ~bits, (0, _up(eights, length) - eights))
 
 
@@ -492,16 +506,17 @@ def _large(x, lead, rows=1, columns=STEP):
     return x, math.prod(x.shape[: len(lead)])
 
 
-def _gathered(lhs, slots, skip, per_slice, lhs_slice, top_k):
+def _gathered(lhs, slots, owner, apart, num_experts, num_pairs, lhs_slice, top_k):
     parts, columns = 4, 256
     shape = slots.size, lhs.shape[1]
     (out,) = launch(
         gather,
-        *(lhs, slots, skip),
+        *(lhs, slots, owner, apart),
         out=[(shape, lhs.dtype)],
         grid=slots.shape[0] * pl.cdiv(shape[1], parts * columns),
         scratch=[plgpu.SMEM((parts, 8, columns), lhs.dtype), plgpu.Barrier(num_arrivals=8 * parts)],
-        PER_SLICE=per_slice,
+        EXPERTS=num_experts,
+        PAIRS=num_pairs,
         LHS_SLICE=lhs_slice,
         TOP_K=top_k,
     )
@@ -519,27 +534,25 @@ def _product(lhs, rhs, tables, top_k, dtype, transposed):
     lhs = jnp.reshape(lhs, (-1, lhs.shape[-1]))
     rhs = jnp.reshape(rhs, (-1, *rhs.shape[-2:]))
     columns = rhs.shape[-2 if transposed else -1]
-    slots, expert, live = _blocks(tables, lead, num_pairs, num_experts)
-    per_slice = slots.shape[0] // num_slices
-    first = _runs(slots) if top_k == 1 else jnp.full_like(live, -1)
-    skip = (first >= 0) | (live == 0)
-    gathered = _gathered(lhs, slots, skip.astype(jnp.int32), per_slice, lhs_slice if lhs_slices > 1 else 0, top_k)
-    rows = slots.shape[1] + (8 if top_k == 1 else 0)
-    by, window, takes = _tile(rows, 2 * math.prod(rhs.shape[1:]))
-    order = _order(expert, window) if window > 1 else None
-    stages, chunk = _stages(rows, dtype)
-    tiles = expert.size * pl.cdiv(columns, COLUMNS)
-    grid = pl.cdiv(tiles, takes) if takes else min(PROGRAMS, tiles)
-    holes = _holes(slots, per_slice, num_slices, num_pairs, out_slice, min(grid, PROGRAMS) * 128)
+    slots, owner = _blocks(tables, lead, num_experts)
+    low, high, apart = _ranges(slots, owner, num_slices, num_experts, num_pairs, top_k)
+    lhs_slice = lhs_slice if lhs_slices > 1 else 0
+    gathered = _gathered(lhs, slots, owner, apart, num_experts, num_pairs, lhs_slice, top_k)
+    most, dealt = next(choice for mean, choice in TILES.items() if num_pairs <= mean * num_experts)
+    num_matrices = num_slices * min(num_experts, num_pairs)
+    tiles, count = _tiles(low, high, most, _most_tiles(max(num_slices * num_pairs, slots.size), num_matrices, most))
+    stages, chunk = _stages(most, dtype)
+    grid = tiles.shape[1] * pl.cdiv(columns, COLUMNS) if dealt else PROGRAMS
+    holes = _holes(slots, owner, num_slices, num_pairs, out_slice, min(grid, PROGRAMS) * 128)
     half, part = COLUMNS // 2, (COLUMNS, STEP) if transposed else (STEP, COLUMNS)
     (out,) = launch(
         product,
-        *(lhs, gathered, rhs, expert, first, live, order, slots, jnp.reshape(tables[2], (-1,)), holes),
+        *(lhs, gathered, rhs, tiles, count, low, high, apart, jnp.reshape(slots, -1), holes),
         out=[((num_slices * out_slice, columns), dtype)],
         grid=grid,
         warpgroups=3,
         scratch=[
-            plgpu.SMEM((stages, rows, STEP), lhs.dtype, transforms=_tiled(lhs.dtype)),
+            plgpu.SMEM((stages, most, STEP), lhs.dtype, transforms=_tiled(lhs.dtype)),
             plgpu.SMEM((stages, *part), lhs.dtype, transforms=_tiled(lhs.dtype)),
             plgpu.SMEM((2, chunk, half), dtype, transforms=_tiled(dtype)),
             plgpu.SMEM((2, 8, half), dtype),
@@ -547,21 +560,18 @@ def _product(lhs, rhs, tables, top_k, dtype, transposed):
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         ],
-        SIZES=tuple(reversed(range(rows, min(16, rows - 1), -by))),
-        TAKES=takes,
-        SIZE=tables[0].shape[-1] // tables[1].shape[-1],
-        PARTS=expert.size // (num_slices * tables[1].shape[-1]),
         TRANSPOSED=transposed,
         STEPS=lhs.shape[1] // STEP,
         STAGES=stages,
-        ROWS=rows,
+        ROWS=most,
         CHUNK=chunk,
-        PER_SLICE=per_slice,
-        LHS_SLICE=lhs_slice if lhs_slices > 1 else 0,
-        OUT_SLICE=out_slice,
-        RHS_SLICE=num_experts if rhs_slices > 1 else 0,
         GRID=grid,
-    )  # fmt: skip
+        EXPERTS=num_experts,
+        PAIRS=num_pairs,
+        LHS_SLICE=lhs_slice,
+        OUT_SLICE=out_slice,
+        RHS_SLICE=rhs_slices > 1,
+    )
     out = jnp.reshape(out, (*lead, out_slice, columns))
     return (out[..., :num_pairs, :width],)
 
@@ -569,9 +579,9 @@ def _product(lhs, rhs, tables, top_k, dtype, transposed):
 SHARED = 227 * 1024  # bytes of shared memory of a block, on Hopper
 
 
-def _tile(rows, matrix_bytes):
-    most = next(most for most in TILES if rows <= most)
-    return LARGE if most > 72 and matrix_bytes > SMALL else TILES[most]
+def _most_tiles(num_rows, num_matrices, most):
+    """A matrix' rows start up to 7 rows early, and may leave a unit and, but for one, a tile unfilled."""
+    return (num_rows + num_matrices * (7 + UNIT - 1 + most - UNIT)) // most + 1
 
 
 def _stages(rows, dtype):
@@ -609,15 +619,15 @@ def grouped_outer(lhs, g, *tables, top_k, num_experts):
     g, g_slices = _large(g, lead, rows=8)
     lhs_slice, g_slice = (x.shape[-2] if n > 1 else 0 for x, n in ((lhs, lhs_slices), (g, g_slices)))
     lhs, g = (jnp.reshape(x, (-1, x.shape[-1])) for x in (lhs, g))
-    slots, expert, live = _blocks(tables, lead, num_pairs, num_experts)
-    per_slice = slots.shape[0] // num_slices
-    low, high, apart, skip = _ranges(slots, expert, live, per_slice, num_slices * num_experts, num_experts, top_k)
+    slots, owner = _blocks(tables, lead, num_experts)
+    low, high, apart = _ranges(slots, owner, num_slices, num_experts, num_pairs, top_k)
+    gathered = functools.partial(_gathered, slots=slots, owner=owner, apart=apart, num_experts=num_experts)
     shape = num_slices * num_experts, lhs.shape[-1], g.shape[-1]
     half, stages = COLUMNS // 2, 4
     (out,) = launch(
         outer,
-        *(lhs, _gathered(lhs, slots, skip, per_slice, lhs_slice, top_k)),
-        *(g, _gathered(g, slots, skip, per_slice, g_slice, 1)),
+        *(lhs, gathered(lhs, num_pairs=num_pairs, lhs_slice=lhs_slice, top_k=top_k)),
+        *(g, gathered(g, num_pairs=num_pairs, lhs_slice=g_slice, top_k=1)),
         *(low, high, apart),
         out=[(shape, lhs.dtype)],
         grid=(grid := min(PROGRAMS, shape[0] * pl.cdiv(shape[1], COLUMNS) * pl.cdiv(shape[2], half))),
