@@ -42,6 +42,9 @@ class Op(NamedTuple):
         return results if len(self.signature.results) > 1 else results[0]
 
 
+# operand index, or a pair of them -> the map that gives its cotangent, or both
+Transposes = dict[int | tuple[int, ...], Callable[..., Any]]
+
 _ops: dict[Primitive, Op] = {}
 _MESH_AXIS = "shards"
 
@@ -55,7 +58,7 @@ def define(
     leading_axes: bool = False,
     independent: str = "",
     summed: str = "",
-    transposes: dict[int, Callable[..., Array]] | None = None,
+    transposes: Transposes | None = None,
     jvp: Callable[..., Sequence[Any]] | None = None,
     export_error: str | None = None,
 ) -> Op:
@@ -67,9 +70,10 @@ def define(
     leading_axes: the meaning takes operands with their leading axes, and broadcasts these itself. For a meaning whose
         vmap would be wasteful.
     independent, summed: trailing axes, as in "T H", along which the meaning acts slice by slice, and those over which
-        it adds: what shards of a mesh compute by themselves, the latter with one psum.
+        it adds: what shards of a mesh compute by themselves, the latter with one psum of each result without them.
     transposes: for an op linear in each of some operands (bilinear: two): operand index -> the map
         (cotangent, *operands, **params) -> that operand's cotangent; the operand itself comes as its abstract value.
+        A bilinear op may have one more for the key (0, 1), of which the first two operands' cotangents come together.
     jvp(primals, results, tangents, **params): the results' tangents (None: no dependence); `tangents` holds None
         where an operand does not vary. For an op that is not linear. With neither, the op has no derivative.
     export_error: why jax.export must not take this op, which then serves debugging and is none of the library's own.
@@ -80,15 +84,46 @@ def define(
         name, _signature.parse(signature), meaning, sizes, leading_axes, independent, summed, primitive, export_error
     )
 
-    primitive.def_impl(functools.partial(_eager, primitive))
-    primitive.def_abstract_eval(functools.partial(_abstract, op))
+    _common_rules(op, transposes)
     mlir.register_lowering(primitive, functools.partial(_lower, op, None))
     mlir.register_lowering(primitive, functools.partial(_lower, op, "cuda"), platform="cuda")
-    batching.primitive_batchers[primitive] = functools.partial(_batch, op)
-    ad.primitive_jvps[primitive] = functools.partial(_jvp, op, transposes or {}, jvp)
-    if transposes:
-        ad.primitive_transposes[primitive] = functools.partial(_transpose, transposes)
+    tangent = _define_tangent(op, transposes) if transposes and (0, 1) in transposes else None
+    ad.primitive_jvps[primitive] = functools.partial(_jvp, op, transposes or {}, tangent, jvp)
     return op
+
+
+def _define_tangent(op: Op, transposes: Transposes) -> Primitive:
+    """`ferrum_<name>_tangent`(x, y, dx, dy, ...) = f(dx, y, ...) + f(x, dy, ...), of a bilinear op f.
+
+    JAX transposes equation by equation: for the cotangents of dx and dy to be made together, they are in one. It has no
+    kernels of its own, and is lowered as what it stands for.
+    """
+    x, y, *others = op.signature.operands
+    primitive = Primitive(f"{op.primitive.name}_tangent")
+    primitive.multiple_results = True
+    signature = op.signature._replace(operands=(x, y, x, y, *others))
+    tangent = op._replace(name=f"{op.name}_tangent", signature=signature, primitive=primitive)
+
+    def meaning(x: Array, y: Array, dx: Array, dy: Array, *others: Array, **params: Any) -> list[Array]:
+        bind = functools.partial(op.primitive.bind, **params)
+        return [jnp.add(*bind(dx, y, *others), *bind(x, dy, *others))]
+
+    def of_operands(transpose: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda ct, x, y, dx, dy, *others, **params: transpose(ct, x, y, *others, **params)
+
+    moved: Transposes = {2: transposes[0], 3: transposes[1], (2, 3): transposes[0, 1]}
+    _common_rules(tangent, {key: of_operands(transpose) for key, transpose in moved.items()})
+    mlir.register_lowering(primitive, functools.partial(_lower_meaning, meaning))
+    ad.primitive_jvps[primitive] = functools.partial(_jvp_of_tangent, primitive)
+    return primitive
+
+
+def _common_rules(op: Op, transposes: Transposes | None) -> None:
+    op.primitive.def_impl(functools.partial(_eager, op.primitive))
+    op.primitive.def_abstract_eval(functools.partial(_abstract, op))
+    batching.primitive_batchers[op.primitive] = functools.partial(_batch, op)
+    if transposes:
+        ad.primitive_transposes[op.primitive] = functools.partial(_transpose, transposes)
 
 
 # ---- eager calls: one jit, and one compilation a shape, for each set of static parameters
@@ -160,6 +195,14 @@ def _lower(op: Op, platform: str | None, ctx: Any, *operands: Any, implementatio
     return mlir.lower_fun(traced, multiple_results=True)(ctx, *operands)
 
 
+def _lower_meaning(meaning: Callable[..., list[Array]], ctx: Any, *operands: Any, **params: Any) -> Any:
+    def traced(*operands: Array) -> list[Array]:
+        with jax.sharding.use_abstract_mesh(ctx.avals_out[0].sharding.mesh):
+            return meaning(*operands, **params)
+
+    return mlir.lower_fun(traced, multiple_results=True)(ctx, *operands)
+
+
 def _for_partitioning(module_context: Any) -> Any:
     """The context in which `custom_partitioning` lowers a program that will be divided among devices; else None.
 
@@ -200,12 +243,14 @@ def _by_shards(
             arrays = *operands, *results
             specs = [x.sharding.spec for x in arrays]
             found = _signature.shards(factors, [x.shape for x in arrays], specs, mesh.shape)
-            added = tuple(axis for name in factors.summed for axis in found.get(name, ()))
+
+            def added(part: Array, axes: tuple[str, ...]) -> Array:
+                over = tuple(axis for name in factors.summed if name not in axes for axis in found.get(name, ()))
+                return jax.lax.psum(part.astype(jnp.float32), over).astype(part.dtype) if over else part
 
             def on_shards(*operands: Array) -> list[Array]:
-                add = lambda part: jax.lax.psum(part.astype(jnp.float32), added).astype(part.dtype)  # noqa: E731
                 with jax.sharding.use_abstract_mesh(without):
-                    return list(map(add, bind(*operands))) if added else bind(*operands)
+                    return list(map(added, bind(*operands), factors.results))
 
             of = lambda axes: NamedSharding(mesh, PartitionSpec(*map(found.get, axes)))  # noqa: E731
             return mesh, on_shards, list(map(of, factors.results)), tuple(map(of, factors.operands))
@@ -259,15 +304,19 @@ def _batch(op: Op, operands: Sequence[Array], axes: Sequence[int | None], **para
 # ---- differentiation
 
 
-def _jvp(op: Op, transposes: dict[int, Any], jvp: Any, primals: Any, tangents: Any, **params: Any) -> tuple[Any, Any]:
+def _jvp(
+    op: Op, transposes: Transposes, tangent: Primitive | None, jvp: Any, primals: Any, tangents: Any, **params: Any
+) -> tuple[Any, Any]:
     results = op.primitive.bind(*primals, **params)
-    if transposes:
+    varying = [i for i in transposes if isinstance(i, int) and not isinstance(tangents[i], ad.Zero)]
+    if tangent and varying == [0, 1]:
+        out = tangent.bind(*equally_varying([*primals[:2], *tangents[:2], *primals[2:]]), **params)
+    elif varying:
         terms = [
             op.primitive.bind(*equally_varying([*primals[:i], tangents[i], *primals[i + 1 :]]), **params)[0]
-            for i in transposes
-            if not isinstance(tangents[i], ad.Zero)
+            for i in varying
         ]
-        out = [functools.reduce(jnp.add, terms)] if terms else [None]
+        out = [functools.reduce(jnp.add, terms)]
     elif jvp and not all(isinstance(t, ad.Zero) for t in tangents):
         known = [None if isinstance(t, ad.Zero) else t for t in tangents]
         out = jvp(primals, results, known, **params)
@@ -277,16 +326,29 @@ def _jvp(op: Op, transposes: dict[int, Any], jvp: Any, primals: Any, tangents: A
     return results, [z if t is None else t for t, z in zip(out, zeros, strict=True)]
 
 
-def _transpose(transposes: dict[int, Any], cotangents: Any, *operands: Any, **params: Any) -> list[Any]:
+def _jvp_of_tangent(primitive: Primitive, primals: Any, tangents: Any, **params: Any) -> tuple[Any, Any]:
+    x, y, dx, dy, *others = primals
+    bind = lambda *four: primitive.bind(*equally_varying([*four, *others]), **params)  # noqa: E731
+    # Zeros too become arrays: each term then has the leading axes of the whole.
+    along_x, along_y, along_dx, along_dy = map(ad.instantiate_zeros, tangents[:4])
+    # Exchanging (x, y) and (dx, dy) exchanges its two terms: it is linear in either.
+    terms = bind(x, y, along_dx, along_dy), bind(dx, dy, along_x, along_y)
+    return bind(x, y, dx, dy), [jnp.add(*terms[0], *terms[1])]
+
+
+def _transpose(transposes: Transposes, cotangents: Any, *operands: Any, **params: Any) -> list[Any]:
     (cotangent,) = cotangents
     out: list[Any] = [None] * len(operands)
-    (index,) = (i for i, x in enumerate(operands) if ad.is_undefined_primal(x))
-    aval = operands[index].aval
+    avals = {i: x.aval for i, x in enumerate(operands) if ad.is_undefined_primal(x)}
     if isinstance(cotangent, ad.Zero):
-        out[index] = ad.Zero(aval.to_cotangent_aval() if hasattr(aval, "to_cotangent_aval") else aval)
+        found = [ad.Zero(a.to_cotangent_aval() if hasattr(a, "to_cotangent_aval") else a) for a in avals.values()]
     else:
-        known = [aval if ad.is_undefined_primal(x) else x for x in operands]
-        out[index] = _like(transposes[index](cotangent, *known, **params), aval)
+        known = [avals.get(i, x) for i, x in enumerate(operands)]
+        both, (first, *_) = len(avals) > 1, avals
+        found = transposes[tuple(avals) if both else first](cotangent, *known, **params)
+        found = map(_like, found if both else [found], avals.values())
+    for i, ct in zip(avals, found, strict=True):
+        out[i] = ct
     return out
 
 

@@ -2,9 +2,14 @@
 
 Everything here is one trilinear form of rows y, weights w and tokens g over the pairs (t, k), L = sum of
 w[t,k] * <y[pairs[t,k]], g[t]>. Combine is its derivative by g, spread by y, row_dot by w; so each of the three has
-the other two as its transposes. Weighted sum, slot_scale and slot_dot are the same with rows already in pair order,
-dispatch and collect with unit weights.
+the other two as its transposes; both of combine's at once, of unique rows, are one op more, which passes over g and
+the rows once. Weighted sum, slot_scale and slot_dot are the same with rows already in pair order, dispatch and collect
+with unit weights.
 """
+
+import functools
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -168,6 +173,13 @@ def _row_dot_meaning(rows: jax.Array, g: jax.Array, pairs: jax.Array, *, unique_
     return jnp.sum(jnp.where(valid, taken * g[:, None].astype(jnp.float32), 0), axis=2)
 
 
+def _cotangents_meaning(
+    g: jax.Array, rows: jax.Array, weights: jax.Array, pairs: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    g_rows = _spread_meaning(g, weights, pairs, num_rows=rows.shape[0], unique_rows=True)
+    return g_rows, _row_dot_meaning(rows, g, pairs, unique_rows=True)
+
+
 def _add_rows(terms: jax.Array, dest: jax.Array, num_rows: int) -> jax.Array:
     """out[r] = the sum of the terms whose dest is r, in a fixed order: a pairwise tree over each destination's terms.
 
@@ -196,6 +208,29 @@ def _add_rows(terms: jax.Array, dest: jax.Array, num_rows: int) -> jax.Array:
 
 # ---- the family: every op with the transposes by which it is differentiated
 
+
+def _both_cotangents(
+    ct: jax.Array, rows: jax.Array, weights: jax.Array, pairs: jax.Array, *, unique_rows: bool, **params: Any
+) -> Sequence[jax.Array]:
+    if unique_rows:
+        return _cotangents(ct, rows, weights, pairs, **params)
+    params["unique_rows"] = unique_rows
+    return _spread(ct, weights, pairs, num_rows=rows.shape[-2], **params), _row_dot(rows, ct, pairs, **params)
+
+
+def _cotangents_jvp(primals: Any, results: Any, tangents: Any, **params: Any) -> list[jax.Array | None]:
+    (g, rows, weights, pairs), (dg, drows, dweights, _) = primals, tangents
+    params["unique_rows"] = True
+    spread = functools.partial(_spread, num_rows=rows.shape[-2], **params)
+    to_rows = [spread(dg, weights, pairs)] if dg is not None else []
+    to_rows += [spread(g, dweights, pairs)] if dweights is not None else []
+    to_weights = [_row_dot(rows, dg, pairs, **params)] if dg is not None else []
+    to_weights += [_row_dot(drows, g, pairs, **params)] if drows is not None else []
+    # Beginning with zeros: slices may share what a term is made of, and differ in the result.
+    total = lambda terms, result: functools.reduce(jnp.add, terms, jnp.zeros_like(result)) if terms else None  # noqa: E731
+    return [total(terms, result) for terms, result in zip((to_rows, to_weights), results, strict=True)]
+
+
 _TABLES = "packed_token_idx: ids[R], pairs_by_token: ids[T,K]"
 
 _dispatch = define(
@@ -221,6 +256,7 @@ _combine = define(
     transposes={
         0: lambda ct, rows, weights, pairs, **params: _spread(ct, weights, pairs, num_rows=rows.shape[-2], **params),
         1: lambda ct, rows, weights, pairs, **params: _row_dot(rows, ct, pairs, **params),
+        (0, 1): lambda ct, *operands, **params: _both_cotangents(ct, *operands, **params),
     },
 )
 _spread = define(
@@ -244,6 +280,14 @@ _row_dot = define(
         0: lambda ct, rows, g, pairs, **params: _spread(g, ct, pairs, num_rows=rows.shape[-2], **params),
         1: lambda ct, rows, g, pairs, **params: _combine(rows, ct, pairs, **params),
     },
+)
+_cotangents = define(
+    "moe_combine_cotangents",
+    "g: rows[T,H], packed_down: rows[R,H], pair_weights: weights[T,K], pairs_by_token: ids[T,K]"
+    " -> rows[R,H], weights[T,K]",
+    _cotangents_meaning,
+    summed="H",
+    jvp=_cotangents_jvp,
 )
 _weighted_sum = define(
     "weighted_sum_batched",

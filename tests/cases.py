@@ -12,6 +12,7 @@ import numpy as np
 import oracle
 
 import ferrum_jax
+from ferrum_jax import combine
 
 
 class Size(NamedTuple):
@@ -168,6 +169,14 @@ def combine_repeated_args(r, size, dtype):
     return y, r.integers(-1, max(len(y) // 2, 1), size=pairs.shape).astype(np.int32), weights
 
 
+def cotangents_args(r, size, dtype):
+    """As for combine; and a token that has a pair without a row holds NaN, which must not reach that pair's weight."""
+    y, pairs, weights = combine_args(r, size, dtype)
+    g = rows(r, (size.T, size.H), dtype)
+    g[np.flatnonzero(((pairs < 0) | (pairs >= len(y))).any(1))[:1]] = np.nan
+    return g, y, weights, pairs
+
+
 def weighted_sum_args(r, size, dtype):
     return rows(r, (size.T, size.K, size.H), dtype), r.normal(size=(size.T, size.K)).astype(np.float32)
 
@@ -284,6 +293,15 @@ OPS = (
         lambda y, pairs, w, size: oracle.moe_combine(y, pairs, w),
         combine_repeated_args,
         (0, 2),
+    ),
+    Op(
+        "moe_combine_cotangents",
+        lambda g, y, w, pairs, size, implementation: tuple(
+            combine._cotangents(g, y, w, pairs, implementation=implementation)
+        ),
+        lambda g, y, w, pairs, size: oracle.moe_combine_grads(y, pairs, w, g),
+        cotangents_args,
+        (0, 1, 2),
     ),
     Op(
         "weighted_sum_batched",

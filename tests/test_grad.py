@@ -1,6 +1,7 @@
 """Derivatives: forward, reverse, of second order, against finite differences, the oracles and a dense layer."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 from cases import (
     DTYPES,
     FLOAT_OPS,
+    OPS,
     SMALL,
     Size,
     combine_args,
@@ -23,6 +25,8 @@ from cases import (
 from jax.test_util import check_grads
 
 import ferrum_jax
+
+BY_NAME = {op.name: op for op in OPS}
 
 
 def as_function_of_floats(op, args, size, implementation):
@@ -55,11 +59,12 @@ def test_linearize_agrees_with_jvp_and_transpose(op, implementation):
     f, floats = as_function_of_floats(op, finite_args(op, rng(op), SMALL), SMALL, implementation)
     tangents = [jnp.asarray(rng(op, i).normal(size=x.shape).astype(np.float32)) for i, x in enumerate(floats)]
     out, linear = jax.linearize(f, *floats)
-    (jvp,) = jax.jvp(f, floats, tangents)[1]
-    np.testing.assert_allclose(linear(*tangents)[0], jvp, rtol=1e-6)
+    jvp = jax.jvp(f, floats, tangents)[1]
+    for got, want in zip(linear(*tangents), jvp, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-6)
     cotangents = jax.linear_transpose(linear, *floats)(out)
-    sides = sum(jnp.vdot(c, t) for c, t in zip(cotangents, tangents, strict=True)), jnp.vdot(out[0], jvp)
-    np.testing.assert_allclose(*sides, rtol=1e-4, atol=1e-5)
+    inner = lambda xs, ys: sum(jnp.vdot(x, y) for x, y in zip(xs, ys, strict=True))  # noqa: E731
+    np.testing.assert_allclose(inner(cotangents, tangents), inner(out, jvp), rtol=1e-4, atol=1e-5)
 
 
 def vjp(f, primal_floats, g):
@@ -78,6 +83,86 @@ def test_combine_against_oracle_with_garbage(size, unique_rows, dtype, implement
     got = vjp(lambda y, w: f(y, pairs, w), (jnp.asarray(y), jnp.asarray(weights)), g)
     oracle.assert_matches(got, oracle.moe_combine_grads(y, pairs, weights, g))
     assert [x.dtype for x in got] == [y.dtype, weights.dtype]
+
+
+def plain_combine(y, pairs, w):
+    valid = (pairs >= 0) & (pairs < len(y))
+    return jnp.sum(jnp.where(valid[..., None], w[..., None] * y[jnp.where(valid, pairs, 0)], 0), 1)
+
+
+def equations(f, *args):
+    """The names of the library's equations in f's program, without those of the values."""
+    names = re.findall(r"= (ferrum_\w+)", str(jax.make_jaxpr(f)(*args)))
+    return [name for name in names if name != "ferrum_moe_combine"]
+
+
+def test_unique_rows_have_both_cotangents_from_one_equation():
+    """Under every transformation that a training step is made of; what is asked for alone comes alone."""
+    y, pairs, weights = finite_args(BY_NAME["moe_combine"], rng("one"), SMALL)
+    combine = lambda y, w, unique=True: jnp.sum(jnp.sin(ferrum_jax.moe_combine(y, pairs, w, unique_rows=unique)))  # noqa: E731
+    both = jax.grad(combine, (0, 1))
+    one, wide = ["ferrum_moe_combine_cotangents"], (np.stack([y, y]), weights)
+    assert equations(both, y, weights) == one
+    assert equations(jax.vmap(both, (0, None)), *wide) == one
+    assert equations(jax.grad(lambda *a: jnp.sum(jax.vmap(combine, (0, None))(*a)), (0, 1)), *wide) == one
+    assert equations(jax.grad(jax.checkpoint(combine), (0, 1)), y, weights) == one
+    scanned = lambda y, w: jax.lax.scan(lambda c, _: (c + combine(y, w), None), 0.0, None, length=2)[0]  # noqa: E731
+    assert equations(jax.grad(scanned, (0, 1)), y, weights) == one
+    assert equations(lambda *a: jax.linear_transpose(jax.linearize(combine, *a)[1], *a)(1.0), y, weights) == one
+    assert equations(jax.grad(combine), y, weights) == ["ferrum_moe_spread"]
+    assert equations(jax.grad(combine, 1), y, weights) == ["ferrum_moe_row_dot"]
+    assert equations(lambda *a: jax.jvp(combine, a, a)[1], y, weights) == ["ferrum_moe_combine_tangent"]
+    repeated = jax.grad(lambda y, w: combine(y, w, unique=False), (0, 1))
+    assert equations(repeated, y, weights) == ["ferrum_moe_spread", "ferrum_moe_row_dot"]
+    text = jax.jit(both).lower(y, weights).as_text(debug_info=True)
+    assert "ferrum_moe_combine_cotangents" in text
+    assert not re.search("ferrum_moe_(spread|row_dot|combine_tangent)", text)
+
+
+@pytest.mark.parametrize("unique_rows", [True, False])
+@pytest.mark.parametrize("mapped", [(), (0,), (1,), (0, 2), (3,)], ids=str)
+def test_the_tangent_in_every_order(mapped, unique_rows, implementation):
+    """Of rows and weights that both vary, forward over forward, reverse over forward and the others; some of the
+    primals, weights and tangents under a vmap that the others are not under."""
+    y, pairs, weights = finite_args(BY_NAME["moe_combine"], rng("order"), SMALL)
+    combine = functools.partial(ferrum_jax.moe_combine, unique_rows=unique_rows, implementation=implementation)
+
+    def along(combine):
+        f = lambda y, w: jnp.sin(combine(y, pairs, w))  # noqa: E731
+
+        def tangents(*args):
+            y, w, dy, dw = args
+            step = lambda y, w, dy, dw: jax.jvp(f, (y, w), (dy, dw))[1]  # noqa: E731
+            second = jax.jvp(step, args, (dy, dw, y, w))[1]
+            only_rows = jax.jvp(lambda dy: step(y, w, dy, dw), (dy,), (y,))[1]
+            return second, only_rows, jax.grad(lambda *a: jnp.sum(step(*a) ** 2), (0, 1, 2, 3))(*args)
+
+        axes = [0 if i in mapped else None for i in range(4)]
+        return jax.jit(jax.vmap(tangents, axes) if mapped else tangents)
+
+    args = [rng("order", i).normal(size=x.shape).astype(np.float32) for i, x in enumerate((y, weights) * 2)]
+    args = [np.stack([a, -a]) if i in mapped else a for i, a in enumerate(args)]
+    for got, want in zip(*(jax.tree.leaves(along(f)(*args)) for f in (combine, plain_combine)), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("mapped", [(0,), (1,), (2,), (0, 2)], ids=str)
+def test_slices_that_share_a_cotangent(mapped, implementation):
+    """That of a linear loss is the same for all: what a cotangent is made of may have fewer slices than it has."""
+    args = finite_args(BY_NAME["moe_combine"], rng("share"), SMALL)
+    y, pairs, weights = (np.stack([a, a[::-1]]) if i in mapped else a for i, a in enumerate(args))
+    axes = [0 if i in mapped else None for i in range(3)]
+
+    def derivatives(combine):
+        both = jax.vmap(jax.grad(lambda *a: jnp.sum(combine(*a)), (0, 2)), axes)
+        values, tangents = jax.jvp(lambda y, w: both(y, pairs, w), (y, weights), (y, weights))
+        assert [x.shape for x in values] == [x.shape for x in tangents]
+        squares = lambda y, w: sum(jnp.sum(x**2) for x in both(y, pairs, w))  # noqa: E731
+        return *values, *tangents, *jax.grad(squares, (0, 1))(y, weights)
+
+    ours = functools.partial(ferrum_jax.moe_combine, unique_rows=True, implementation=implementation)
+    for got, want in zip(derivatives(ours), derivatives(plain_combine), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

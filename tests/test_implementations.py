@@ -1,5 +1,7 @@
 """The choice of implementation: `which`, and refusals that say why."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -119,6 +121,18 @@ def test_the_gradient_of_combine_by_its_size(tokens, unique, taken):
     params = {"num_rows": tokens * 8, "unique_rows": unique}
     got = ferrum_jax.kernels.choose("moe_spread", None, (g, weights, pairs), params, "cuda", "NVIDIA H100 80GB HBM3")
     assert got.implementation == taken
+
+
+@needs_plugin
+@pytest.mark.pallas
+@pytest.mark.parametrize(("tokens", "taken"), [(16, "xla"), (8192, "pallas")])
+def test_both_gradients_of_combine_by_their_size(tokens, taken):
+    g, rows, weights, pairs = (
+        jax.ShapeDtypeStruct(s, jnp.float32) for s in ((tokens, 4), (tokens * 8, 4), (tokens, 8), (tokens, 8))
+    )
+    choose = functools.partial(ferrum_jax.kernels.choose, "moe_combine_cotangents", None, (g, rows, weights, pairs), {})
+    assert choose("cuda", "NVIDIA H100 80GB HBM3").implementation == taken
+    assert choose("cuda", "NVIDIA A100-SXM4-80GB").implementation == ("xla" if taken == "xla" else "triton")
 
 
 def test_interpretation_takes_a_kernel_whatever_was_measured():

@@ -29,6 +29,9 @@ def programs(model, tokens, implementation):
     def combine_vjp(rows, ids, weights, g, unique_rows):
         return jax.vjp(lambda y, w: combine(y, ids, w, unique_rows=unique_rows), rows, weights)[1](g)
 
+    def rows_vjp(rows, ids, weights, g):
+        return jax.vjp(lambda y: combine(y, ids, weights, unique_rows=True), rows)[1](g)
+
     def weighted_vjp(slots, weights, g):
         return jax.vjp(functools.partial(ferrum_jax.weighted_sum_batched, **as_asked), slots, weights)[1](g)
 
@@ -42,7 +45,8 @@ def programs(model, tokens, implementation):
         "route": (route, [of((tokens, experts), jnp.bfloat16)], 1, False),
         "plan": (functools.partial(ferrum_jax.moe_plan, **tables), [ids], 1 if few else 3, False),
         "combine": (combine, [rows, ids, weights], 1, True),
-        "combine vjp": (functools.partial(combine_vjp, unique_rows=True), [rows, ids, weights, x], 3, True),
+        "combine vjp": (functools.partial(combine_vjp, unique_rows=True), [rows, ids, weights, x], 2, True),
+        "combine vjp, rows": (rows_vjp, [rows, ids, weights, x], 2, True),
         "combine vjp, repeated": (functools.partial(combine_vjp, unique_rows=False), [rows, ids, weights, x], 2, True),
         "weighted sum vjp": (weighted_vjp, [slots, weights, x], 2, True),
     }
@@ -69,8 +73,8 @@ def test_the_asked_implementation_is_what_is_lowered(op):
         for name in ("xla", "triton")
     }
     assert not launches["xla"]
-    # The grouped product first notes which rows are named, so that it zeroes only the others.
-    assert len(launches["triton"]) == (2 if op.name.startswith("grouped") else 1)
+    # These first note which rows are named, so that they zero only the others.
+    assert len(launches["triton"]) == (2 if op.name.startswith(("grouped", "moe_combine_cotangents")) else 1)
     assert all(name.startswith("triton_kernel_call") for name in launches["triton"])
 
 

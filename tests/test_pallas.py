@@ -196,6 +196,10 @@ def programs(model):
         f = functools.partial(ferrum_jax.moe_combine, unique_rows=unique_rows, **use)
         return jax.vjp(lambda y, w: f(y, ids, w), rows, weights)[1](g)
 
+    def rows_vjp(rows, ids, weights, g):
+        f = functools.partial(ferrum_jax.moe_combine, unique_rows=True, **use)
+        return jax.vjp(lambda y: f(y, ids, weights), rows)[1](g)
+
     def weighted(slots, weights, g):
         out, vjp = jax.vjp(functools.partial(ferrum_jax.weighted_sum_batched, **use), slots, weights)
         return out, vjp(g)
@@ -205,12 +209,21 @@ def programs(model):
     yield functools.partial(ferrum_jax.moe_combine, **use), [rows, ids, weights]
     yield functools.partial(combine_vjp, unique_rows=True), [rows, ids, weights, x]
     yield functools.partial(combine_vjp, unique_rows=False), [rows, ids, weights, x]
+    yield rows_vjp, [rows, ids, weights, x]
     yield weighted, [of((8192, k, width), jnp.bfloat16), weights, x]
 
 
 # Registers that a kernel may use, of 65,536 a multiprocessor: at 72 there are 7 blocks of 128 threads, at 152 there
-# are 3, which with 8 rows of 16 bytes a thread still have 48 KB in flight.
-REGISTERS = {"route": 128, "gather_sum": 80, "invert": 32, "scatter": 48, "segment_sum": 56, "row_dot": 152}
+# are 3, which with 8 rows of 16 bytes a thread still have 48 KB in flight; at 128 there are 4, with 5 rows 48 KB.
+REGISTERS = {
+    "route": 128,
+    "gather_sum": 80,
+    "invert": 32,
+    "scatter": 48,
+    "segment_sum": 56,
+    "row_dot": 152,
+    "cotangents": 128,
+}
 
 
 @needs_plugin

@@ -30,6 +30,8 @@ CASES = [
     ("moe_combine", False, (H, NONE, NONE), AUTO, [], True),
     ("moe_combine", True, (T, T, T), AUTO, [], True),
     ("moe_combine-repeated", True, (HEAD, NONE, NONE), EXPLICIT, [], True),
+    ("moe_combine_cotangents", False, (H, H, NONE, NONE), AUTO, ["all-reduce"], True),
+    ("moe_combine_cotangents", True, (T, T, T, T), EXPLICIT, [], True),
     ("moe_dispatch", True, (T, T), AUTO, [], True),
     ("weighted_sum_batched", False, (T, T), EXPLICIT, [], True),
     ("weighted_sum_batched", False, (HEAD, NONE), AUTO, [], True),
@@ -66,8 +68,7 @@ def test_shards_are_computed_where_they_are(name, mapped, specs, kind, collected
     f = jax.vmap(run, [None if i in shared else 0 for i in range(len(args))]) if mapped else run
 
     def loss(*args):
-        (out,) = (r for r in f(*args) if jnp.issubdtype(r.dtype, jnp.floating))
-        return jnp.sum(jnp.sin(out))
+        return sum(jnp.sum(jnp.sin(r)) for r in f(*args) if jnp.issubdtype(r.dtype, jnp.floating))
 
     placed = [jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip(args, specs, strict=True)]
     results, found = with_collectives(f, *placed)

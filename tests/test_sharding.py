@@ -47,15 +47,14 @@ def test_gradient_through_shard_map(op, mesh, implementation):
     args = [np.stack([s[0] for s in slices]), *slices[0][1:]]
 
     def local(x, *rest):
-        (result,) = op.float_results(x[0], *rest, size=SMALL, implementation=implementation)
-        return jax.lax.psum(jnp.sum(jnp.sin(result)), "d")
+        results = op.float_results(x[0], *rest, size=SMALL, implementation=implementation)
+        return jax.lax.psum(sum(jnp.sum(jnp.sin(r)) for r in results), "d")
 
     specs = (P("d"), *(P() for _ in args[1:]))
     sharded = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=True)
 
     def unsharded(x, *rest):
-        results = (op.float_results(row, *rest, size=SMALL) for row in x)
-        return sum(jnp.sum(jnp.sin(r)) for (r,) in results)
+        return sum(jnp.sum(jnp.sin(r)) for row in x for r in op.float_results(row, *rest, size=SMALL))
 
     gradient = jax.jit(jax.grad(sharded, op.floats))(*place(mesh, specs, args))
     for got, want in zip(gradient, jax.jit(jax.grad(unsharded, op.floats))(*args), strict=True):
@@ -106,8 +105,8 @@ def test_gradient_in_an_explicit_mesh(op, axis, implementation):
     args = finite_args(op, rng(op), size)
 
     def loss(*a):
-        (result,) = op.float_results(*a, size=size, implementation=implementation)
-        return jnp.sum(jnp.sin(result))
+        results = op.float_results(*a, size=size, implementation=implementation)
+        return sum(jnp.sum(jnp.sin(r)) for r in results)
 
     want = jax.grad(loss, op.floats)(*args)
     spec = P("d") if axis == 0 else P(None, "d")

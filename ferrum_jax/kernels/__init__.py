@@ -17,6 +17,7 @@ _COMBINE = (
     "moe_combine",
     "moe_spread",
     "moe_row_dot",
+    "moe_combine_cotangents",
     "weighted_sum_batched",
     "slot_scale",
     "slot_dot",
@@ -68,6 +69,11 @@ MEASURED: Mapping[str, Sequence[Measured]] = {
     ),
     "moe_row_dot": (
         Measured("xla", "T*K <= 4096", lambda shapes, params: _pairs(shapes[2]) <= 4096),
+        Measured("pallas", "T*K > 4096", lambda shapes, params: True),
+    ),
+    # Those two in one pass, by the same sizes.
+    "moe_combine_cotangents": (
+        Measured("xla", "T*K <= 4096", lambda shapes, params: _pairs(shapes[3]) <= 4096),
         Measured("pallas", "T*K > 4096", lambda shapes, params: True),
     ),
     # T=16 1.7/2.5/1.7, T=128 4.3/3.6/3.2, T=8192 99/100/99.

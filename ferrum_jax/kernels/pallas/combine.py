@@ -94,24 +94,63 @@ def scatter(g, index, weights, owner, out, *, N, K, R, TOTAL, CLEARING):
             for row, factor in named:
                 put(row, factor)
 
-    if index is None:
-        return
+    if index is not None:
+        pl.when(program < CLEARING)(lambda: clear(out, bare_rows(program, index, owner, N=N, K=K, R=R)))
 
-    @pl.when(program < CLEARING)
+
+def cotangents(g, rows, index, weights, owner, g_rows, g_weights, *, N, K, R, TOTAL, CHOICES, CLEARING):
+    # g_rows[index[n,k]] = weights[n,k] * g[n] and g_weights[n,k] = <rows[index[n,k]], g[n]>. A block owns CHOICES
+    # choices of one token and walks along the chunks: it asks for g's and for CHOICES rows', stores as many once g's is
+    # there, and adds up its dots last. And it owns 8 rows of g_rows, to clear as in `scatter`. Of either there may be
+    # fewer. A pair without a row reads row 0, which is in the cache; of its dot nothing is kept.
+    program = lax.axis_index("program")
+
+    @pl.when(program < TOTAL * (K // CHOICES))
     def _():
-        slice_id, first = split(program, pl.cdiv(R, 8))
+        n, group = split(program, K // CHOICES)
+        slice_id, token = split(n, N)
+        choices = [group * CHOICES + j for j in range(CHOICES)]
+        named, factors = [index[n, k] for k in choices], [weights[n, k] for k in choices]
+        valid = [(row >= 0) & (row < R) for row in named]
+        named = [jnp.where(ok, row, 0) for row, ok in zip(named, valid, strict=True)]
 
-        # All eight are asked for before the first is used.
-        eight = [first * 8 + j for j in range(8)]
-        pairs = [owner[slice_id, jnp.minimum(row, R - 1)] for row in eight]
-        known = [(pair >= 0) & (pair < N * K) for pair in pairs]
-        at = [split(jnp.where(ok, pair, 0), K) for ok, pair in zip(known, pairs, strict=True)]
-        named = [index[slice_id * N + token, k] for token, k in at]
-        for row, ok, name in zip(eight, known, named, strict=True):
+        def walk(chunk, sums):
+            own, terms = load(g, slice_id, token, chunk), [fetch(rows, slice_id, row, chunk) for row in named]
+            for row, ok, factor in zip(named, valid, factors, strict=True):
 
-            @pl.when((row < R) & jnp.logical_not(ok & (name == row)))
-            def _(row=row):
-                loop(chunks, lambda chunk, _: store(out, (slice_id, row), chunk, zeros(out)) or (), ())
+                @pl.when(ok)
+                def _(row=row, factor=factor):
+                    store(g_rows, (slice_id, row), chunk, own * factor)
+
+            return tuple(s + term.astype(jnp.float32) * own for s, term in zip(sums, terms, strict=True))
+
+        sums = loop(rows.shape[2], walk, (zeros(rows),) * CHOICES)
+        for k, ok, total in zip(choices, valid, sums, strict=True):
+            g_weights[n, k] = jnp.where(ok, jnp.sum(total), 0.0)
+
+    pl.when(program < CLEARING)(lambda: clear(g_rows, bare_rows(program, index, owner, N=N, K=K, R=R)))
+
+
+def bare_rows(program, index, owner, *, N, K, R):
+    """A program's eight rows, and which of them no pair names. All are asked for before the first is used."""
+    slice_id, first = split(program, pl.cdiv(R, 8))
+    eight = [first * 8 + j for j in range(8)]
+    pairs = [owner[slice_id, jnp.minimum(row, R - 1)] for row in eight]
+    known = [(pair >= 0) & (pair < N * K) for pair in pairs]
+    at = [split(jnp.where(ok, pair, 0), K) for ok, pair in zip(known, pairs, strict=True)]
+    named = [index[slice_id * N + token, k] for token, k in at]
+    return [
+        ((slice_id, row), (row < R) & jnp.logical_not(ok & (name == row)))
+        for row, ok, name in zip(eight, known, named, strict=True)
+    ]
+
+
+def clear(out, rows):
+    for row, bare in rows:
+
+        @pl.when(bare)
+        def _(row=row):
+            loop(out.shape[2], lambda chunk, _: store(out, row, chunk, zeros(out)) or (), ())
 
 
 def segment_sum(rows, weights, order, dest, out, *, P, K, R):
@@ -157,9 +196,14 @@ def zeros(like):
 
 
 def load(rows, slice_id, row, chunk):
-    """A chunk of a row in float32; slices that share their rows have one copy of them."""
+    """A chunk of a row in float32."""
+    return fetch(rows, slice_id, row, chunk).astype(jnp.float32)
+
+
+def fetch(rows, slice_id, row, chunk):
+    """A chunk of a row; slices that share their rows have one copy of them."""
     at = (slice_id if rows.shape[0] > 1 else 0, row, chunk)
-    return plgpu.load(rows.at[at], layout=layout(rows)).astype(jnp.float32)
+    return plgpu.load(rows.at[at], layout=layout(rows))
 
 
 def store(out, row, chunk, value):
@@ -248,7 +292,7 @@ def _gather(rows, index, weights, lead, n, k):
 
 
 def _dot(rows, index, g, lead, n, k):
-    total, choices = math.prod(lead) * n, max(c for c in range(1, 9) if k % c == 0)
+    total, choices = math.prod(lead) * n, _choices(k, 8)
     (out,) = launch(
         row_dot,
         _rows(rows, lead),
@@ -264,14 +308,24 @@ def _dot(rows, index, g, lead, n, k):
     return (jnp.reshape(out, (*lead, n, k)),)
 
 
+def _choices(k, most):
+    """How many of a token's k choices a block owns: the same for each of its blocks."""
+    return max(c for c in range(1, most + 1) if k % c == 0)
+
+
+def _owner(index, n, k, num_rows):
+    """Inverting the table (4 bytes a row) tells which rows no pair names: so every row is written just once."""
+    sizes = {"N": n, "K": k, "R": num_rows}
+    (owner,) = launch(invert, index, out=[((len(index) // n, num_rows), jnp.int32)], grid=len(index), **sizes)
+    return owner, len(index) // n * pl.cdiv(num_rows, 8)
+
+
 def _scatter(g, index, weights, lead, n, k, num_rows):
     slices, (chunks, columns) = math.prod(lead), _chunks(g)
     total, owner, clearing = slices * n, None, 0
     if index is not None:
-        # Inverting the table (4 bytes a row) tells which rows no pair names: so every row is written just once.
-        index, clearing = _small(index, lead, total, k), slices * pl.cdiv(num_rows, 8)
-        sizes = {"N": n, "K": k, "R": num_rows}
-        (owner,) = launch(invert, index, out=[((slices, num_rows), jnp.int32)], grid=total, **sizes)
+        index = _small(index, lead, total, k)
+        owner, clearing = _owner(index, n, k, num_rows)
     (out,) = launch(
         scatter,
         _rows(g, lead),
@@ -338,6 +392,34 @@ def moe_spread(g, pair_weights, pairs_by_token, *, num_rows, unique_rows):
 def moe_row_dot(packed_down, g, pairs_by_token, *, unique_rows):
     lead = lead_axes((packed_down, 2), (g, 2), (pairs_by_token, 2))
     return _dot(packed_down, pairs_by_token, g, lead, *pairs_by_token.shape[-2:])
+
+
+def moe_combine_cotangents(g, packed_down, pair_weights, pairs_by_token):
+    lead = lead_axes((g, 2), (packed_down, 2), (pair_weights, 2), (pairs_by_token, 2))
+    n, k = pairs_by_token.shape[-2:]
+    num_rows, width = packed_down.shape[-2:]
+    # Of the registers for 5 rows there are enough for 4 blocks a multiprocessor; a token's blocks share g in the cache.
+    slices, choices, (chunks, columns) = math.prod(lead), _choices(k, 5), _chunks(g)
+    total = slices * n
+    index = _small(pairs_by_token, lead, total, k)
+    owner, clearing = _owner(index, n, k, num_rows)
+    g_rows, g_weights = launch(
+        cotangents,
+        _rows(g, lead),
+        _rows(packed_down, lead),
+        index,
+        _small(pair_weights, lead, total, k),
+        owner,
+        out=[((slices, num_rows, chunks, columns), g.dtype), ((total, k), jnp.float32)],
+        grid=max(total * (k // choices), clearing),
+        N=n,
+        K=k,
+        R=num_rows,
+        TOTAL=total,
+        CHOICES=choices,
+        CLEARING=clearing,
+    )
+    return _unchunked(g_rows, (*lead, num_rows, width)), jnp.reshape(g_weights, (*lead, n, k))
 
 
 def weighted_sum_batched(slots, weights):

@@ -1,4 +1,4 @@
-"""Combine: rows to the experts and back. Four kernels serve the whole family, each bound by the bytes of its rows."""
+"""Combine: rows to the experts and back. Five kernels serve the whole family, each bound by the bytes of its rows."""
 
 import math
 
@@ -81,6 +81,53 @@ def invert(index, owner, PAIRS: tl.constexpr, R: tl.constexpr, TOTAL: tl.constex
     pair = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     row = tl.load(index + pair, mask=pair < TOTAL, other=-1)
     tl.store(owner + pair // PAIRS * R + row, (pair % PAIRS).to(tl.int32), mask=(row >= 0) & (row < R))
+
+
+@triton.jit
+def cotangents(
+    g, rows, weights, index, owner, g_rows, g_weights,
+    N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, H: tl.constexpr, TOTAL: tl.constexpr,
+    SHARED_G: tl.constexpr, SHARED_ROWS: tl.constexpr, CHOICES: tl.constexpr, CLEARED: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    # g_rows[index[n,k]] = weights[n,k] * g[n] and g_weights[n,k] = <rows[index[n,k]], g[n]>: a program owns CHOICES
+    # choices of one token and walks along H, COLS columns at a time: 16 bytes a thread of g and of each row, all asked
+    # for before it stores as many. And it owns CLEARED rows of g_rows, and writes zeros to those of them that no pair
+    # names: it asks the pair that `invert` found for each. Of either there may be fewer.
+    groups: tl.constexpr = (K + CHOICES - 1) // CHOICES
+    blocks: tl.constexpr = (R + CLEARED - 1) // CLEARED
+    program = tl.program_id(0).to(tl.int64)
+    n = program // groups
+    k = program % groups * CHOICES + tl.arange(0, CHOICES)
+    at = n * K + k
+    live = (at < TOTAL * K) & (k < K)
+    row = tl.load(index + at, mask=live, other=-1).to(tl.int64)
+    weight = tl.load(weights + at, mask=live, other=0.0)
+    valid = (row >= 0) & (row < R)
+    dest = n // N * R + row
+    source = row if SHARED_ROWS else dest
+    token = n % N if SHARED_G else n
+
+    sums = tl.zeros([CHOICES, COLS], tl.float32)
+    for start in range(0, H, COLS):
+        col = start + tl.arange(0, COLS)
+        inside = valid[:, None] & (col < H)[None, :]
+        own = tl.load(g + token * H + col, mask=(n * H + col < TOTAL * H) & (col < H), other=0.0).to(tl.float32)
+        term = tl.load(rows + source[:, None] * H + col[None, :], mask=inside, other=0.0)
+        scaled = (weight[:, None] * own[None, :]).to(g_rows.dtype.element_ty)
+        tl.store(g_rows + dest[:, None] * H + col[None, :], scaled, mask=inside)
+        sums += term.to(tl.float32) * own[None, :]
+    tl.store(g_weights + at, tl.where(valid, tl.sum(sums, 1), 0.0), mask=live)
+
+    slice_id, r = program // blocks, program % blocks * CLEARED + tl.arange(0, CLEARED)
+    cleared = slice_id * R + r
+    bare = (cleared < TOTAL // N * R) & (r < R)
+    pair = tl.load(owner + cleared, mask=bare, other=-1).to(tl.int64)
+    known = bare & (pair >= 0) & (pair < N * K)
+    bare = bare & (tl.load(index + slice_id * (N * K) + pair, mask=known, other=-1) != r)
+    zeros = tl.zeros([CLEARED, COLS], g_rows.dtype.element_ty)
+    for start in range(0, H, COLS):
+        col = (start + tl.arange(0, COLS))[None, :]
+        tl.store(g_rows + cleared[:, None] * H + col, zeros, mask=bare[:, None] & (col < H))
 
 
 @triton.jit
@@ -221,6 +268,23 @@ def _dot(rows, index, g, lead, num_tokens, top_k):
     )
 
 
+def _owner(index, lead, num_rows):
+    """Inverting the table first (4 bytes a row) lets every row be written once, instead of zeroed and then written."""
+    total = math.prod(index.shape)
+    (owner,) = launch(
+        invert,
+        index,
+        out=[((*lead, num_rows), jnp.int32)],
+        grid=triton.cdiv(total, 1024),
+        num_warps=4,
+        PAIRS=math.prod(index.shape[-2:]),
+        R=num_rows,
+        TOTAL=total,
+        TILE=1024,
+    )
+    return owner
+
+
 def moe_dispatch(x, packed_token_idx, *pairs_by_token):
     lead = lead_axes((x, 2), (packed_token_idx, 1), *((table, 2) for table in pairs_by_token))
     return _gather(x, _small(packed_token_idx, lead), None, lead, packed_token_idx.shape[-1], 1, "table")
@@ -247,25 +311,44 @@ def moe_spread(g, pair_weights, pairs_by_token, *, num_rows, unique_rows):
     if not unique_rows:
         flat = (*lead, num_tokens * top_k)
         return _sorted_sum(g, jnp.reshape(weights, flat), jnp.reshape(index, flat), lead, num_rows, top_k)
-    # Inverting the table first (4 bytes a row) lets every row be written once, instead of zeroed and then written.
-    total = math.prod(index.shape)
-    (owner,) = launch(
-        invert,
-        index,
-        out=[((*lead, num_rows), jnp.int32)],
-        grid=triton.cdiv(total, 1024),
-        num_warps=4,
-        PAIRS=num_tokens * top_k,
-        R=num_rows,
-        TOTAL=total,
-        TILE=1024,
-    )
-    return _gather(g, owner, weights, lead, num_rows, 1, "owner", top_k, index)
+    return _gather(g, _owner(index, lead, num_rows), weights, lead, num_rows, 1, "owner", top_k, index)
 
 
 def moe_row_dot(packed_down, g, pairs_by_token, *, unique_rows):
     lead = lead_axes((packed_down, 2), (g, 2), (pairs_by_token, 2))
     return _dot(packed_down, _small(pairs_by_token, lead), g, lead, *pairs_by_token.shape[-2:])
+
+
+def moe_combine_cotangents(g, packed_down, pair_weights, pairs_by_token):
+    lead = lead_axes((g, 2), (packed_down, 2), (pair_weights, 2), (pairs_by_token, 2))
+    index, weights = _small(pairs_by_token, lead), _small(pair_weights, lead)
+    *_, num_rows, width = packed_down.shape
+    num_tokens, top_k = index.shape[-2:]
+    rows, shared_rows = _large(packed_down, lead)
+    g, shared_g = _large(g, lead)
+    # With 4 rows at a time there are registers for many programs; those of one token share g in the cache.
+    slices, choices, cleared = math.prod(lead), min(triton.next_power_of_2(top_k), 4), 4
+    return launch(
+        cotangents,
+        g,
+        rows,
+        weights,
+        index,
+        _owner(index, lead, num_rows),
+        out=[((*lead, num_rows, width), rows.dtype), ((*lead, num_tokens, top_k), jnp.float32)],
+        grid=slices * max(num_tokens * triton.cdiv(top_k, choices), triton.cdiv(num_rows, cleared)),
+        num_warps=4,
+        N=num_tokens,
+        K=top_k,
+        R=num_rows,
+        H=width,
+        TOTAL=slices * num_tokens,
+        SHARED_G=shared_g,
+        SHARED_ROWS=shared_rows,
+        CHOICES=choices,
+        CLEARED=cleared,
+        COLS=_blocks(width, rows.dtype.itemsize)[1],
+    )
 
 
 def weighted_sum_batched(slots, weights):
