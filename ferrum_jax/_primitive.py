@@ -33,6 +33,7 @@ class Op(NamedTuple):
     summed: str
     primitive: Primitive
     export_error: str | None = None
+    made_of_ops: bool = False
 
     def __call__(self, *args: Any, implementation: str | None = None, **params: Any) -> Any:
         """Check the arguments and bind one equation. One result comes bare, several as a list."""
@@ -61,6 +62,7 @@ def define(
     transposes: Transposes | None = None,
     jvp: Callable[..., Sequence[Any]] | None = None,
     export_error: str | None = None,
+    made_of_ops: bool = False,
 ) -> Op:
     """Declare an op.
 
@@ -76,12 +78,23 @@ def define(
         A bilinear op may have one more for the key (0, 1), of which the first two operands' cotangents come together.
     jvp(primals, results, tangents, **params): the results' tangents (None: no dependence); `tangents` holds None
         where an operand does not vary. For an op that is not linear. With neither, the op has no derivative.
+    made_of_ops: the meaning is made of other ops, and takes `implementation` for them. It is what is differentiated,
+        and what runs where no kernel does it in one.
     export_error: why jax.export must not take this op, which then serves debugging and is none of the library's own.
     """
     primitive = Primitive(f"ferrum_{name}")
     primitive.multiple_results = True
     op = _ops[primitive] = Op(
-        name, _signature.parse(signature), meaning, sizes, leading_axes, independent, summed, primitive, export_error
+        name,
+        _signature.parse(signature),
+        meaning,
+        sizes,
+        leading_axes,
+        independent,
+        summed,
+        primitive,
+        export_error,
+        made_of_ops,
     )
 
     _common_rules(op, transposes)
@@ -172,10 +185,12 @@ def _lower(op: Op, platform: str | None, ctx: Any, *operands: Any, implementatio
     if op.export_error and ctx.module_context.lowering_parameters.for_export:
         raise NotImplementedError(f"{op.name}: {op.export_error}")
     platform = platform or "/".join(p for p in ctx.module_context.platforms if p != "cuda")
-    choice = kernels.choose(op.name, implementation, ctx.avals_in, params, platform)
+    choice = kernels.choose(op.name, implementation, ctx.avals_in, params, platform, None, op.made_of_ops)
     empty = any(0 in aval.shape for aval in (*ctx.avals_in, *ctx.avals_out))
     divided = None if empty else _for_partitioning(ctx.module_context)
-    if divided:
+    if op.made_of_ops and (empty or divided or choice.implementation == "xla"):
+        run = functools.partial(_with_leading_axes(op), implementation=implementation)
+    elif divided:
         ctx = ctx.replace(module_context=divided)
         run = _by_shards(op, ctx.avals_in, ctx.avals_out, implementation)
     else:
@@ -307,6 +322,8 @@ def _batch(op: Op, operands: Sequence[Array], axes: Sequence[int | None], **para
 def _jvp(
     op: Op, transposes: Transposes, tangent: Primitive | None, jvp: Any, primals: Any, tangents: Any, **params: Any
 ) -> tuple[Any, Any]:
+    if op.made_of_ops:
+        return _jvp_of_ops(op, primals, tangents, **params)
     results = op.primitive.bind(*primals, **params)
     varying = [i for i in transposes if isinstance(i, int) and not isinstance(tangents[i], ad.Zero)]
     if tangent and varying == [0, 1]:
@@ -324,6 +341,16 @@ def _jvp(
         out = [None] * len(results)
     zeros = [ad.Zero(jax.typeof(r).to_tangent_aval()) for r in results]
     return results, [z if t is None else t for t, z in zip(out, zeros, strict=True)]
+
+
+def _jvp_of_ops(op: Op, primals: Any, tangents: Any, **params: Any) -> tuple[Any, Any]:
+    varying = {i: t for i, t in enumerate(tangents) if not isinstance(t, ad.Zero)}
+
+    def of_varying(*some: Array) -> tuple[Array, ...]:
+        given = dict(zip(varying, some, strict=True))
+        return _with_leading_axes(op)(*(given.get(i, x) for i, x in enumerate(primals)), **params)
+
+    return jax.jvp(of_varying, tuple(primals[i] for i in varying), tuple(varying.values()))
 
 
 def _jvp_of_tangent(primitive: Primitive, primals: Any, tangents: Any, **params: Any) -> tuple[Any, Any]:
@@ -412,7 +439,8 @@ def which(
     platform = "cuda" if platform == "gpu" else platform
     params = dict(equation.params)
     asked, avals = params.pop("implementation"), [v.aval for v in equation.invars]
-    return kernels.choose(_ops[equation.primitive].name, asked, avals, params, platform, device_kind)
+    op = _ops[equation.primitive]
+    return kernels.choose(op.name, asked, avals, params, platform, device_kind, op.made_of_ops)
 
 
 def _equations(jaxpr: Any) -> list[Any]:

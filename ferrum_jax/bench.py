@@ -321,7 +321,7 @@ _WEIGHTED_SUM = Op(
 )
 _GROUPED = Op(
     _grouped_inputs,
-    lambda s, name: functools.partial(ferrum_jax.grouped_matmul, implementation=name),
+    lambda s, name: functools.partial(ferrum_jax.grouped_matmul, packed_rows=True, implementation=name),
     lambda s: _products(lambda dot: lambda x, w, plan: dot(x, w, jnp.diff(plan.expert_offsets))),
     lambda s: (s.P * (s.H + 2 * s.F) + s.used * s.H * 2 * s.F) * s.item,
     lambda s: 2 * s.P * s.H * 2 * s.F,

@@ -7,6 +7,7 @@ the sum over a token's K choices), the outer one by w; so each of the three has 
 
 import functools
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,8 +15,23 @@ import jax.numpy as jnp
 from jax import lax
 
 from ._primitive import define
-from ._signature import INT32_MAX, ROW_DTYPES, as_int
+from ._signature import INT32_MAX, ROW_DTYPES, as_int, one_of
 from .tables import MoePlan, MoeRouting
+
+
+def _swiglu_oai(gate: jax.Array, up: jax.Array) -> jax.Array:
+    gate, up = jnp.minimum(gate, 7), jnp.clip(up, -7, 7)
+    return (up + 1) * gate * jax.nn.sigmoid(1.702 * gate)
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "silu": lambda gate, up: jax.nn.silu(gate) * up,
+    "gelu": lambda gate, up: jax.nn.gelu(gate, approximate=False) * up,
+    "gelu_tanh": lambda gate, up: jax.nn.gelu(gate, approximate=True) * up,
+    "relu": lambda gate, up: jax.nn.relu(gate) * up,
+    "relu2": lambda gate, up: jnp.square(jax.nn.relu(gate)) * up,
+    "swiglu_oai": _swiglu_oai,
+}
 
 
 def grouped_matmul(
@@ -24,6 +40,9 @@ def grouped_matmul(
     routing: MoeRouting | MoePlan,
     *,
     top_k: int = 1,
+    activation: str | None = None,
+    row_weights: jax.Array | None = None,
+    packed_rows: bool = False,
     preferred_element_type: Any = None,
     implementation: str | None = None,
 ) -> jax.Array:
@@ -42,16 +61,24 @@ def grouped_matmul(
         expert stand side by side, experts ascend, and no two slots name one row: what the tables of this library keep.
         Of other tables the values are unspecified.
       top_k: rows of the result per row of lhs, >= 1.
+      activation: makes the product's halves, gate and up, one row of half the width: "silu", "gelu" (exact),
+        "gelu_tanh", "relu", "relu2" (squared), each times up; "swiglu_oai", that of gpt-oss: (up + 1) * gate *
+        sigmoid(1.702 * gate), gate clamped above at 7 and up to [-7, 7]. In float32; a kernel that fuses it spares the
+        product's way to memory and back. Where it is differentiated, the product is made, and kept for the gradient.
+      row_weights: [..., P], any float; row s of the result is multiplied by row_weights[s], in float32.
+      packed_rows: promises that each expert's rows lie together, as in tables of packed rows and top_k=1. Changes no
+        result; None may then take a kernel that is the fastest for such rows and slow for others.
       preferred_element_type: the result's dtype, float16, bfloat16 or float32; default: lhs's. A cotangent is cast to
         lhs's dtype.
       implementation: None (see `which`), "xla", "triton" or "pallas".
 
     Returns:
-      [..., P, N] with P = M * top_k. Rows that no slot names are 0.
+      [..., P, N] with P = M * top_k; with an `activation`, [..., P, N / 2]. Rows that no slot names are 0.
 
     Raises:
       TypeError: an argument of another dtype, a `routing` that is no table, a `top_k` that is no int.
-      ValueError: ranks or shapes that do not fit, `top_k` < 1, P past int32, an unknown `implementation`.
+      ValueError: ranks or shapes that do not fit, `top_k` < 1, P past int32, an odd N with an `activation`, an unknown
+        `activation` or `implementation`.
       NotImplementedError: the implementation asked for cannot run here; the message says why.
 
     Blocks of one expert as units of work are from MegaBlocks, https://arxiv.org/abs/2211.15841; gathering rows inside
@@ -78,22 +105,90 @@ def grouped_matmul(
     dtype = jnp.dtype(getattr(lhs, "dtype", "float32") if preferred_element_type is None else preferred_element_type)
     if preferred_element_type is not None and dtype.name not in ROW_DTYPES:
         raise TypeError(f"{op}: preferred_element_type must be float16, bfloat16 or float32; got {dtype}")
-    return _matmul(lhs, rhs, *tables, top_k=top_k, dtype=dtype.name, implementation=implementation)
+    settings: dict[str, Any] = {
+        "top_k": top_k,
+        "dtype": dtype.name,
+        "packed_rows": bool(packed_rows) and top_k == 1,
+        "implementation": implementation,
+    }
+    if activation is None and row_weights is None:
+        return _matmul(lhs, rhs, *tables, **settings)
+    one_of(op, "activation", activation, (None, *ACTIVATIONS))
+    if activation and jnp.ndim(rhs) > 2 and jnp.shape(rhs)[-1] % 2:
+        raise ValueError(f"{op}: rhs must be gate and up side by side, an even N; got shape {jnp.shape(rhs)}")
+    if row_weights is None:
+        return _activated(lhs, rhs, *tables, activation=activation, **settings)
+    num_pairs = jnp.shape(lhs)[-2] * top_k if jnp.ndim(lhs) > 1 else 0
+    if jnp.ndim(row_weights) and num_pairs and jnp.shape(row_weights)[-1] != num_pairs:
+        raise ValueError(
+            f"{op}: row_weights must have P = {num_pairs} entries, one a row of the result; "
+            f"got shape {jnp.shape(row_weights)}"
+        )
+    return _activated(lhs, rhs, *tables, row_weights, activation=activation, **settings)
 
 
 # ---- meanings, over any leading axes: a batch of products is one product with more blocks
 
 
 def _matmul_meaning(
-    lhs: jax.Array, rhs: jax.Array, slots: jax.Array, blocks: jax.Array, total: jax.Array, *, top_k: int, dtype: str
+    lhs: jax.Array,
+    rhs: jax.Array,
+    slots: jax.Array,
+    blocks: jax.Array,
+    total: jax.Array,
+    *,
+    top_k: int,
+    dtype: str,
+    packed_rows: bool,
 ) -> jax.Array:
     return _products(lhs, rhs, (slots, blocks, total), top_k, dtype, False)
 
 
 def _transposed_meaning(
-    g: jax.Array, rhs: jax.Array, slots: jax.Array, blocks: jax.Array, total: jax.Array
+    g: jax.Array, rhs: jax.Array, slots: jax.Array, blocks: jax.Array, total: jax.Array, *, packed_rows: bool
 ) -> jax.Array:
     return _products(g, rhs, (slots, blocks, total), 1, g.dtype.name, True)
+
+
+def _activated_meaning(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    slots: jax.Array,
+    blocks: jax.Array,
+    total: jax.Array,
+    row_weights: jax.Array | None = None,
+    *,
+    activation: str | None,
+    dtype: str,
+    implementation: str | None,
+    **settings: Any,
+) -> jax.Array:
+    # Kept for the gradient: the product. Computed again from it: the activation's many float32 intermediates.
+    @jax.checkpoint
+    def finish(rows: jax.Array, weights: jax.Array | None) -> jax.Array:
+        rows = rows.astype(jnp.float32)
+        if activation:
+            rows = ACTIVATIONS[activation](*jnp.split(rows, 2, axis=-1))
+        return (rows if weights is None else rows * jnp.expand_dims(weights, -1)).astype(dtype)
+
+    rows = _matmul(lhs, rhs, slots, blocks, total, dtype=dtype, implementation=implementation, **settings)
+    if row_weights is not None:
+        # A row that no slot names is 0 whatever its weight.
+        row_weights = jnp.where(_named(rows, slots, blocks, total, rhs.shape[-3]), row_weights, 0)
+    return finish(rows, row_weights)
+
+
+def _named(rows: jax.Array, slots: jax.Array, blocks: jax.Array, total: jax.Array, num_experts: int) -> jax.Array:
+    """Which rows of a product a slot names."""
+    lead, num_pairs = rows.shape[:-2], rows.shape[-2]
+    size = slots.shape[-1] // max(blocks.shape[-1], 1)
+    starts = jnp.arange(blocks.shape[-1], dtype=jnp.int32) * size
+    counts = (blocks >= 0) & (blocks < num_experts) & (starts < total[..., None])
+    slots = jnp.where(jnp.repeat(counts, size, axis=-1) & (slots >= 0), slots, num_pairs)
+    slots = jnp.broadcast_to(slots, (*lead, slots.shape[-1])).reshape(_size(lead), -1)
+    which = jnp.broadcast_to(jnp.arange(_size(lead), dtype=jnp.int32)[:, None], slots.shape)
+    named = jnp.zeros((_size(lead), num_pairs), bool).at[which, slots].set(True, mode="drop")
+    return named.reshape(*lead, num_pairs)
 
 
 def _products(
@@ -122,7 +217,15 @@ def _products(
 
 
 def _outer_meaning(
-    lhs: jax.Array, g: jax.Array, slots: jax.Array, blocks: jax.Array, total: jax.Array, *, top_k: int, num_experts: int
+    lhs: jax.Array,
+    g: jax.Array,
+    slots: jax.Array,
+    blocks: jax.Array,
+    total: jax.Array,
+    *,
+    top_k: int,
+    num_experts: int,
+    packed_rows: bool,
 ) -> jax.Array:
     tables = slots, blocks, total
     lead, num_pairs = _lead((lhs, 2), (g, 2), *_with_ranks(tables)), g.shape[-2]
@@ -210,7 +313,7 @@ _matmul = define(
     "grouped_matmul",
     f"lhs: rows[M,H], rhs: rows[E,H,N], {_TABLES} -> product[P,N]",
     _matmul_meaning,
-    sizes=lambda size, top_k, dtype: {"P": size["M"] * top_k},
+    sizes=lambda size, top_k, **params: {"P": size["M"] * top_k},
     leading_axes=True,
     independent="N",
     summed="H",
@@ -220,6 +323,17 @@ _matmul = define(
             lhs, ct.astype(rhs.dtype), *tables, num_experts=rhs.shape[-3], **params
         ),
     },
+)
+_activated = define(
+    "grouped_matmul_activated",
+    f"lhs: rows[M,H], rhs: rows[E,H,N], {_TABLES}, row_weights: weights[P] -> product[P,F]",
+    _activated_meaning,
+    sizes=lambda size, top_k, activation, **params: {
+        "P": size["M"] * top_k,
+        "F": size["N"] // 2 if activation else size["N"],
+    },
+    leading_axes=True,
+    made_of_ops=True,
 )
 _transposed = define(
     "grouped_matmul_transposed",
@@ -237,7 +351,7 @@ _outer = define(
     "grouped_outer",
     f"lhs: rows[M,H], g: rows[P,N], {_TABLES} -> rows[E,H,N]",
     _outer_meaning,
-    sizes=lambda size, top_k, num_experts: {"E": num_experts},
+    sizes=lambda size, num_experts, **params: {"E": num_experts},
     leading_axes=True,
     independent="H N",
     transposes={

@@ -9,26 +9,13 @@ import jax.numpy as jnp
 from . import _signature
 from ._signature import as_int, one_of
 from .combine import moe_combine, moe_dispatch, weighted_sum_batched
-from .grouped import grouped_matmul
+from .grouped import ACTIVATIONS, grouped_matmul
 from .routing import RouterOutput, route_topk_softmax
 from .tables import expert_of_row, moe_align_block_size_pair_ids, moe_plan
 
 _OP = "moe_mlp"
 
 
-def _swiglu_oai(gate: jax.Array, up: jax.Array) -> jax.Array:
-    gate, up = jnp.minimum(gate, 7), jnp.clip(up, -7, 7)
-    return (up + 1) * gate * jax.nn.sigmoid(1.702 * gate)
-
-
-ACTIVATIONS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
-    "silu": lambda gate, up: jax.nn.silu(gate) * up,
-    "gelu": lambda gate, up: jax.nn.gelu(gate, approximate=False) * up,
-    "gelu_tanh": lambda gate, up: jax.nn.gelu(gate, approximate=True) * up,
-    "relu": lambda gate, up: jax.nn.relu(gate) * up,
-    "relu2": lambda gate, up: jnp.square(jax.nn.relu(gate)) * up,
-    "swiglu_oai": _swiglu_oai,
-}
 FLOWS = ("packed", "pair_ids")
 
 
@@ -139,8 +126,13 @@ def moe_mlp(
         owner = expert_of_row(plan.packed_token_idx, plan.expert_offsets) if plan else ids.reshape(-1)
         return moe_dispatch(bias, owner, **run)
 
-    rows = grouped_matmul(rows, w_gate_up, routing, top_k=choices, **run)
-    rows = grouped_matmul(activate(rows, bias_rows(b_gate_up)), w_down, routing, **run)
+    product: dict[str, Any] = {"packed_rows": flow == "packed", **run}
+    if b_gate_up is None and not callable(activation):
+        rows = grouped_matmul(rows, w_gate_up, routing, top_k=choices, activation=activation, **product)
+    else:
+        rows = grouped_matmul(rows, w_gate_up, routing, top_k=choices, **product)
+        rows = activate(rows, bias_rows(b_gate_up))
+    rows = grouped_matmul(rows, w_down, routing, **product)
     if b_down is not None:
         rows = _plus(rows, bias_rows(b_down)).astype(x.dtype)
     if plan:

@@ -23,6 +23,8 @@ _COMBINE = (
     "slot_dot",
 )
 
+_GROUPED = "grouped_matmul", "grouped_matmul_activated", "grouped_matmul_transposed", "grouped_outer"
+
 # backend -> file under kernels/<backend>/ -> the ops that it has a wrapper of the same name for
 KERNELS: Mapping[str, Mapping[str, Sequence[str]]] = {
     "triton": {
@@ -30,12 +32,12 @@ KERNELS: Mapping[str, Mapping[str, Sequence[str]]] = {
         "tables": ("moe_build_pairs_by_token", "moe_align_block_size", "moe_plan"),
         "route_plan": ("moe_route_plan",),
         "combine": _COMBINE,
-        "grouped": ("grouped_matmul", "grouped_matmul_transposed", "grouped_outer"),
+        "grouped": _GROUPED,
     },
     "pallas": {
         "routing": ("route_topk",),
         "combine": _COMBINE,
-        "grouped": ("grouped_matmul", "grouped_matmul_transposed", "grouped_outer"),
+        "grouped": _GROUPED,
     },
 }
 
@@ -112,9 +114,15 @@ def choose(
     params: Mapping[str, Any],
     platform: str,
     device_kind: str | None = None,
+    made_of_ops: bool = False,
 ) -> Choice:
-    """The implementation that runs `op` on these shapes; NotImplementedError if one was asked for that cannot."""
+    """The implementation that runs `op` on these shapes; NotImplementedError if one was asked for that cannot.
+
+    An op made of others can always be run as those, of which each then chooses for itself: that is its "xla".
+    """
     reasons = {name: _refusal(name, op, operands, params, platform, device_kind) for name in KERNELS}
+    if asked and reasons.get(asked) and made_of_ops:
+        return Choice("xla", {asked: reasons[asked]})
     if asked and reasons.get(asked):
         raise NotImplementedError(f"{op}: implementation={asked!r} cannot be used: {reasons[asked]}")
     order, where = _order(op, operands, params)

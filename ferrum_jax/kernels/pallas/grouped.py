@@ -26,21 +26,46 @@ COMPARED = 2**25  # up to here each eight rows are compared with each slot: one 
 CHUNK = 32  # slots of a tile that are stored at a time
 
 
+# ---- activations
+
+
+def sigmoid(x):
+    return 1 / (1 + jnp.exp(-x))
+
+
+def _swiglu_oai(gate, up):
+    gate, up = jnp.minimum(gate, 7.0), jnp.minimum(jnp.maximum(up, -7.0), 7.0)
+    return (up + 1) * gate * sigmoid(1.702 * gate)
+
+
+ACTIVATIONS = {
+    "silu": lambda gate, up: gate * sigmoid(gate) * up,
+    # (1 + tanh(x)) / 2 is sigmoid(2 x)
+    "gelu_tanh": lambda gate, up: gate * sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)) * up,
+    "relu": lambda gate, up: jnp.maximum(gate, 0.0) * up,
+    "relu2": lambda gate, up: jnp.maximum(gate, 0.0) * jnp.maximum(gate, 0.0) * up,
+    "swiglu_oai": _swiglu_oai,
+}
+
+
 # ---- rows by their expert's matrix
 
 
 def product(
-    lhs, gathered, rhs, tiles, count, low, high, apart, names, holes, out,
+    lhs, gathered, rhs, tiles, count, low, high, apart, names, holes, weights, out,
     rows, matrix, stage, edge, zero, full, empty,
-    *, TRANSPOSED, STEPS, STAGES, ROWS, CHUNK, GRID, EXPERTS, PAIRS, LHS_SLICE, OUT_SLICE, RHS_SLICE,
+    *, TRANSPOSED, STEPS, STAGES, ROWS, CHUNK, GRID, EXPERTS, PAIRS, ACTIVATION,
+    LHS_SLICE, OUT_SLICE, RHS_SLICE,
 ):  # fmt: skip
     # out[r] = lhs[r] @ rhs[e]: a block owns in turn tiles of COLUMNS columns by up to ROWS rows of an expert, and makes
     # them transposed, columns in the tensor cores' long direction and rows, any multiple of 8, in the short one. TMA
     # reads rows from a multiple of 8 on: the few before an expert's first and past its last are multiplied, not stored.
-    # Experts whose rows do not lie together are read from `gathered`, and stored row by row under their names.
+    # Experts whose rows do not lie together are read from `gathered`, and stored row by row under their names. With an
+    # ACTIVATION the matrix is gate and up: half of a warpgroup's columns are the gate's, half the same of up, so that
+    # each thread has both of what it makes one of. Weights are by row, and after all those by place in `gathered`.
     program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
-    width = out.shape[1]
-    across = pl.cdiv(width, COLUMNS)
+    width, own_out = out.shape[1], stage.shape[2]
+    across = pl.cdiv(width, 2 * own_out)
 
     def own_tiles():  # in each branch anew: from before them it would be spilled
         return lax.div(jnp.maximum(count[0] * across - program, 0) + GRID - 1, jnp.int32(GRID))
@@ -52,7 +77,8 @@ def product(
         column, number = split(at - begin * across, size)
         # Not the same for each column: else, where GRID is a multiple of `size`, a block's tiles might all be tall.
         number = begin + lax.rem(number + column, size)
-        return tiles[0, number], pl.multiple_of(column * COLUMNS, COLUMNS), tiles[1, number], tiles[2, number]
+        column = pl.multiple_of(column * 2 * own_out, 2 * own_out)
+        return tiles[0, number], column, tiles[1, number], tiles[2, number]
 
     def feed(i, step):
         owner, column, first, _ = tile(i)
@@ -71,9 +97,14 @@ def product(
 
             pl.when(apart[owner] == 0)(lambda: copy(lhs, lax.div(owner, jnp.int32(EXPERTS)) * LHS_SLICE))
             pl.when(apart[owner] != 0)(lambda: copy(gathered, 0))
-            these = (pl.ds(column, COLUMNS), along) if TRANSPOSED else (along, pl.ds(column, COLUMNS))
             mine = owner if RHS_SLICE else lax.rem(owner, jnp.int32(EXPERTS))
-            plgpu.copy_gmem_to_smem(rhs.at[mine, *these], matrix.at[slot], full.at[slot])
+            if ACTIVATION:
+                for i, start in enumerate((0, width, own_out, width + own_out)):  # two for each warpgroup
+                    these = pl.ds(pl.multiple_of(column + start, own_out), own_out)
+                    plgpu.copy_gmem_to_smem(rhs.at[mine, along, these], matrix.at[slot, i], full.at[slot])
+            else:
+                these = (pl.ds(column, COLUMNS), along) if TRANSPOSED else (along, pl.ds(column, COLUMNS))
+                plgpu.copy_gmem_to_smem(rhs.at[mine, *these], matrix.at[slot], full.at[slot])
             return step + 1
 
         return loop(STEPS, load, step)
@@ -114,7 +145,7 @@ def product(
     @pl.when(warpgroup < 2)
     def _():
         plgpu.set_max_registers(224, action="increase")
-        own = pl.multiple_of(warpgroup * (COLUMNS // 2), COLUMNS // 2)
+        mine = pl.ds(pl.multiple_of(warpgroup * (COLUMNS // 2), COLUMNS // 2), COLUMNS // 2)
 
         def multiply(i, step):
             owner, column, first, height = tile(i)
@@ -122,41 +153,54 @@ def product(
 
                 @pl.when(height == size)
                 def _(size=size):
-                    sums = plgpu.ACC((COLUMNS // 2, size), jnp.float32)
-                    sums = pl.run_scoped(functools.partial(accumulate, step, size), sums)
-                    write(owner, pl.multiple_of(column + own, COLUMNS // 2), first, sums)
+                    sums = [plgpu.ACC((own_out, size), jnp.float32)] * (2 if ACTIVATION else 1)
+                    sums = pl.run_scoped(functools.partial(accumulate, step), *sums)
+                    write(owner, pl.multiple_of(column + warpgroup * own_out, own_out), first, sums)
 
             return step + STEPS
 
-        def accumulate(step, size, sums):
+        finished = ACTIVATION or weights is not None  # when stored, from float32
+
+        def accumulate(step, *sums):
             def add(step):
                 slot = lax.rem(step, jnp.int32(STAGES))
                 plgpu.barrier_wait(full.at[slot])
-                mine = pl.ds(own, COLUMNS // 2)
-                a = matrix.at[slot, mine] if TRANSPOSED else matrix.at[slot, :, mine].T
-                plgpu.wgmma(sums, a, rows.at[slot, pl.ds(0, size)].T)
+                for i, part in enumerate(sums):
+                    if ACTIVATION:
+                        a = matrix.at[slot, warpgroup * 2 + i].T
+                    else:
+                        a = matrix.at[slot, mine] if TRANSPOSED else matrix.at[slot, :, mine].T
+                    plgpu.wgmma(part, a, rows.at[slot, pl.ds(0, part.shape[1])].T)
 
             add(step)
 
             @each(STEPS - 1)
             def _(k):
                 add(step + k + 1)
-                plgpu.wgmma_wait(1)
+                plgpu.wgmma_wait(len(sums))
                 plgpu.barrier_arrive(empty.at[lax.rem(step + k, jnp.int32(STAGES))])
 
             plgpu.wgmma_wait(0)
             plgpu.barrier_arrive(empty.at[lax.rem(step + STEPS - 1, jnp.int32(STAGES))])
-            return sums[...].astype(out.dtype)
+            return [part[...] if finished else part[...].astype(out.dtype) for part in sums]
 
         def write(owner, column, first, sums):
             begin, end, gathers = low[owner], high[owner], apart[owner] != 0
             to = lax.div(owner, jnp.int32(EXPERTS)) * OUT_SLICE
-            columns, narrow = pl.ds(column, COLUMNS // 2), out.dtype.itemsize == 2
-            for start in range(0, sums.shape[1], CHUNK):
-                here = min(CHUNK, sums.shape[1] - start)
+            columns, narrow = pl.ds(column, own_out), out.dtype.itemsize == 2
+            size, by_place = sums[0].shape[1], weights is not None and weights.shape[0] - ROWS - names.shape[0]
+            for start in range(0, size, CHUNK):
+                here = min(CHUNK, size - start)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 part = stage.at[warpgroup, pl.ds(0, here)]
-                value = plgpu.layout_cast(sums[:, start : start + here], plgpu.Layout.WGMMA)
+                values = [part[:, start : start + here] for part in sums]
+                value = ACTIVATION(*values) if ACTIVATION else values[0]
+                if weights is not None:
+                    at = pl.multiple_of(first + start + jnp.where(gathers, by_place, to), 8)
+                    these = weights.at[pl.ds(at, here)]
+                    these = plgpu.load(these, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+                    value *= lax.broadcast_in_dim(these, value.shape, (1,))
+                value = plgpu.layout_cast(value.astype(out.dtype), plgpu.Layout.WGMMA)
                 # 16 bits go through the matrix-store instruction, which transposes; of 32 bits the threads swap pairs.
                 part.T[...] = value if narrow else plgpu.layout_cast(value, plgpu.Layout.WGMMA_TRANSPOSED)
                 plgpu.commit_smem()
@@ -176,7 +220,7 @@ def product(
                     def _():
                         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                         eight_rows = plgpu.load(
-                            stage.at[warpgroup, pl.ds(at, 8)], layout=_eight(out.dtype), optimized=False
+                            stage.at[warpgroup, pl.ds(at, 8)], layout=_eight(own_out, out.dtype), optimized=False
                         )
                         store(edge.at[warpgroup], eight_rows)
                         plgpu.commit_smem()
@@ -204,10 +248,10 @@ def _tiled(dtype):
     return plgpu.TilingTransform((8, SWIZZLE // dtype.itemsize)), plgpu.SwizzleTransform(SWIZZLE)
 
 
-def _eight(dtype):
-    """8 rows of a warpgroup's columns in its registers, 16 bytes of a row a thread."""
-    vector, half = 16 // dtype.itemsize, COLUMNS // 2
-    tiling = plgpu.Tiling(((8, half), (vector, half // 4), (vector,)))
+def _eight(width, dtype):
+    """8 rows of a warpgroup's columns in its registers, up to 16 bytes of a row a thread."""
+    vector = min(16 // dtype.itemsize, width // 16)
+    tiling = plgpu.Tiling(((8, width), (128 * vector // width, width // 4), (vector,)))
     return plgpu.Layout.TILED(tiling, warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1)
 
 
@@ -523,17 +567,18 @@ def _gathered(lhs, slots, owner, apart, num_experts, num_pairs, lhs_slice, top_k
     return out
 
 
-def _product(lhs, rhs, tables, top_k, dtype, transposed):
-    lead = lead_axes((lhs, 2), (rhs, 3), *zip(tables, (1, 1, 0), strict=True))
+def _product(lhs, rhs, tables, top_k, dtype, transposed=False, row_weights=None, activation=None):
+    weighted = () if row_weights is None else ((row_weights, 1),)
+    lead = lead_axes((lhs, 2), (rhs, 3), *zip(tables, (1, 1, 0), strict=True), *weighted)
     num_slices, num_rows = math.prod(lead), lhs.shape[-2]
-    num_pairs, width = num_rows * top_k, rhs.shape[-2 if transposed else -1]
+    num_pairs, width = num_rows * top_k, rhs.shape[-2 if transposed else -1] // (2 if activation else 1)
     num_experts = rhs.shape[-3]
     lhs, lhs_slices = _large(lhs, lead, rows=8)
     rhs, rhs_slices = _large(rhs, lead, rows=STEP)
     lhs_slice, out_slice = lhs.shape[-2], _up(num_pairs, 8)
     lhs = jnp.reshape(lhs, (-1, lhs.shape[-1]))
     rhs = jnp.reshape(rhs, (-1, *rhs.shape[-2:]))
-    columns = rhs.shape[-2 if transposed else -1]
+    columns = width if activation else rhs.shape[-2 if transposed else -1]
     slots, owner = _blocks(tables, lead, num_experts)
     low, high, apart = _ranges(slots, owner, num_slices, num_experts, num_pairs, top_k)
     lhs_slice = lhs_slice if lhs_slices > 1 else 0
@@ -542,12 +587,15 @@ def _product(lhs, rhs, tables, top_k, dtype, transposed):
     num_matrices = num_slices * min(num_experts, num_pairs)
     tiles, count = _tiles(low, high, most, _most_tiles(max(num_slices * num_pairs, slots.size), num_matrices, most))
     stages, chunk = _stages(most, dtype)
-    grid = tiles.shape[1] * pl.cdiv(columns, COLUMNS) if dealt else PROGRAMS
+    half = COLUMNS // (4 if activation else 2)  # of the result's columns, for each of the two warpgroups
+    grid = tiles.shape[1] * pl.cdiv(columns, 2 * half) if dealt else PROGRAMS
     holes = _holes(slots, owner, num_slices, num_pairs, out_slice, min(grid, PROGRAMS) * 128)
-    half, part = COLUMNS // 2, (COLUMNS, STEP) if transposed else (STEP, COLUMNS)
+    part = (4, STEP, half) if activation else (COLUMNS, STEP) if transposed else (STEP, COLUMNS)
+    if row_weights is not None:
+        row_weights = _weights(row_weights, lead, slots, num_slices, num_pairs, out_slice, most)
     (out,) = launch(
         product,
-        *(lhs, gathered, rhs, tiles, count, low, high, apart, jnp.reshape(slots, -1), holes),
+        *(lhs, gathered, rhs, tiles, count, low, high, apart, jnp.reshape(slots, -1), holes, row_weights),
         out=[((num_slices * out_slice, columns), dtype)],
         grid=grid,
         warpgroups=3,
@@ -556,8 +604,8 @@ def _product(lhs, rhs, tables, top_k, dtype, transposed):
             plgpu.SMEM((stages, *part), lhs.dtype, transforms=_tiled(lhs.dtype)),
             plgpu.SMEM((2, chunk, half), dtype, transforms=_tiled(dtype)),
             plgpu.SMEM((2, 8, half), dtype),
-            plgpu.SMEM((1, half), dtype),
-            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            plgpu.SMEM((1, COLUMNS // 2), dtype),
+            plgpu.Barrier(num_arrivals=5 if activation else 2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         ],
         TRANSPOSED=transposed,
@@ -568,12 +616,22 @@ def _product(lhs, rhs, tables, top_k, dtype, transposed):
         GRID=grid,
         EXPERTS=num_experts,
         PAIRS=num_pairs,
+        ACTIVATION=ACTIVATIONS[activation] if activation else None,
         LHS_SLICE=lhs_slice,
         OUT_SLICE=out_slice,
         RHS_SLICE=rhs_slices > 1,
     )
     out = jnp.reshape(out, (*lead, out_slice, columns))
     return (out[..., :num_pairs, :width],)
+
+
+def _weights(weights, lead, slots, num_slices, num_pairs, padded, most):
+    """By row, then by slot, and what the last tile reads beyond."""
+    weights = jnp.reshape(jnp.broadcast_to(weights, (*lead, num_pairs)), (num_slices, num_pairs))
+    weights = jnp.reshape(jnp.pad(weights, ((0, 0), (0, padded - num_pairs))), -1)
+    slots = jnp.reshape(slots, (num_slices, -1))
+    at = lax.broadcasted_iota(jnp.int32, slots.shape, 0) * padded + jnp.clip(slots, 0, num_pairs - 1)
+    return jnp.concatenate([weights, weights[jnp.reshape(at, -1)], jnp.zeros(most, weights.dtype)])
 
 
 SHARED = 227 * 1024  # bytes of shared memory of a block, on Hopper
@@ -592,9 +650,14 @@ def _stages(rows, dtype):
 
 
 def refuse(operands, params):
-    lhs, tables = operands[0], operands[2:]
+    lhs, rhs, tables = operands[0], operands[1], operands[2:5]
     if lhs.dtype == jnp.float32:
         return "wgmma multiplies float16 and bfloat16; got float32"
+    activation = params.get("activation")
+    if activation and activation not in ACTIVATIONS:
+        return f"Mosaic has no function that {activation!r} needs"
+    if activation and rhs.shape[-1] % (2 * STEP):
+        return f"gate and up must each have a multiple of {STEP} columns; they have {rhs.shape[-1] / 2}"
     lead = lead_axes((lhs, 2), *zip(tables, (1, 1, 0), strict=True))
     blocks = tables[1].shape[-1] or 1
     slots = _up(tables[0].shape[-1] // blocks, 8) * blocks
@@ -604,15 +667,22 @@ def refuse(operands, params):
     return None
 
 
-def grouped_matmul(lhs, rhs, *tables, top_k, dtype):
-    return _product(lhs, rhs, tables, top_k, jnp.dtype(dtype), False)
+def grouped_matmul(lhs, rhs, *tables, top_k, dtype, packed_rows):
+    return _product(lhs, rhs, tables, top_k, jnp.dtype(dtype))
 
 
-def grouped_matmul_transposed(g, rhs, *tables):
-    return _product(g, rhs, tables, 1, g.dtype, True)
+def grouped_matmul_activated(
+    lhs, rhs, slots, blocks, total, row_weights=None, *, top_k, dtype, activation, packed_rows
+):
+    tables = slots, blocks, total
+    return _product(lhs, rhs, tables, top_k, jnp.dtype(dtype), row_weights=row_weights, activation=activation)
 
 
-def grouped_outer(lhs, g, *tables, top_k, num_experts):
+def grouped_matmul_transposed(g, rhs, *tables, packed_rows):
+    return _product(g, rhs, tables, 1, g.dtype, transposed=True)
+
+
+def grouped_outer(lhs, g, *tables, top_k, num_experts, packed_rows):
     lead = lead_axes((lhs, 2), (g, 2), *zip(tables, (1, 1, 0), strict=True))
     num_slices, height, (num_pairs, width) = math.prod(lead), lhs.shape[-1], g.shape[-2:]
     lhs, lhs_slices = _large(lhs, lead, rows=8)

@@ -20,6 +20,39 @@ def dot(a, b, sums):
 
 
 @triton.jit
+def sigmoid(x):
+    return 1 / (1 + tl.exp(-x))
+
+
+@triton.jit
+def at_least(x, least):
+    return tl.maximum(x, least, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def at_most(x, most):
+    return tl.minimum(x, most, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def activated(gate, up, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "silu":
+        return gate * sigmoid(gate) * up
+    elif ACTIVATION == "gelu":
+        return gate * 0.5 * (1 + tl.erf(gate * 0.7071067811865476)) * up
+    elif ACTIVATION == "gelu_tanh":  # (1 + tanh(x)) / 2 is sigmoid(2 x)
+        return gate * sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)) * up
+    elif ACTIVATION == "relu":
+        return at_least(gate, 0.0) * up
+    elif ACTIVATION == "relu2":
+        return at_least(gate, 0.0) * at_least(gate, 0.0) * up
+    else:
+        tl.static_assert(ACTIVATION == "swiglu_oai")
+        gate = at_most(gate, 7.0)
+        return (at_most(at_least(up, -7.0), 7.0) + 1) * gate * sigmoid(1.702 * gate)
+
+
+@triton.jit
 def name_rows(slots, owner, S: tl.constexpr, P: tl.constexpr, TOTAL: tl.constexpr, TILE: tl.constexpr):
     # The slot that names each row. A program reads 4 bytes of each of TILE slots and writes 4 where the slot's row is.
     # A row that no slot names keeps whatever the memory held: who reads it asks that slot whether it names the row.
@@ -50,16 +83,18 @@ def zero_unnamed(
 
 @triton.jit
 def grouped(
-    lhs, rhs, slots, blocks, total, owner, out,
+    lhs, rhs, slots, blocks, total, owner, row_weights, out,
     M: tl.constexpr, H: tl.constexpr, N: tl.constexpr, E: tl.constexpr, S: tl.constexpr, P: tl.constexpr,
     TOP_K: tl.constexpr, BLOCK: tl.constexpr, SHARED_LHS: tl.constexpr, SHARED_RHS: tl.constexpr,
-    TRANSPOSED: tl.constexpr, SWAPPED: tl.constexpr, PARTS: tl.constexpr, TILES: tl.constexpr,
+    ACTIVATION: tl.constexpr, WEIGHTED: tl.constexpr, TRANSPOSED: tl.constexpr, SWAPPED: tl.constexpr,
+    PARTS: tl.constexpr, TILES: tl.constexpr,
     PROGRAMS: tl.constexpr, GROUP: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr, TK: tl.constexpr,
 ):  # fmt: skip
     # out[s] = lhs[s // TOP_K] @ rhs[e]: a program owns TM slots of a block by TN columns and walks along H, TK at a
     # time, gathering rows by slot value. GROUP row tiles go side by side through the column tiles, so that the experts
     # and the rows which concurrent programs read are few and stay in L2. SWAPPED: with few rows a tile the product is
     # made transposed, the matrix' columns in the tensor cores' long direction. The last programs zero unnamed rows.
+    # With an ACTIVATION the matrix is 2 N wide, gate then up, and a program makes both products for its columns.
     slice_id = tl.program_id(0).to(tl.int64) // PROGRAMS
     program = tl.program_id(0) % PROGRAMS
     slots, blocks = slots + slice_id * S, blocks + slice_id * (S // BLOCK)
@@ -87,20 +122,30 @@ def grouped(
     col = program % (GROUP * columns) // across * TN + tl.arange(0, TN)
     k = tl.arange(0, TK)
     rows = lhs + row[:, None] * H + k[None, :]
-    matrix = rhs + (expert if SHARED_RHS else expert + slice_id * E) * H * N
+    width: tl.constexpr = 2 * N if ACTIVATION != "" else N
+    matrix = rhs + (expert if SHARED_RHS else expert + slice_id * E) * H * width
     if TRANSPOSED:
         matrix += col[None, :].to(tl.int64) * H + k[:, None]
     else:
-        matrix += col[None, :] + k[:, None].to(tl.int64) * N
-    step: tl.constexpr = 1 if TRANSPOSED else N
+        matrix += col[None, :] + k[:, None].to(tl.int64) * width
+    step: tl.constexpr = 1 if TRANSPOSED else width
     sums = tl.zeros([TN, TM], tl.float32) if SWAPPED else tl.zeros([TM, TN], tl.float32)
+    up = sums
     for start in range(0, H, TK):
         inside = k < H - start
         a = tl.load(rows + start, mask=named[:, None] & inside[None, :], other=0.0)
         b = tl.load(matrix + tl.cast(start, tl.int64) * step, mask=inside[:, None] & (col < N)[None, :], other=0.0)
         sums = dot(b.T, a.T, sums) if SWAPPED else dot(a, b, sums)
+        if ACTIVATION != "":
+            at = matrix + N + tl.cast(start, tl.int64) * step
+            b = tl.load(at, mask=inside[:, None] & (col < N)[None, :], other=0.0)
+            up = dot(b.T, a.T, up) if SWAPPED else dot(a, b, up)
+    if ACTIVATION != "":
+        sums = activated(sums, up, ACTIVATION)
     if SWAPPED:
         sums = sums.T
+    if WEIGHTED:
+        sums *= tl.load(row_weights + slice_id * P + slot, mask=named, other=0.0)[:, None]
     tl.store(out + slot[:, None].to(tl.int64) * N + col[None, :], sums.to(out.dtype.element_ty),
              mask=named[:, None] & (col < N)[None, :])  # fmt: skip
 
@@ -177,17 +222,19 @@ def _large(x, lead):
     return (x if shared or own == lead else _whole(x, lead)), shared
 
 
-def _product(lhs, rhs, tables, top_k, dtype, transposed):
-    lead = lead_axes((lhs, 2), (rhs, 3), *zip(tables, (1, 1, 0), strict=True))
+def _product(lhs, rhs, tables, top_k, dtype, transposed=False, row_weights=None, activation=None):
+    weights = () if row_weights is None else ((row_weights, 1),)
+    lead = lead_axes((lhs, 2), (rhs, 3), *zip(tables, (1, 1, 0), strict=True), *weights)
     slots, blocks, total = (_whole(table, lead) for table in tables)
     (lhs, shared_lhs), (rhs, shared_rhs) = _large(lhs, lead), _large(rhs, lead)
     num_rows, width = lhs.shape[-2:]
-    num_experts, columns = rhs.shape[-3], rhs.shape[-2 if transposed else -1]
+    num_experts, columns = rhs.shape[-3], rhs.shape[-2 if transposed else -1] // (2 if activation else 1)
     num_pairs, batch = num_rows * top_k, math.prod(lead)
     table = TILES_F32 if lhs.dtype == jnp.float32 else TILES
     block = slots.shape[-1] // blocks.shape[-1]
     tm = min(max(16, triton.next_power_of_2(block)), max(table))
     tn, tk, warps, stages = table[tm]
+    tn = tn // 2 if activation else tn
     (owner,) = launch(
         name_rows,
         slots,
@@ -205,6 +252,7 @@ def _product(lhs, rhs, tables, top_k, dtype, transposed):
     return launch(
         grouped,
         *(lhs, rhs, slots, blocks, total, owner),
+        lhs if row_weights is None else _whole(row_weights, lead),
         out=[((*lead, num_pairs, columns), dtype)],
         grid=batch * programs,
         num_warps=warps,
@@ -217,6 +265,8 @@ def _product(lhs, rhs, tables, top_k, dtype, transposed):
         P=num_pairs,
         TOP_K=top_k,
         BLOCK=block,
+        ACTIVATION=activation or "",
+        WEIGHTED=row_weights is not None,
         SHARED_LHS=shared_lhs,
         SHARED_RHS=shared_rhs,
         TRANSPOSED=transposed,
@@ -231,15 +281,22 @@ def _product(lhs, rhs, tables, top_k, dtype, transposed):
     )
 
 
-def grouped_matmul(lhs, rhs, *tables, top_k, dtype):
-    return _product(lhs, rhs, tables, top_k, jnp.dtype(dtype), False)
+def grouped_matmul(lhs, rhs, *tables, top_k, dtype, packed_rows):
+    return _product(lhs, rhs, tables, top_k, jnp.dtype(dtype))
 
 
-def grouped_matmul_transposed(g, rhs, *tables):
-    return _product(g, rhs, tables, 1, g.dtype, True)
+def grouped_matmul_activated(
+    lhs, rhs, slots, blocks, total, row_weights=None, *, top_k, dtype, activation, packed_rows
+):
+    tables = slots, blocks, total
+    return _product(lhs, rhs, tables, top_k, jnp.dtype(dtype), row_weights=row_weights, activation=activation)
 
 
-def grouped_outer(lhs, g, *tables, top_k, num_experts):
+def grouped_matmul_transposed(g, rhs, *tables, packed_rows):
+    return _product(g, rhs, tables, 1, g.dtype, transposed=True)
+
+
+def grouped_outer(lhs, g, *tables, top_k, num_experts, packed_rows):
     lead = lead_axes((lhs, 2), (g, 2), *zip(tables, (1, 1, 0), strict=True))
     slots, blocks, total = (_whole(table, lead) for table in tables)
     (lhs, shared_lhs), (g, shared_g) = _large(lhs, lead), _large(g, lead)
