@@ -197,8 +197,7 @@ def _lower(op: Op, platform: str | None, ctx: Any, *operands: Any, implementatio
         run = (None if empty else kernels.load(choice.implementation, op.name, ctx.avals_out)) or _with_leading_axes(op)
     mesh = ctx.avals_out[0].sharding.mesh
     if AxisType.Explicit in mesh.axis_types:
-        axes = tuple(n for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Explicit)
-        run = jax.sharding.auto_axes(run, axes=axes, out_sharding=tuple(a.sharding.spec for a in ctx.avals_out))
+        run = _in_auto_mesh(run, mesh, tuple(a.sharding.spec for a in ctx.avals_out))
     else:
         mesh = _no_mesh()
         ctx = ctx.replace(avals_in=_local(ctx.avals_in), avals_out=_local(ctx.avals_out))
@@ -208,6 +207,11 @@ def _lower(op: Op, platform: str | None, ctx: Any, *operands: Any, implementatio
             return run(*operands, **params)
 
     return mlir.lower_fun(traced, multiple_results=True)(ctx, *operands)
+
+
+def _in_auto_mesh(run: Callable[..., Any], mesh: AbstractMesh, out_sharding: Any) -> Callable[..., Any]:
+    axes = tuple(n for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Explicit)
+    return jax.sharding.auto_axes(run, axes=axes, out_sharding=out_sharding)
 
 
 def _lower_meaning(meaning: Callable[..., list[Array]], ctx: Any, *operands: Any, **params: Any) -> Any:
@@ -350,7 +354,12 @@ def _jvp_of_ops(op: Op, primals: Any, tangents: Any, **params: Any) -> tuple[Any
         given = dict(zip(varying, some, strict=True))
         return _with_leading_axes(op)(*(given.get(i, x) for i, x in enumerate(primals)), **params)
 
-    return jax.jvp(of_varying, tuple(primals[i] for i in varying), tuple(varying.values()))
+    run = functools.partial(jax.jvp, of_varying)
+    results = _abstract(op, *map(jax.typeof, primals), **params)
+    mesh, specs = results[0].sharding.mesh, tuple(r.sharding.spec for r in results)
+    if AxisType.Explicit in mesh.axis_types:
+        run = _in_auto_mesh(run, mesh, (specs, specs))
+    return run(tuple(primals[i] for i in varying), tuple(varying.values()))
 
 
 def _jvp_of_tangent(primitive: Primitive, primals: Any, tangents: Any, **params: Any) -> tuple[Any, Any]:

@@ -173,22 +173,17 @@ def _activated_meaning(
 
     rows = _matmul(lhs, rhs, slots, blocks, total, dtype=dtype, implementation=implementation, **settings)
     if row_weights is not None:
-        # A row that no slot names is 0 whatever its weight.
-        row_weights = jnp.where(_named(rows, slots, blocks, total, rhs.shape[-3]), row_weights, 0)
+        row_weights = _masked(row_weights, slots, blocks, total, num_experts=rhs.shape[-3])
     return finish(rows, row_weights)
 
 
-def _named(rows: jax.Array, slots: jax.Array, blocks: jax.Array, total: jax.Array, num_experts: int) -> jax.Array:
-    """Which rows of a product a slot names."""
-    lead, num_pairs = rows.shape[:-2], rows.shape[-2]
-    size = slots.shape[-1] // max(blocks.shape[-1], 1)
-    starts = jnp.arange(blocks.shape[-1], dtype=jnp.int32) * size
-    counts = (blocks >= 0) & (blocks < num_experts) & (starts < total[..., None])
-    slots = jnp.where(jnp.repeat(counts, size, axis=-1) & (slots >= 0), slots, num_pairs)
-    slots = jnp.broadcast_to(slots, (*lead, slots.shape[-1])).reshape(_size(lead), -1)
-    which = jnp.broadcast_to(jnp.arange(_size(lead), dtype=jnp.int32)[:, None], slots.shape)
-    named = jnp.zeros((_size(lead), num_pairs), bool).at[which, slots].set(True, mode="drop")
-    return named.reshape(*lead, num_pairs)
+def _masked_meaning(
+    row_weights: jax.Array, slots: jax.Array, blocks: jax.Array, total: jax.Array, *, num_experts: int
+) -> jax.Array:
+    size = slots.size // max(blocks.size, 1)
+    counts = (blocks >= 0) & (blocks < num_experts) & (jnp.arange(blocks.size, dtype=jnp.int32) * size < total)
+    slots = jnp.where(jnp.repeat(counts, size) & (slots >= 0), slots, row_weights.size)
+    return jnp.where(jnp.zeros(row_weights.size, bool).at[slots].set(True, mode="drop"), row_weights, 0)
 
 
 def _products(
@@ -334,6 +329,13 @@ _activated = define(
     },
     leading_axes=True,
     made_of_ops=True,
+)
+# A row that no slot names is 0, whatever its weight.
+_masked = define(
+    "grouped_row_weights",
+    f"row_weights: weights[P], {_TABLES} -> weights[P]",
+    _masked_meaning,
+    transposes={0: lambda ct, row_weights, *tables, **params: _masked(ct, *tables, **params)},
 )
 _transposed = define(
     "grouped_matmul_transposed",

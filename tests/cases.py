@@ -196,6 +196,20 @@ def grouped_args(r, size, dtype, pair_ids=False):
     return lhs, rhs, slots, blocks, total
 
 
+def activated_args(r, size, dtype, pair_ids=False):
+    """As above, with gate and up side by side, and NaN as the weight of a row that no slot names."""
+    lhs, gate, *tables = grouped_args(r, size, dtype, pair_ids)
+    up = np.where(np.isnan(gate), gate, rows(r, gate.shape, dtype))
+    weights = r.normal(size=size.T * size.K).astype(np.float32)
+    named = [s for s, _ in oracle.live_slots(*tables, num_pairs=len(weights), num_experts=size.E)]
+    weights[~np.isin(np.arange(len(weights)), named)] = np.nan
+    return lhs, np.concatenate([gate, up], axis=2), weights, *tables
+
+
+def activated(lhs, rhs, weights, *tables, **kwargs):
+    return grouped_matmul(lhs, rhs, *tables, row_weights=weights, **kwargs)
+
+
 def grouped_matmul(lhs, rhs, *tables, top_k=1, implementation=None, **kwargs):
     routing = ferrum_jax.MoeRouting(*tables)
     return ferrum_jax.grouped_matmul(lhs, rhs, routing, top_k=top_k, implementation=implementation, **kwargs)
@@ -326,6 +340,14 @@ OPS = (
         (0, 1),
         (2, 3, 4),
     ),
+    Op(
+        "grouped_matmul_activated",
+        lambda *args, size, implementation: activated(*args, activation="silu", implementation=implementation),
+        lambda *args, size: oracle.grouped_matmul_activated(*args, top_k=1, activation="silu"),
+        activated_args,
+        (0, 1, 2),
+        (3, 4, 5),
+    ),
 )
 FLOAT_OPS = tuple(op for op in OPS if op.floats)
 
@@ -336,7 +358,8 @@ def finite_args(op, r, size, dtype="float32"):
     plain = list(args)
     for i in op.floats:
         wide = np.asarray(args[i], np.float32)
-        plain[i] = np.nan_to_num(wide, nan=0.5, posinf=2.0, neginf=-2.0).astype(args[i].dtype)
+        wide = np.nan_to_num(wide, nan=0.5, posinf=2.0, neginf=-2.0)
+        plain[i] = (wide * (0.3 if "activated" in op.name else 1)).astype(args[i].dtype)  # where it curves little
     if "route" in op.name:  # experts far enough apart that a finite difference changes no choice
         order = np.argsort(r.random(plain[0].shape), axis=-1)
         plain[0] = (order * 0.37 - 1).astype(plain[0].dtype)

@@ -5,6 +5,7 @@ bounds the error that a right implementation may have: see `assert_close`.
 """
 
 import itertools
+import math
 
 import jax.numpy as jnp
 import numpy as np
@@ -320,6 +321,45 @@ def grouped_matmul(lhs, rhs, *tables, top_k):
         row, matrix = f64(lhs[s // top_k]), f64(rhs[e])
         out[s], size[s] = row @ matrix, np.abs(row) @ np.abs(matrix)
     return ((out, size),)
+
+
+def _sigmoid(x):
+    return 0.5 * (1 + np.tanh(x / 2))
+
+
+def _oai(gate, up):
+    gate, up = min(gate, 7), max(-7, min(up, 7))
+    return (up + 1) * gate * _sigmoid(1.702 * gate)
+
+
+ACTIVATIONS = {
+    "silu": lambda gate, up: gate * _sigmoid(gate) * up,
+    "gelu": lambda gate, up: gate * 0.5 * (1 + math.erf(gate / math.sqrt(2))) * up,
+    "gelu_tanh": lambda gate, up: gate * 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))) * up,
+    "relu": lambda gate, up: max(gate, 0) * up,
+    "relu2": lambda gate, up: max(gate, 0) ** 2 * up,
+    "swiglu_oai": _oai,
+}
+
+
+def grouped_matmul_activated(lhs, rhs, row_weights, *tables, top_k, activation):
+    """The magnitude is that of the terms, a sigmoid's being at most 1, and of what errors of gate and up make of it."""
+    ((product, size),) = grouped_matmul(lhs, rhs, *tables, top_k=top_k)
+    half = rhs.shape[2] // 2
+    out, out_size = np.zeros((len(product), half)), np.zeros((len(product), half))
+    f = ACTIVATIONS[activation]
+    for s, _ in live_slots(*tables, num_pairs=len(product), num_experts=len(rhs)):
+        for j in range(half):
+            (gate, up), (gate_size, up_size) = product[s, [j, half + j]], size[s, [j, half + j]]
+            step = 1e-3
+            by_gate = abs(f(gate + step, up) - f(gate - step, up)) / (2 * step)
+            by_up = abs(f(gate, up + step) - f(gate, up - step)) / (2 * step)
+            weight = f64(row_weights)[s]
+            out[s, j] = weight * f(gate, up)
+            out_size[s, j] = abs(weight) * (
+                by_gate * gate_size + by_up * up_size + abs(f(gate, up)) + abs(gate) * (abs(up) + 1)
+            )
+    return ((out, out_size),)
 
 
 def grouped_matmul_grads(lhs, rhs, *tables, g, top_k):

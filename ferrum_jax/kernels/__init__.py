@@ -54,16 +54,27 @@ def _pairs(shape: tuple[int, ...]) -> int:
     return math.prod(shape[-2:])
 
 
+def _rows_an_expert(shapes: Sequence[tuple[int, ...]], params: Mapping[str, Any]) -> float:
+    """Of a grouped product, on average."""
+    return shapes[0][-2] * params.get("top_k", 1) / shapes[1][-3]
+
+
 # Where the first kernel of KERNELS that can run is not taken first. From times of `python -m ferrum_jax bench` in
-# microseconds, xla/triton/pallas, bfloat16, on one NVIDIA H100 80GB HBM3, jax 0.11.2, Triton 3.6.0, 2026-11-25, at the
-# K=8 and H=2048 of Qwen3 unless said; between two sizes measured, the nearer decides. Where xla is as fast as a kernel,
-# within 2%, it comes first: it can also fuse what stands around the op.
+# microseconds, xla/triton/pallas, bfloat16, jax 0.11.2, Triton 3.6.0: on one NVIDIA H100 80GB HBM3, 2026-11-25, or,
+# where it says so, on one NVIDIA H200, 2026-11-26; at the K=8 and H=2048 of Qwen3 unless said. Between two sizes that
+# were measured, the nearer decides. Where xla is as fast as a kernel, within 2%, it comes first: it can also fuse what
+# stands around the op.
+_LARGE_PACKED = Measured(
+    "pallas",
+    "packed rows, 96 an expert and more",
+    lambda shapes, params: params["packed_rows"] and _rows_an_expert(shapes, params) >= 96,
+)
 MEASURED: Mapping[str, Sequence[Measured]] = {
     # T=16 2.4/2.5/2.2, T=128 3.8/3.8/3.7, T=8192 104/103/103; H=7168 352/359/350; K=2 H=4096 76/68/68.
     "moe_combine": (Measured("xla", "K >= 8", lambda shapes, params: shapes[2][-1] >= 8),),
     # With pairs_by_token: T=16 2.0/3.9/2.2, T=128 3.6/5.2/3.7, T=8192 104/104/103.
     "moe_collect": (Measured("xla", "K >= 8", lambda shapes, params: len(shapes) == 3 and shapes[2][-1] >= 8),),
-    # Both gradients of combine with unique_rows: T=16 4.7/6.7/7.2, T=128 7.7/9.2/9.4, T=8192 268/278/236; H=7168
+    # Both, in turn: T=16 4.7/6.7/7.2, T=128 7.7/9.2/9.4, T=8192 268/278/236; H=7168
     # 965/1004/752; K=2 H=4096 156/168/150.
     "moe_spread": (
         Measured("xla", "T*K <= 4096", lambda shapes, params: params["unique_rows"] and _pairs(shapes[2]) <= 4096),
@@ -73,11 +84,9 @@ MEASURED: Mapping[str, Sequence[Measured]] = {
         Measured("xla", "T*K <= 4096", lambda shapes, params: _pairs(shapes[2]) <= 4096),
         Measured("pallas", "T*K > 4096", lambda shapes, params: True),
     ),
-    # Those two in one pass, by the same sizes.
-    "moe_combine_cotangents": (
-        Measured("xla", "T*K <= 4096", lambda shapes, params: _pairs(shapes[3]) <= 4096),
-        Measured("pallas", "T*K > 4096", lambda shapes, params: True),
-    ),
+    # On an H200: T=16 5.0/3.9/3.8, T=128 6.2/6.0/5.7, T=512 13.2/13.1/12.3, T=1024 26.6/21.7/22.6, T=8192 186/148/167;
+    # H=7168 672/502/511; K=2 H=4096 110/84/88.
+    "moe_combine_cotangents": (Measured("pallas", "T*K <= 4096", lambda shapes, params: _pairs(shapes[3]) <= 4096),),
     # T=16 1.7/2.5/1.7, T=128 4.3/3.6/3.2, T=8192 99/100/99.
     "weighted_sum_batched": (
         Measured("pallas", "512 <= T*K <= 8192", lambda shapes, params: 512 <= _pairs(shapes[1]) <= 8192),
@@ -87,6 +96,17 @@ MEASURED: Mapping[str, Sequence[Measured]] = {
     # 191/212/218.
     "slot_scale": (Measured("xla", "every size tried", lambda shapes, params: True),),
     "slot_dot": (Measured("xla", "every size tried", lambda shapes, params: True),),
+    # triton/pallas on an H200, E=128 N=1536, packed rows: T=1024 231/236, T=2048 272/270, T=4096 414/383, T=8192
+    # 711/657; E=64 H=7168 N=4096, T=4096 2981/2732. Rows that are apart Pallas gathers first: T=8192 699/1214.
+    "grouped_matmul": (_LARGE_PACKED,),
+    "grouped_matmul_transposed": (_LARGE_PACKED,),
+    # With silu, "xla" being the product and then it: packed rows, T=16 124/123/138, T=128 190/190/206, T=1024
+    # 244/231/247, T=8192 755/782/714; E=64 H=7168 N=4096, T=4096 2878/3297/2861; pair ids, T=1024 241/227, T=8192
+    # 783/785.
+    "grouped_matmul_activated": (
+        _LARGE_PACKED,
+        Measured("xla", "96 rows an expert and more", lambda shapes, params: _rows_an_expert(shapes, params) >= 96),
+    ),
     # triton/pallas, E=128 N=1536, packed rows: T=16 403/275, T=128 448/298, T=1024 530/354, T=8192 1340/774; pair ids:
     # 406/319, 451/327, 530/426, 1344/1024.
     "grouped_outer": (Measured("pallas", "every size tried", lambda shapes, params: True),),
@@ -118,18 +138,19 @@ def choose(
 ) -> Choice:
     """The implementation that runs `op` on these shapes; NotImplementedError if one was asked for that cannot.
 
-    An op made of others can always be run as those, of which each then chooses for itself: that is its "xla".
+    An op made of others can be run as those, of which each then chooses for itself: that is its "xla". What refuses it
+    whatever its parameters are refuses those too.
     """
     reasons = {name: _refusal(name, op, operands, params, platform, device_kind) for name in KERNELS}
-    if asked and reasons.get(asked) and made_of_ops:
-        return Choice("xla", {asked: reasons[asked]})
     if asked and reasons.get(asked):
-        raise NotImplementedError(f"{op}: implementation={asked!r} cannot be used: {reasons[asked]}")
+        if not made_of_ops or _refusal(asked, op, operands, {}, platform, device_kind):
+            raise NotImplementedError(f"{op}: implementation={asked!r} cannot be used: {reasons[asked]}")
+        asked = "xla"
     order, where = _order(op, operands, params)
     taken = asked or next(name for name in order if not reasons.get(name))
     why = "was asked for" if asked else "comes first"
     if where and taken == order[0] and not asked:
-        why += f", measured as fast or faster on an H100 at {where}"
+        why += f", measured as fast or faster on a Hopper GPU at {where}"
     others = {name: reasons.get(name) or f"{taken} {why}" for name in IMPLEMENTATIONS if name != taken}
     return Choice(taken, others)
 
