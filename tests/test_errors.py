@@ -114,6 +114,30 @@ CASES = {
         TypeError,
         ["preferred_element_type", "int32"],
     ),
+    "product activation": (
+        lambda x, w, i: fj.grouped_matmul(x, w, fj.moe_plan(i, 3, 2), activation="tanh"),
+        [f32(6, 4), f32(3, 4, 6), i32(6, 1)],
+        ValueError,
+        ["activation", "'silu'", "'tanh'"],
+    ),
+    "gate and up": (
+        lambda x, w, i: fj.grouped_matmul(x, w, fj.moe_plan(i, 3, 2), activation="silu"),
+        [f32(6, 4), f32(3, 4, 5), i32(6, 1)],
+        ValueError,
+        ["rhs", "even", "(3, 4, 5)"],
+    ),
+    "row weights": (
+        lambda x, w, i, r: fj.grouped_matmul(x, w, fj.moe_plan(i, 3, 2), row_weights=r),
+        [f32(6, 4), f32(3, 4, 5), i32(6, 1), f32(5)],
+        ValueError,
+        ["row_weights", "P = 6", "(5,)"],
+    ),
+    "row weights' dtype": (
+        lambda x, w, i, r: fj.grouped_matmul(x, w, fj.moe_plan(i, 3, 2), row_weights=r),
+        [f32(6, 4), f32(3, 4, 5), i32(6, 1), i32(6)],
+        TypeError,
+        ["row_weights", "int32"],
+    ),
     "slots rank": (fj.weighted_sum_batched, [f32(3, 2), f32(3, 2)], ValueError, ["slots", "[..., T, K, H]"]),
 }
 

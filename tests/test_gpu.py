@@ -134,6 +134,31 @@ def test_grouped_products(block, pair_ids, dtype, name):
         assert np.all(error <= float(jnp.finfo(dtype).eps) ** (2 / 3) * size)
 
 
+@pytest.mark.parametrize("pair_ids", [False, True])
+@pytest.mark.parametrize("tokens", [16, 300, 4000])
+def test_epilogues_of_grouped_products(tokens, pair_ids, name):
+    """Of few, some and many rows an expert: the activation and weights against the same of a product in float64."""
+    experts, k, height, width = 20, 4, 512, 448
+    r = np.random.default_rng(tokens)
+    ids = np.where(r.random((tokens, k)) < 0.1, -1, r.integers(0, experts, size=(tokens, k))).astype(np.int32)
+    plan, choices = ferrum_jax.moe_plan(ids, experts, 64, pair_ids=pair_ids), k if pair_ids else 1
+    shapes = (tokens * k // choices, height), (experts, height, 2 * width)
+    x, w = (
+        jnp.asarray(r.normal(size=shape) * scale, "bfloat16") for shape, scale in zip(shapes, (1, 0.05), strict=True)
+    )
+    weights = r.normal(size=tokens * k).astype(np.float32)
+    settings = {"top_k": choices, "activation": "silu", "row_weights": weights, "packed_rows": not pair_ids}
+    got = ferrum_jax.grouped_matmul(x, w, plan, implementation=name, **settings)
+    wide = [np.asarray(a.astype(jnp.float32)).astype(np.float64) for a in (x, w)]
+    none = np.zeros((tokens * k, 2 * width))
+    halves = [np.split(_grouped(*map(f, wide), none, plan, choices)[0], 2, axis=1) for f in (np.array, np.abs)]
+    (gate, up), (gate_size, up_size) = halves
+    want = gate / (1 + np.exp(-gate)) * up * weights[:, None]
+    size = (1.1 * gate_size * (1 + abs(up)) + abs(gate) * (1 + up_size)) * abs(weights[:, None])
+    error = np.abs(np.asarray(got.astype(jnp.float32)) - want)
+    assert np.all(error <= float(jnp.finfo("bfloat16").eps) ** (2 / 3) * size)
+
+
 def _grouped(x, w, g, plan, choices):
     slots = np.asarray(plan.sorted_token_ids).reshape(len(plan.block_ids), -1)
     out, dx, dw = np.zeros_like(g), np.zeros_like(x), np.zeros_like(w)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from cases import DTYPES, Size, grouped_args, grouped_matmul, rng, rows
+from cases import DTYPES, Size, activated, activated_args, grouped_args, grouped_matmul, rng, rows
 from compiled import for_h200, needs_plugin
 from hypothesis import HealthCheck, given, settings
 
@@ -57,6 +57,53 @@ def test_values_and_gradients_with_garbage(size, pair_ids, dtype, implementation
 def test_kernels_interpreted(size, pair_ids, dtype):
     with ferrum_jax.interpret_kernels():
         check(grouped_args(rng("k", size), size, dtype, pair_ids), size.K if pair_ids else 1, "triton")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("pair_ids", [False, True])
+@pytest.mark.parametrize("activation", oracle.ACTIVATIONS)
+def test_every_activation(activation, pair_ids, dtype, implementation):
+    """With hostile weights and rows, and without weights."""
+    size = Size(7, 8, 2, 20, 8)
+    args = activated_args(rng("act", pair_ids), size, dtype, pair_ids)
+    settings = {"top_k": size.K if pair_ids else 1, "activation": activation}
+    out = activated(*args, **settings, implementation=implementation)
+    oracle.assert_matches([out], oracle.grouped_matmul_activated(*args, **settings))
+    ones = [*args[:2], np.ones_like(args[2]), *args[3:]]
+    plain = grouped_matmul(*args[:2], *args[3:], **settings, implementation=implementation)
+    oracle.assert_matches([plain], oracle.grouped_matmul_activated(*ones, **settings))
+
+
+def test_weights_without_an_activation(implementation):
+    size = Size(7, 8, 2, 20, 8)
+    lhs, rhs, weights, *tables = activated_args(rng("w"), size, "bfloat16")
+    out = activated(lhs, rhs, weights, *tables, implementation=implementation)
+    ((want, magnitude),) = oracle.grouped_matmul(lhs, rhs, *tables, top_k=1)
+    weights = np.nan_to_num(weights)[:, None]
+    oracle.assert_matches([out], [(want * weights, magnitude * abs(weights))])
+
+
+def test_differentiated_it_is_one_product_and_what_follows():
+    size = Size(7, 3, 2, 16)
+    args = activated_args(rng("once"), size, "float32")
+    loss = lambda lhs, rhs: jnp.sum(activated(lhs, rhs, *args[2:], activation="silu"))  # noqa: E731
+    text = str(jax.make_jaxpr(jax.value_and_grad(loss, (0, 1)))(*args[:2]))
+    products = re.findall(r"ferrum_grouped_(\w+)\[", text)
+    assert sorted(products) == ["matmul", "matmul_transposed", "outer", "row_weights"]
+    assert "ferrum_grouped_matmul_activated[" in str(jax.make_jaxpr(loss)(*args[:2]))
+
+
+def test_packed_rows_change_nothing(implementation):
+    size = Size(40, 3, 2, 24)
+    lhs, rhs, *tables = (np.nan_to_num(a) for a in grouped_args(rng("packed"), size, "bfloat16"))
+
+    def both(packed):
+        run = functools.partial(grouped_matmul, packed_rows=packed, implementation=implementation)
+        out, vjp = jax.vjp(lambda *a: run(*a, *tables), jnp.asarray(lhs), jnp.asarray(rhs))
+        return out, *vjp(out)
+
+    for got, want in zip(both(True), both(False), strict=True):
+        np.testing.assert_array_equal(got, want)
 
 
 def backward(lhs, rhs, *tables):
@@ -188,6 +235,33 @@ def test_code_for_an_h200(model, tokens, block, dtype, pair_ids):
         assert dtype == "float32" or any("HGMMA" in loop and "LDGSTS" in loop for loop in loops(code.sass)), code.name
         assert re.search(r"LDGSTS\.E[\w.]*\.128", code.sass), code.name
         assert "HMMA" not in code.sass.replace("HGMMA", ""), code.name
+
+
+@needs_plugin
+@pytest.mark.parametrize(
+    ("tokens", "block", "dtype", "activation", "weighted"),
+    [
+        (16, 16, "bfloat16", "silu", False),
+        (1024, 64, "float16", "gelu", True),
+        (8192, 128, "bfloat16", "swiglu_oai", True),
+        (8192, 128, "float32", "gelu_tanh", False),
+    ],
+)
+def test_code_of_an_epilogue(tokens, block, dtype, activation, weighted):
+    """No spills, and still wgmma in one loop."""
+    experts, k, height, width = MODELS["qwen3"]
+    slots = ferrum_jax.max_aligned_rows(tokens * k, experts, block)
+    tables = of((slots,), jnp.int32), of((slots // block,), jnp.int32), of((), jnp.int32)
+    weights = [of((tokens * k,), jnp.float32)] if weighted else []
+
+    def run(lhs, rhs, slots, blocks, total, *weights):
+        settings = {"activation": activation, "row_weights": weights[0] if weights else None}
+        return grouped_matmul(lhs, rhs, slots, blocks, total, implementation="triton", **settings)
+
+    program = for_h200(run, of((tokens * k, height), dtype), of((experts, height, width), dtype), *tables, *weights)
+    (code,) = (c for c in program.codes if not c.name.endswith("name_rows"))
+    assert code.spilled == 0, code.registers
+    assert dtype == "float32" or any("HGMMA" in loop and "LDGSTS" in loop for loop in loops(code.sass))
 
 
 def loops(sass):

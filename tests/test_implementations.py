@@ -135,6 +135,36 @@ def test_both_gradients_of_combine_by_their_size(tokens, taken):
     assert choose("cuda", "NVIDIA A100-SXM4-80GB").implementation == "triton"
 
 
+@needs_plugin
+@pytest.mark.pallas
+@pytest.mark.parametrize(
+    ("rows", "packed", "activation", "taken"),
+    [
+        (64, True, None, "triton"),
+        (512, True, None, "pallas"),
+        (512, False, None, "triton"),
+        (64, False, "silu", "triton"),
+        (512, True, "silu", "pallas"),
+        (512, False, "silu", "xla"),
+    ],
+)
+def test_the_grouped_product_by_the_rows_of_an_expert(rows, packed, activation, taken):
+    of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
+    tables = of("int32", 8 * rows + 64), of("int32", 8 * rows // 8 + 8), of("int32")
+
+    def product(x, w, *tables):
+        settings = {"packed_rows": packed, "activation": activation}
+        return ferrum_jax.grouped_matmul(x, w, ferrum_jax.MoeRouting(*tables), **settings)
+
+    def which(dtype, gpu):
+        operands = of(dtype, 8 * rows, 64), of(dtype, 8, 64, 256)
+        return ferrum_jax.which(product, *operands, *tables, platform="cuda", device_kind=gpu).implementation
+
+    assert which("bfloat16", "NVIDIA H200") == taken
+    assert which("bfloat16", "NVIDIA B200") == ("triton" if taken == "pallas" else taken)
+    assert which("float32", "NVIDIA H200") == ("triton" if taken == "pallas" else taken)
+
+
 def test_interpretation_takes_a_kernel_whatever_was_measured():
     with ferrum_jax.interpret_kernels():
         assert chosen(ferrum_jax.moe_combine, (512, 16), (64, 8), (64, 8), ids=(1,)).implementation == "triton"

@@ -126,16 +126,19 @@ def test_finite_differences_to_second_order(activation, flow):
     check_grads(jax.jit(layer), (x, logits, *matrices, *biases.values()), order=2, atol=2e-2, rtol=2e-2, eps=1e-2)
 
 
+@pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("flow", FLOWS)
 @pytest.mark.parametrize("size", [Size(1, 5, 2, 4), Size(40, 1, 1, 130)], ids=str)
-def test_gradients_equal_the_dense_layers(size, flow, implementation):
+def test_gradients_equal_the_dense_layers(size, flow, biased, implementation):
     (x, logits, *matrices), biases = arguments(size, scale=0.5)
-    args = x, logits, *matrices, *biases.values()
+    args = x, logits, *matrices, *(biases.values() if biased else (None, None))
     fixed = {"top_k": size.K, "flow": flow, "implementation": implementation}
     ours = lambda *a: moe_mlp(*a[:4], b_gate_up=a[4], b_down=a[5], **fixed)  # noqa: E731
     loss = lambda f: lambda *a: jnp.sum(jnp.sin(f(*a)))  # noqa: E731
-    got = jax.jit(jax.grad(loss(ours), range(6)))(*args)
-    want = jax.grad(loss(functools.partial(reference, top_k=size.K)), range(6))(*args)
+    operands = range(6 if biased else 4)
+    np.testing.assert_allclose(ours(*args), reference(*args, top_k=size.K), rtol=1e-4, atol=1e-5)
+    got = jax.jit(jax.grad(loss(ours), operands))(*args)
+    want = jax.grad(loss(functools.partial(reference, top_k=size.K)), operands)(*args)
     for g, w in zip(got, want, strict=True):  # sums that cancel: their terms' size is that of the largest
         np.testing.assert_allclose(g, w, rtol=0, atol=np.finfo(np.float32).eps ** (2 / 3) * np.max(np.abs(w)) + 1e-6)
 

@@ -8,6 +8,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 from cases import Size, grouped_args, grouped_matmul, rng, rows
 from compiled import needs_pjrt, needs_plugin, on_h200, whole_program_for_h200
@@ -70,6 +71,33 @@ def test_a_batch_and_tables_made_by_hand():
         np.testing.assert_allclose(np.float32(got), np.float32(want), rtol=0.02, atol=0.02)
 
 
+EPILOGUES = [
+    ("silu", False, True, "bfloat16"),
+    ("swiglu_oai", True, False, "float16"),
+    *(pytest.param(a, True, True, "bfloat16", marks=pytest.mark.interpreted) for a in grouped.ACTIVATIONS),
+    pytest.param(None, False, True, "float16", marks=pytest.mark.interpreted),
+]
+
+
+@pytest.mark.usefixtures("interpreting")
+@pytest.mark.parametrize(("activation", "pair_ids", "weighted", "dtype"), EPILOGUES)
+def test_epilogues(activation, pair_ids, weighted, dtype):
+    """Columns of two tiles, the second not whole, and rows of which some are not named."""
+    r, experts, top_k, width = rng("epilogue"), 3, 2 if pair_ids else 1, 192
+    ids = r.integers(-1, experts, size=(9, 2)).astype(np.int32)
+    routing = ferrum_jax.moe_plan(ids, experts, 8, pair_ids=pair_ids, implementation="xla")
+    lhs, rhs = rows(r, (18 // top_k, 70), dtype), rows(r, (experts, 70, 2 * width if activation else width), dtype)
+    args = lhs, rhs, r.normal(size=18).astype(np.float32) if weighted else np.ones(18, np.float32), *routing[3:]
+    settings = {"top_k": top_k, "activation": activation}
+    weights = args[2] if weighted else None
+    got = grouped_matmul(lhs, rhs, *routing[3:], row_weights=weights, implementation="pallas", **settings)
+    if activation:
+        oracle.assert_matches([got], oracle.grouped_matmul_activated(*args, **settings))
+    else:
+        ((want, magnitude),) = oracle.grouped_matmul(lhs, rhs, *routing[3:], top_k=top_k)
+        oracle.assert_matches([got], [(want * args[2][:, None], magnitude * abs(args[2][:, None]))])
+
+
 def loss(f, *args):
     return jnp.sum(jnp.sin(f(*args).astype(jnp.float32)))
 
@@ -122,15 +150,17 @@ TRANSFORMATIONS = {
 
 
 @pytest.mark.parametrize("where", [pytest.param(w, marks=getattr(pytest.mark, w)) for w in ("interpreted", "gpu")])
+@pytest.mark.parametrize("activation", [None, "silu"])
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
-def test_transformations(name, where):
+def test_transformations(name, activation, where):
     """Of products that wgmma can multiply, which those of the tests of every op, in float32, are not."""
     routing = ferrum_jax.moe_plan(rng("t").integers(-1, 3, size=(5, 2)).astype(np.int32), 3, 8, implementation="xla")
     r = rng("transformed")
-    x, matrices = rows(r, (2, 10, 24), "bfloat16"), rows(r, (2, 3, 24, 24), "bfloat16") * 0.3
+    height, width = (64, 128) if activation else (24, 24)
+    x, matrices = rows(r, (2, 10, height), "bfloat16"), rows(r, (2, 3, height, width), "bfloat16") * 0.3
 
     def product(name, x, matrices):
-        return ferrum_jax.grouped_matmul(x, matrices, routing, implementation=name)
+        return ferrum_jax.grouped_matmul(x, matrices, routing, activation=activation, implementation=name)
 
     with ferrum_jax.interpret_kernels() if where == "interpreted" else contextlib.nullcontext():
         got, want = (
@@ -157,7 +187,9 @@ def test_what_is_stored_as_one_piece_of_memory_ends_with_its_row(width, top_k, m
 
     monkeypatch.setattr(grouped.plgpu, "copy_smem_to_gmem", spy)
     rhs = np.zeros((3, 256, width), args[1].dtype)
-    jax.make_jaxpr(lambda *a: grouped.grouped_matmul(*a, top_k=top_k, dtype="bfloat16"))(args[0], rhs, *args[2:])
+    jax.make_jaxpr(lambda *a: grouped.grouped_matmul(*a, top_k=top_k, dtype="bfloat16", packed_rows=False))(
+        args[0], rhs, *args[2:]
+    )
     assert pieces
     assert all(whole % columns == 0 for columns, whole in pieces), pieces
 
@@ -271,6 +303,34 @@ def test_float32_and_other_gpus_are_refused_by_name():
         call("bfloat16", "NVIDIA B200")
 
 
+def test_an_epilogue_that_pallas_lacks_is_left_to_the_parts():
+    args = grouped_args(rng("r"), Size(4, 3, 2, 16, 8), "bfloat16")
+
+    def call(width, activation):
+        return ferrum_jax.which(
+            grouped_matmul,
+            *(args[0], np.zeros((3, 16, width), args[1].dtype), *args[2:]),
+            activation=activation,
+            platform="cuda",
+            device_kind="NVIDIA H200",
+            implementation="pallas",
+        )
+
+    assert call(256, "silu").implementation == "pallas"
+    assert call(256, "gelu").implementation == "xla"
+    assert "no function that 'gelu' needs" in call(256, "gelu").passed_over["pallas"]
+    assert "multiple of 64 columns; they have 96" in call(192, "silu").passed_over["pallas"]
+    with pytest.raises(NotImplementedError, match="wgmma multiplies float16 and bfloat16; got float32"):
+        ferrum_jax.which(
+            grouped_matmul,
+            *grouped_args(rng("r"), Size(4, 3, 2, 16, 8), "float32"),
+            row_weights=np.ones(8, np.float32),
+            platform="cuda",
+            device_kind="NVIDIA H200",
+            implementation="pallas",
+        )
+
+
 # ---- machine code
 
 
@@ -314,6 +374,33 @@ def test_code_for_an_h200(model, tokens, block, dtype, pair_ids, gradients):
         assert "cp.async" not in multiplying, kernel.name
         assert any(re.search(r"cp\.async\.bulk\.tensor.*complete_tx", body) for body in bodies), kernel.name
         assert "ld.local" not in kernel.ptx
+
+
+@needs_plugin
+@needs_pjrt
+@pytest.mark.parametrize(
+    ("tokens", "block", "activation", "weighted", "dtype"),
+    [
+        (8192, 128, "swiglu_oai", True, "bfloat16"),
+        (1024, 64, "silu", False, "float16"),
+        (16, 16, None, True, "float16"),
+    ],
+)
+def test_code_of_an_epilogue(tokens, block, activation, weighted, dtype):
+    experts, k, height, width = MODELS["qwen3"]
+    slots = ferrum_jax.max_aligned_rows(tokens * k, experts, block)
+    tables = of((slots,), jnp.int32), of((slots // block,), jnp.int32), of((), jnp.int32)
+    weights = [of((tokens * k,), jnp.float32)] if weighted else []
+
+    def run(lhs, rhs, slots, blocks, total, *weights):
+        settings = {"activation": activation, "row_weights": weights[0] if weights else None}
+        return grouped_matmul(lhs, rhs, slots, blocks, total, implementation="pallas", **settings)
+
+    shapes = of((tokens * k, height), dtype), of((experts, height, width), dtype)
+    _, kernels = whole_program_for_h200(run, *shapes, *tables, *weights)
+    assert [kernel.name for kernel in kernels if not kernel.name.endswith("gather")] == ["ferrum_product"]
+    for kernel in kernels:
+        assert kernel.spilled == 0, (kernel.name, kernel.registers)
 
 
 def ptx_loops(ptx):

@@ -19,7 +19,7 @@ import ferrum_jax
 
 from . import grouped
 
-BY, WINDOWS, TAKES = (16, 24, 32), (1, 2, 8, 32), (0, 1, 2)
+MOST, DEALT = (32, 64, 96, 128, 144, 160), (False, True)
 
 
 def main(experts, top_k, height, width, tokens, *block_sizes):
@@ -32,9 +32,9 @@ def main(experts, top_k, height, width, tokens, *block_sizes):
     for block in block_sizes or (128,):
         plan = ferrum_jax.moe_plan(ids, experts, block)
         found.append((time("triton", lhs, rhs, plan), f"block_size={block} triton"))
-        for choice in itertools.product(BY, WINDOWS, TAKES):
-            grouped.TILES, grouped.LARGE = dict.fromkeys(grouped.TILES, choice), choice
-            found.append((time("pallas", lhs, rhs, plan), f"block_size={block} (by, window, takes)={choice}"))
+        for choice in itertools.product(MOST, DEALT):
+            grouped.TILES = dict.fromkeys(grouped.TILES, choice)
+            found.append((time("pallas", lhs, rhs, plan), f"block_size={block} (most, dealt)={choice}"))
             print(*found[-1], flush=True)
     print("\nbest first:")
     for us, name in sorted(found):
