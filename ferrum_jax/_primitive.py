@@ -121,11 +121,11 @@ def _define_tangent(op: Op, transposes: Transposes) -> Primitive:
         bind = functools.partial(op.primitive.bind, **params)
         return [jnp.add(*bind(dx, y, *others), *bind(x, dy, *others))]
 
-    def of_operands(transpose: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda ct, x, y, dx, dy, *others, **params: transpose(ct, x, y, *others, **params)
+    def of_operands(transpose: Callable[..., Any], first: int, second: int) -> Callable[..., Any]:
+        return lambda ct, *four, **params: transpose(ct, four[first], four[second], *four[4:], **params)
 
-    moved: Transposes = {2: transposes[0], 3: transposes[1], (2, 3): transposes[0, 1]}
-    _common_rules(tangent, {key: of_operands(transpose) for key, transpose in moved.items()})
+    moved = {0: (0, 0, 3), 1: (1, 2, 1), 2: (0, 0, 1), 3: (1, 0, 1), (2, 3): ((0, 1), 0, 1)}
+    _common_rules(tangent, {key: of_operands(transposes[old], *places) for key, (old, *places) in moved.items()})
     mlir.register_lowering(primitive, functools.partial(_lower_meaning, meaning))
     ad.primitive_jvps[primitive] = functools.partial(_jvp_of_tangent, primitive)
     return primitive
@@ -348,18 +348,21 @@ def _jvp(
 
 
 def _jvp_of_ops(op: Op, primals: Any, tangents: Any, **params: Any) -> tuple[Any, Any]:
-    varying = {i: t for i, t in enumerate(tangents) if not isinstance(t, ad.Zero)}
+    varying = [i for i, t in enumerate(tangents) if not isinstance(t, ad.Zero)]
 
-    def of_varying(*some: Array) -> tuple[Array, ...]:
-        given = dict(zip(varying, some, strict=True))
-        return _with_leading_axes(op)(*(given.get(i, x) for i, x in enumerate(primals)), **params)
+    # All operands are its arguments, also those that do not vary: a mesh's other view of them is made of arguments.
+    def run(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Any, Any]:
+        def of_varying(*some: Array) -> tuple[Array, ...]:
+            given = dict(zip(varying, some, strict=True))
+            return _with_leading_axes(op)(*(given.get(i, x) for i, x in enumerate(primals)), **params)
 
-    run = functools.partial(jax.jvp, of_varying)
+        return jax.jvp(of_varying, tuple(primals[i] for i in varying), tangents)
+
     results = _abstract(op, *map(jax.typeof, primals), **params)
     mesh, specs = results[0].sharding.mesh, tuple(r.sharding.spec for r in results)
     if AxisType.Explicit in mesh.axis_types:
         run = _in_auto_mesh(run, mesh, (specs, specs))
-    return run(tuple(primals[i] for i in varying), tuple(varying.values()))
+    return run(tuple(primals), tuple(tangents[i] for i in varying))
 
 
 def _jvp_of_tangent(primitive: Primitive, primals: Any, tangents: Any, **params: Any) -> tuple[Any, Any]:

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from ._primitive import define
-from ._signature import INT32_MAX, ROW_DTYPES, as_int, one_of
+from ._signature import INT32_MAX, ROW_DTYPES, as_int, canonical, one_of
+from .kernels import IMPLEMENTATIONS
 from .tables import MoePlan, MoeRouting
 
 
@@ -102,29 +103,40 @@ def grouped_matmul(
     top_k = as_int(op, "top_k", top_k)
     if jnp.ndim(lhs) > 1 and jnp.shape(lhs)[-2] * top_k > INT32_MAX:
         raise ValueError(f"{op}: lhs has {jnp.shape(lhs)[-2]} rows and top_k is {top_k}; int32 ids allow {INT32_MAX}")
-    dtype = jnp.dtype(getattr(lhs, "dtype", "float32") if preferred_element_type is None else preferred_element_type)
-    if preferred_element_type is not None and dtype.name not in ROW_DTYPES:
-        raise TypeError(f"{op}: preferred_element_type must be float16, bfloat16 or float32; got {dtype}")
+    if not isinstance(packed_rows, bool):
+        raise TypeError(f"{op}: packed_rows must be True or False; got {type(packed_rows).__name__}")
+    if not isinstance(activation, str | None):
+        raise TypeError(f"{op}: activation must be a name; got {type(activation).__name__}")
+    one_of(op, "activation", activation, (None, *ACTIVATIONS))
+    one_of(op, "implementation", implementation, (None, *IMPLEMENTATIONS))
+    weights = () if row_weights is None else (row_weights,)
+    lhs, rhs, *rest = canonical(op, _activated.signature, (lhs, rhs, *tables, *weights))
     settings: dict[str, Any] = {
         "top_k": top_k,
-        "dtype": dtype.name,
-        "packed_rows": bool(packed_rows) and top_k == 1,
+        "dtype": _dtype(op, preferred_element_type, lhs.dtype),
+        "packed_rows": packed_rows and top_k == 1,
         "implementation": implementation,
     }
     if activation is None and row_weights is None:
-        return _matmul(lhs, rhs, *tables, **settings)
-    one_of(op, "activation", activation, (None, *ACTIVATIONS))
-    if activation and jnp.ndim(rhs) > 2 and jnp.shape(rhs)[-1] % 2:
-        raise ValueError(f"{op}: rhs must be gate and up side by side, an even N; got shape {jnp.shape(rhs)}")
-    if row_weights is None:
-        return _activated(lhs, rhs, *tables, activation=activation, **settings)
-    num_pairs = jnp.shape(lhs)[-2] * top_k if jnp.ndim(lhs) > 1 else 0
-    if jnp.ndim(row_weights) and num_pairs and jnp.shape(row_weights)[-1] != num_pairs:
+        return _matmul(lhs, rhs, *rest, **settings)
+    if activation and rhs.shape[-1] % 2:
+        raise ValueError(f"{op}: rhs must be gate and up side by side, an even N; got shape {rhs.shape}")
+    if row_weights is not None and rest[-1].shape[-1] != lhs.shape[-2] * top_k:
         raise ValueError(
-            f"{op}: row_weights must have P = {num_pairs} entries, one a row of the result; "
-            f"got shape {jnp.shape(row_weights)}"
+            f"{op}: row_weights must have P = {lhs.shape[-2] * top_k} entries, one a row of the result; "
+            f"got shape {rest[-1].shape}"
         )
-    return _activated(lhs, rhs, *tables, row_weights, activation=activation, **settings)
+    return _activated(lhs, rhs, *rest, activation=activation, **settings)
+
+
+def _dtype(op: str, preferred: Any, default: Any) -> str:
+    try:
+        dtype = jnp.dtype(default if preferred is None else preferred)
+    except TypeError as error:
+        raise TypeError(f"{op}: preferred_element_type must be a dtype: {error}") from error
+    if dtype.name not in ROW_DTYPES:
+        raise TypeError(f"{op}: preferred_element_type must be float16, bfloat16 or float32; got {dtype}")
+    return dtype.name
 
 
 # ---- meanings, over any leading axes: a batch of products is one product with more blocks
@@ -171,7 +183,9 @@ def _activated_meaning(
             rows = ACTIVATIONS[activation](*jnp.split(rows, 2, axis=-1))
         return (rows if weights is None else rows * jnp.expand_dims(weights, -1)).astype(dtype)
 
-    rows = _matmul(lhs, rhs, slots, blocks, total, dtype=dtype, implementation=implementation, **settings)
+    # What overflows float16 may come out of the activation within its range.
+    made = "bfloat16" if dtype == "bfloat16" else "float32"
+    rows = _matmul(lhs, rhs, slots, blocks, total, dtype=made, implementation=implementation, **settings)
     if row_weights is not None:
         row_weights = _masked(row_weights, slots, blocks, total, num_experts=rhs.shape[-3])
     return finish(rows, row_weights)

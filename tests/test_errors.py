@@ -132,11 +132,35 @@ CASES = {
         ValueError,
         ["row_weights", "P = 6", "(5,)"],
     ),
+    "row weights of no tokens": (
+        lambda x, w, i, r: fj.grouped_matmul(x, w, fj.moe_plan(i, 3, 2), row_weights=r),
+        [f32(0, 4), f32(3, 4, 5), i32(0, 1), f32(5)],
+        ValueError,
+        ["grouped_matmul:", "row_weights", "P = 0", "(5,)"],
+    ),
+    "packed rows": (
+        lambda x, w, i: fj.grouped_matmul(x, w, fj.moe_plan(i, 3, 2), packed_rows="no"),
+        [f32(6, 4), f32(3, 4, 5), i32(6, 1)],
+        TypeError,
+        ["packed_rows", "str"],
+    ),
+    "activation's type": (
+        lambda x, w, i: fj.grouped_matmul(x, w, fj.moe_plan(i, 3, 2), activation=("silu",)),
+        [f32(6, 4), f32(3, 4, 6), i32(6, 1)],
+        TypeError,
+        ["activation", "tuple"],
+    ),
+    "preferred name": (
+        lambda x, w, i: fj.grouped_matmul(x, w, fj.moe_plan(i, 3, 2), preferred_element_type="foo"),
+        [f32(6, 4), f32(3, 4, 5), i32(6, 1)],
+        TypeError,
+        ["preferred_element_type", "foo"],
+    ),
     "row weights' dtype": (
         lambda x, w, i, r: fj.grouped_matmul(x, w, fj.moe_plan(i, 3, 2), row_weights=r),
         [f32(6, 4), f32(3, 4, 5), i32(6, 1), i32(6)],
         TypeError,
-        ["row_weights", "int32"],
+        ["grouped_matmul:", "row_weights", "int32"],
     ),
     "slots rank": (fj.weighted_sum_batched, [f32(3, 2), f32(3, 2)], ValueError, ["slots", "[..., T, K, H]"]),
 }

@@ -44,7 +44,7 @@ def test_whole_layer():
 
 
 def test_symbolic_token_counts():
-    (t,) = export.symbolic_shape("T")
+    (t,) = export.symbolic_shape("T", constraints=["T <= 1000"])
     of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
     combine = jax.jit(lambda y, i, w: ferrum_jax.moe_combine(y, i, w, unique_rows=True))
     exported = export.export(combine)(of("float32", 2 * t, 4), of("int32", t, 2), of("float32", t, 2))
@@ -52,6 +52,11 @@ def test_symbolic_token_counts():
     np.testing.assert_array_equal(exported.call(y, pairs, weights), np.full((3, 4), 2.0))
     route = export.export(jax.jit(lambda x: ferrum_jax.route_topk_softmax(x, 2)))(of("float32", t, 8))
     assert route.call(np.ones((3, 8), np.float32))[0].shape == (3, 2)
+    tables = of("int32", 96), of("int32", 6), of("int32")
+    settings = {"activation": "silu", "packed_rows": True}
+    product = jax.jit(lambda x, w, *r: ferrum_jax.grouped_matmul(x, w, ferrum_jax.MoeRouting(*r), **settings))
+    exported = export.export(product)(of("float32", t, 4), of("float32", 4, 4, 6), *tables)
+    assert exported.out_avals[0].shape == (t, 3)
     with pytest.raises(TypeError, match="num_pairs must be a Python int"):  # a table's length depends on it
         export.export(jax.jit(lambda i: ferrum_jax.moe_plan(i, 4, 2)))(of("int32", t, 2))
 

@@ -90,6 +90,27 @@ def plain_combine(y, pairs, w):
     return jnp.sum(jnp.where(valid[..., None], w[..., None] * y[jnp.where(valid, pairs, 0)], 0), 1)
 
 
+def test_the_tangent_of_combine_is_linear_in_each_operand():
+    y, pairs, weights = combine_args(rng("lt"), SMALL, "float32")
+    y, weights = np.nan_to_num(y), np.nan_to_num(weights)
+    combine = lambda y, w: ferrum_jax.moe_combine(y, pairs, w, unique_rows=True)  # noqa: E731
+    plain = lambda y, w: plain_combine(y, pairs, w)  # noqa: E731
+    zeros = jnp.zeros_like(y), jnp.zeros_like(weights)
+    for by_rows in (True, False):
+
+        def tangent(f, x, by_rows=by_rows):
+            if by_rows:
+                return jax.jvp(f, (x, weights), (zeros[0], weights))[1]
+            return jax.jvp(f, (y, x), (y, zeros[1]))[1]
+
+        x = y if by_rows else weights
+        got, want = (
+            jax.linear_transpose(lambda x, f=f: tangent(f, x), x)(jnp.ones((SMALL.T, SMALL.H)))[0]
+            for f in (combine, plain)
+        )
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
 def equations(f, *args):
     """The names of the library's equations in f's program, without those of the values."""
     names = re.findall(r"= (ferrum_\w+)", str(jax.make_jaxpr(f)(*args)))

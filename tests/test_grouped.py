@@ -83,6 +83,18 @@ def test_weights_without_an_activation(implementation):
     oracle.assert_matches([out], [(want * weights, magnitude * abs(weights))])
 
 
+def test_what_float16_cannot_hold_goes_through_the_activation(implementation):
+    """Gates of 75,000 and -75,000: with the product rounded to float16, inf and NaN."""
+    routing = ferrum_jax.moe_align_block_size(jnp.zeros((2, 1), jnp.int32), 1, 16)
+    x = jnp.zeros((2, 64), "float16").at[0, 0].set(250).at[1, 0].set(-250)
+    w = jnp.zeros((1, 64, 128), "float16").at[0, 0, :64].set(300).at[0, 0, 64:].set(2.0**-18)
+    f = functools.partial(ferrum_jax.grouped_matmul, routing=routing, activation="silu", implementation=implementation)
+    out, vjp = jax.vjp(f, x, w)
+    np.testing.assert_allclose(out[:, 0], [75000 * 250 / 2**18, 0], rtol=2e-3)
+    np.testing.assert_array_equal(f(x, w), out)
+    assert all(bool(jnp.isfinite(g).all()) for g in vjp(jnp.full_like(out, 1e-3)))
+
+
 def test_differentiated_it_is_one_product_and_what_follows():
     size = Size(7, 3, 2, 16)
     args = activated_args(rng("once"), size, "float32")

@@ -260,6 +260,9 @@ def test_an_expert_is_read_where_it_lies_if_its_rows_lie_together():
     low, high, apart = grouped._ranges(slots, owner, 1, 5, 11, 1)
     assert apart.tolist() == [0, 1, 0, 1, 1]
     assert list(zip(low.tolist(), high.tolist(), strict=True)) == [(2, 5), (4, 8), (0, 0), (10, 12), (12, 15)]
+    # Blocks of which the last slots are none, one's rows going on in the next's.
+    padded = jnp.array([[2, 3, 4, -1], [5, 6, -1, -1]])
+    assert [x.tolist() for x in grouped._ranges(padded, jnp.zeros(2, jnp.int32), 1, 1, 11, 1)] == [[2], [7], [0]]
     two = grouped._ranges(slots, jnp.where(jnp.arange(8) < 4, owner, owner + 5), 2, 5, 11, 1)
     assert [x[:5].tolist() + x[5:].tolist() for x in two][2] == [0, 1, 0, 0, 0, 0, 0, 0, 1, 1]
 
@@ -283,6 +286,22 @@ def test_shared_memory_suffices(block, dtype):
     """At the sizes that leave the least of it: lowering fails where it does not."""
     tables = of((4 * block,), jnp.int32), of((4,), jnp.int32), of((), jnp.int32)
     run = functools.partial(grouped_matmul, preferred_element_type=dtype, implementation="pallas")
+    args = of((64, 64), jnp.bfloat16), of((3, 64, 256), jnp.bfloat16), *tables
+    with on_h200():
+        assert "mosaic_gpu" in jax.jit(run).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@needs_plugin
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_lowered_under_x64(activation):
+    tables = of((64,), jnp.int32), of((4,), jnp.int32), of((), jnp.int32)
+
+    def run(lhs, rhs, *tables):
+        f = functools.partial(grouped_matmul, activation=activation, implementation="pallas")
+        out, vjp = jax.vjp(lambda *a: f(*a, *tables), lhs, rhs)
+        return f(lhs, rhs, *tables), vjp(out)
+
     args = of((64, 64), jnp.bfloat16), of((3, 64, 256), jnp.bfloat16), *tables
     with on_h200():
         assert "mosaic_gpu" in jax.jit(run).trace(*args).lower(lowering_platforms=("cuda",)).as_text()

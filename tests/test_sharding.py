@@ -114,6 +114,8 @@ def test_gradient_in_an_explicit_mesh(op, axis, implementation):
         placed = [jax.device_put(a, spec if a.ndim > axis and a.shape[axis] % DEVICES == 0 else P()) for a in args]
         for got, w in zip(jax.jit(jax.grad(loss, op.floats))(*placed), want, strict=True):
             np.testing.assert_allclose(got, w, rtol=1e-5, atol=1e-6)
+        for i, w in zip(op.floats, want, strict=True):
+            np.testing.assert_allclose(jax.grad(loss, i)(*placed), w, rtol=1e-5, atol=1e-6)
 
 
 def test_gradient_of_sharded_matrices_outside_set_mesh():

@@ -54,9 +54,9 @@ def _pairs(shape: tuple[int, ...]) -> int:
     return math.prod(shape[-2:])
 
 
-def _rows_an_expert(shapes: Sequence[tuple[int, ...]], params: Mapping[str, Any]) -> float:
-    """Of a grouped product, on average."""
-    return shapes[0][-2] * params.get("top_k", 1) / shapes[1][-3]
+def _many_rows(shapes: Sequence[tuple[int, ...]], params: Mapping[str, Any]) -> bool:
+    """Whether a grouped product has 96 rows an expert and more, on average."""
+    return shapes[0][-2] * params.get("top_k", 1) >= 96 * shapes[1][-3]
 
 
 # Where the first kernel of KERNELS that can run is not taken first. From times of `python -m ferrum_jax bench` in
@@ -67,7 +67,7 @@ def _rows_an_expert(shapes: Sequence[tuple[int, ...]], params: Mapping[str, Any]
 _LARGE_PACKED = Measured(
     "pallas",
     "packed rows, 96 an expert and more",
-    lambda shapes, params: params["packed_rows"] and _rows_an_expert(shapes, params) >= 96,
+    lambda shapes, params: params["packed_rows"] and _many_rows(shapes, params),
 )
 MEASURED: Mapping[str, Sequence[Measured]] = {
     # T=16 2.4/2.5/2.2, T=128 3.8/3.8/3.7, T=8192 104/103/103; H=7168 352/359/350; K=2 H=4096 76/68/68.
@@ -105,7 +105,7 @@ MEASURED: Mapping[str, Sequence[Measured]] = {
     # 783/785.
     "grouped_matmul_activated": (
         _LARGE_PACKED,
-        Measured("xla", "96 rows an expert and more", lambda shapes, params: _rows_an_expert(shapes, params) >= 96),
+        Measured("xla", "96 rows an expert and more", _many_rows),
     ),
     # triton/pallas, E=128 N=1536, packed rows: T=16 403/275, T=128 448/298, T=1024 530/354, T=8192 1340/774; pair ids:
     # 406/319, 451/327, 530/426, 1344/1024.
@@ -146,7 +146,9 @@ def choose(
         if not made_of_ops or _refusal(asked, op, operands, {}, platform, device_kind):
             raise NotImplementedError(f"{op}: implementation={asked!r} cannot be used: {reasons[asked]}")
         asked = "xla"
-    order, where = _order(op, operands, params)
+    order, where = (*KERNELS, "xla"), ""
+    if not asked and platform == "cuda":
+        order, where = _order(op, operands, params)
     taken = asked or next(name for name in order if not reasons.get(name))
     why = "was asked for" if asked else "comes first"
     if where and taken == order[0] and not asked:

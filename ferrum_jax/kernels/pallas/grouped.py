@@ -104,9 +104,9 @@ def product(
             pl.when(apart[owner] != 0)(lambda: copy(gathered, 0))
             mine = owner if RHS_SLICE else lax.rem(owner, jnp.int32(EXPERTS))
             if ACTIVATION:
-                for i, start in enumerate((0, width, own_out, width + own_out)):  # two for each warpgroup
+                for part, start in enumerate((0, width, own_out, width + own_out)):  # two for each warpgroup
                     these = pl.ds(pl.multiple_of(column + start, own_out), own_out)
-                    plgpu.copy_gmem_to_smem(rhs.at[mine, along, these], matrix.at[slot, i], full.at[slot])
+                    plgpu.copy_gmem_to_smem(rhs.at[mine, along, these], matrix.at[slot, part], full.at[slot])
             else:
                 these = (pl.ds(column, COLUMNS), along) if TRANSPOSED else (along, pl.ds(column, COLUMNS))
                 plgpu.copy_gmem_to_smem(rhs.at[mine, *these], matrix.at[slot], full.at[slot])
@@ -193,7 +193,7 @@ def product(
             begin, end, gathers = low[owner], high[owner], apart[owner] != 0
             to = lax.div(owner, jnp.int32(EXPERTS)) * OUT_SLICE
             columns, narrow = pl.ds(column, own_out), out.dtype.itemsize == 2
-            size, by_place = sums[0].shape[1], weights is not None and weights.shape[0] - ROWS - names.shape[0]
+            size = sums[0].shape[1]
             for start in range(0, size, CHUNK):
                 here = min(CHUNK, size - start)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -201,6 +201,7 @@ def product(
                 values = [part[:, start : start + here] for part in sums]
                 value = ACTIVATION(*values) if ACTIVATION else values[0]
                 if weights is not None:
+                    by_place = weights.shape[0] - ROWS - names.shape[0]
                     at = pl.multiple_of(first + start + jnp.where(gathers, by_place, to), 8)
                     these = weights.at[pl.ds(at, here)]
                     these = plgpu.load(these, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
@@ -464,8 +465,8 @@ def _runs(slots, owner, num_pairs):
     steps = lax.broadcasted_iota(jnp.int32, slots.shape, 1)
     named = (slots >= 0) & (slots < num_pairs) & (owner >= 0)[:, None]
     breaks = named & (slots != slots[:, :1] + steps)
-    values = (jnp.where(x, y, 0) for x, y in ((named, 1), (named, steps + 1), (breaks, 1)))
-    live, last, breaks = _at_once(tuple(values), (0, 0, 0), (lax.add, lax.max, lax.max), 1)
+    values = named.astype(jnp.int32), jnp.where(named, steps + 1, 0), breaks.astype(jnp.int32)
+    live, last, breaks = _at_once(values, (0, 0, 0), (lax.add, lax.max, lax.max), 1)
     return live, last, jnp.where((live > 0) & (live == last) & (breaks == 0), slots[:, 0], -1)
 
 
@@ -475,9 +476,9 @@ def _ranges(slots, owner, num_slices, num_experts, num_pairs, top_k):
     """
     live, last, first = _runs(slots, owner, num_pairs)
     block, size = lax.iota(jnp.int32, owner.size), slots.shape[1]
-    goes_on = jnp.pad((live[:-1] == size) & (first[:-1] + size == first[1:]), (1, 0))
+    goes_on = jnp.pad(first[:-1] + live[:-1] == first[1:], (1, 0))
     goes_on |= owner != jnp.pad(owner[:-1], (1, 0), constant_values=-2)
-    breaks = jnp.where((first < 0) | ~goes_on, 1, 0) if top_k == 1 else jnp.ones_like(owner)
+    breaks = ((first < 0) | ~goes_on).astype(jnp.int32) if top_k == 1 else jnp.ones_like(owner)
     wide = num_slices, num_experts, owner.size // num_slices
     spread = lambda x: jnp.broadcast_to(jnp.reshape(x, (num_slices, 1, -1)), wide)  # noqa: E731
     matrix = lax.broadcasted_iota(jnp.int32, wide, 0) * num_experts + lax.broadcasted_iota(jnp.int32, wide, 1)
@@ -485,7 +486,7 @@ def _ranges(slots, owner, num_slices, num_experts, num_pairs, top_k):
     none = 2**31 - 1
     reduced = (block * size, none), (block * size + last, 0), (breaks, 0), (first, none), (first + live, 0)
     begin, end, apart, low, high = _at_once(
-        tuple(jnp.where(mine, spread(x), start) for x, start in reduced),
+        tuple(jnp.where(mine, spread(x), jnp.int32(start)) for x, start in reduced),
         [start for _, start in reduced],
         (lax.min, lax.max, lax.max, lax.min, lax.max),
         2,
@@ -501,7 +502,7 @@ def _tiles(low, high, most, num_tiles):
     """
     low = low // 8 * 8
     units = jnp.maximum(high - low + UNIT - 1, 0) // UNIT
-    counts = pl.cdiv(units, most // UNIT)
+    counts = (units + most // UNIT - 1) // (most // UNIT)
     if counts.size <= COMPARED**0.5:  # one launch
         until = lax.broadcasted_iota(jnp.int32, (counts.size, counts.size), 0)
         before = lax.broadcasted_iota(jnp.int32, until.shape, 1) <= until
@@ -663,7 +664,9 @@ def refuse(operands, params):
         return f"Mosaic has no function that {activation!r} needs"
     if activation and rhs.shape[-1] % (2 * STEP):
         return f"gate and up must each have a multiple of {STEP} columns; they have {rhs.shape[-1] / 2}"
-    lead = lead_axes((lhs, 2), *zip(tables, (1, 1, 0), strict=True))
+    weights = ((x, 1) for x in operands[5:])
+    by_matrix = rhs, 2 if "num_experts" in params else 3
+    lead = lead_axes((lhs, 2), by_matrix, *zip(tables, (1, 1, 0), strict=True), *weights)
     blocks = tables[1].shape[-1] or 1
     slots = _up(tables[0].shape[-1] // blocks, 8) * blocks
     rows = math.prod(lead) * max(lhs.shape[-2] * params.get("top_k", 1), slots)

@@ -29,8 +29,8 @@ def route_and_place(
     E: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
     CHOICES: tl.constexpr, SCORING: tl.constexpr, NORM: tl.constexpr, SCALE: tl.constexpr, ZERO_SUM: tl.constexpr,
     BIAS_TOKENS: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, TOP2: tl.constexpr,
-    SIZE: tl.constexpr, WIDTH: tl.constexpr, EXACT: tl.constexpr, VECTOR: tl.constexpr, PAIRS: tl.constexpr,
-    WHOLE: tl.constexpr, P: tl.constexpr, T: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr,
+    SIZE: tl.constexpr, WIDTH: tl.constexpr, EXACT: tl.constexpr, VECTOR: tl.constexpr, WHOLE: tl.constexpr,
+    P: tl.constexpr, T: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr,
     TILES: tl.constexpr, BINS: tl.constexpr, TILE: tl.constexpr, RANKED: tl.constexpr, CHUNK: tl.constexpr,
     FILL: tl.constexpr, BITS: tl.constexpr, COUNTED: tl.constexpr, PAIR_IDS: tl.constexpr,
 ):  # fmt: skip
@@ -44,7 +44,7 @@ def route_and_place(
     while first_row < end_row:
         route_rows(
             logits, bias, ids, weights, first_row, end_row, E, K, ROWS, LANES, CHOICES, SCORING, NORM, SCALE, ZERO_SUM,
-            BIAS_TOKENS, GROUPS, KEPT, TOP2, SIZE, WIDTH, EXACT, VECTOR, PAIRS, WHOLE, tile == TILES,
+            BIAS_TOKENS, GROUPS, KEPT, TOP2, SIZE, WIDTH, EXACT, VECTOR, WHOLE, tile == TILES,
         )  # fmt: skip
         first_row += ROWS
     if tile < TILES:

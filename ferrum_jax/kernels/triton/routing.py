@@ -15,7 +15,6 @@ _LOG_EPS = tl.constexpr(math.log(1e-20))
 MAX_LANES = 16384
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
-INF_BITS = {"bfloat16": 0x7F80, "float16": 0x7C00}
 EXACT_LANES = {"bfloat16": 2**15, "float16": 2**12}  # up to which 31 bits have room for a whole logit and its lane
 
 # What was changed, and what came of it: a warp's instructions per token, counted in the machine code for an H200 that
@@ -32,9 +31,10 @@ EXACT_LANES = {"bfloat16": 2**15, "float16": 2**12}  # up to which 31 bits have 
 #   words of 32 bits that one addition makes of NaN and -0 too; and what NaNs     137     182     368
 #     need apart, row by row: it is rare, and must not take the registers
 #   loads without masks where all tokens are there                                133     177     361
-#   neighbours of 16 bits loaded and put in order as one number                   127     157     325
 #
-# On one H200, 2026-11-25, the sixth row's kernel took 3.8, 22.5 and 46.9 us, the seventh's 3.6, 19.0 and 37.7.
+# On one H200, 2026-11-25, the sixth row's kernel took 3.8, 22.5 and 46.9 us, the last one's 3.6, 19.0 and 37.7. Undone:
+# neighbours of 16 bits loaded and put in order as one number, 127, 157 and 325 instructions, took 3.5, 19.5 and 38.1 us
+# on 2026-11-26: it is no longer their number that binds.
 
 
 @triton.jit
@@ -166,22 +166,15 @@ def sort(x, N: tl.constexpr):
 
 
 @triton.jit
-def by_thread(word, VECTOR: tl.constexpr):
-    # The words that a thread holds of a row, a tuple: VECTOR neighbours, or several times as many.
+def best_by_sorting(word, K: tl.constexpr, CHOICES: tl.constexpr, EXACT: tl.constexpr, VECTOR: tl.constexpr):
+    # Each thread sorts the words that it holds of a row, VECTOR neighbours or several times as many. Then, K times, the
+    # largest of the threads' first ones is taken, and the others of its thread move up.
     ROWS: tl.constexpr = word.shape[0]
-    THREADS: tl.constexpr = min(32, word.shape[1] // VECTOR)
-    N: tl.constexpr = word.shape[1] // THREADS
+    LANES: tl.constexpr = word.shape[1]
+    THREADS: tl.constexpr = min(32, LANES // VECTOR)
+    N: tl.constexpr = LANES // THREADS
     own = tl.permute(tl.reshape(word, [ROWS, N // VECTOR, THREADS, VECTOR]), [0, 2, 1, 3])
-    return columns(tl.reshape(own, [ROWS, THREADS, N]), N)
-
-
-@triton.jit
-def best_by_sorting(own, N: tl.constexpr, K: tl.constexpr, CHOICES: tl.constexpr, EXACT: tl.constexpr):
-    # Each thread sorts the N words that it holds of a row. Then, K times, the largest of the threads' first ones is
-    # taken, and the others of its thread move up.
-    ROWS: tl.constexpr = own[0].shape[0]
-    THREADS: tl.constexpr = own[0].shape[1]
-    own = sort(own, N)
+    own = sort(columns(tl.reshape(own, [ROWS, THREADS, N]), N), N)
     own += (tl.full([ROWS, THREADS], _LOWEST, tl.int32),)
     column = tl.arange(0, CHOICES)[None, :]
     words = tl.zeros([ROWS, CHOICES], tl.int32)
@@ -193,7 +186,7 @@ def best_by_sorting(own, N: tl.constexpr, K: tl.constexpr, CHOICES: tl.constexpr
         best = first if k == 0 else tl.max(own[0], 1)[:, None]
         words = tl.where(column == k, best, words)
         if k > 0 and not EXACT:
-            unsure = tl.where(same_value(best, last, N * THREADS), 1, unsure)
+            unsure = tl.where(same_value(best, last, LANES), 1, unsure)
         last = best
         taken = own[0] == best
         for i in tl.static_range(min(N, COUNT - 1 - k)):
@@ -242,45 +235,10 @@ def best_lanes(
     if not ALL:
         word = tl.where(allowed, word, _LOWEST)
     if VECTOR > 0:
-        own = by_thread(word, VECTOR)
-        words, first, unsure = best_by_sorting(own, len(own), K, CHOICES, EXACT)
+        words, first, unsure = best_by_sorting(word, K, CHOICES, EXACT, VECTOR)
     else:
         words, first, unsure = best_in_turn(word, K, CHOICES, EXACT)
     return (-words >> 1) & (LANES - 1), first > _INF - 2 * LANES, tl.where(first > _INF, 1, unsure)
-
-
-@triton.jit
-def ordered(pair, INF: tl.constexpr):
-    # Two neighbours of 16 bits in the order of their values: -0 as +0, every NaN as the largest. INF is +inf's bits.
-    if INTERPRETED:
-        low, high = pair & 0xFFFF, (pair >> 16) & 0xFFFF
-        return ordered_half(low, INF) & 0xFFFF | ordered_half(high, INF) << 16
-    # To add 0 makes +0 of -0; then a negative number's other bits are flipped.
-    add: tl.constexpr = "bf16x2" if INF == 0x7F80 else "f16x2"
-    one: tl.constexpr = 0x3F803F80 if INF == 0x7F80 else 0x3C003C00
-    return tl.inline_asm_elementwise(
-        "{ .reg .b32 t, s; fma.rn." + add + " t, $1, $2, $3; prmt.b32 s, t, t, 0xBB99;"
-        " and.b32 s, s, 0x7FFF7FFF; xor.b32 $0, t, s; }",
-        "=r,r,r,r", [pair, one, 0], tl.int32, True, 1,
-    )  # fmt: skip
-
-
-@triton.jit
-def ordered_half(half, INF: tl.constexpr):
-    size = half & 0x7FFF
-    return tl.where(size > INF, 0x7FFF, tl.where((half > size) & (size > 0), -size - 1, size))
-
-
-@triton.jit
-def best_of_pairs(pair, K: tl.constexpr, CHOICES: tl.constexpr, INF: tl.constexpr, VECTOR: tl.constexpr):
-    # As `best_lanes`, of neighbours that are one number: half as many instructions make words of them, above the value
-    # and below it what is left after the lane.
-    LANES: tl.constexpr = 2 * pair.shape[1]
-    left = 0xFFFE - 4 * tl.arange(0, LANES // 2)[None, :]
-    key = ordered(pair, INF)
-    own = by_thread(key * 65536 + left, VECTOR // 2) + by_thread(key & -65536 | (left - 2), VECTOR // 2)
-    words, first, _ = best_by_sorting(own, len(own), K, CHOICES, True)
-    return (-2 - words >> 1) & (LANES - 1), first >= INF << 16, tl.where(first >= (INF << 16) + 65536, 1, 0)
 
 
 @triton.jit
@@ -307,8 +265,7 @@ def route_rows(
     E: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
     CHOICES: tl.constexpr, SCORING: tl.constexpr, NORM: tl.constexpr, SCALE: tl.constexpr, ZERO_SUM: tl.constexpr,
     BIAS_TOKENS: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, TOP2: tl.constexpr,
-    SIZE: tl.constexpr, WIDTH: tl.constexpr, EXACT: tl.constexpr, VECTOR: tl.constexpr, PAIRS: tl.constexpr,
-    WHOLE: tl.constexpr, weigh,
+    SIZE: tl.constexpr, WIDTH: tl.constexpr, EXACT: tl.constexpr, VECTOR: tl.constexpr, WHOLE: tl.constexpr, weigh,
 ):  # fmt: skip
     # Routes ROWS tokens from the first on, none from the end on; WHOLE: all are there. All logits are read once, for
     # the choice, and the chosen ones again, if they are weighed; K ids and weights are all that is written. It chooses
@@ -321,10 +278,7 @@ def route_rows(
     allowed = tl.broadcast_to((lane % WIDTH < SIZE) & (expert < E), [ROWS, LANES])
     logits += first_row * E
     ALL: tl.constexpr = E == LANES and GROUPS == 1
-    if PAIRS > 0:
-        pairs = logits.to(tl.pointer_type(tl.int32), bitcast=True) + row * (E // 2) + tl.arange(0, LANES // 2)[None, :]
-        pair = tl.load(pairs) if WHOLE else tl.load(pairs, mask=there, other=0)
-    elif ALL and WHOLE:
+    if ALL and WHOLE:
         x = tl.load(logits + row * E + expert).to(tl.float32)
     else:
         x = tl.load(logits + row * E + expert, mask=there & allowed, other=float("-inf")).to(tl.float32)
@@ -333,19 +287,15 @@ def route_rows(
         top = tl.max(tl.where(x == x, x, float("-inf")), 1)[:, None]
         top = tl.where(top == float("-inf"), 0.0, top)
         everything = tl.sum(tl.exp(x - top), 1)[:, None]
+    value = x
     if BIAS_TOKENS > 0 or GROUPS > 1:
         value = score(x, SCORING)
-    elif PAIRS == 0:
-        value = x
     if BIAS_TOKENS > 0:
         at = (first_row + row) // BIAS_TOKENS * E + expert
         value += tl.load(bias + at, mask=there & allowed, other=0.0)
     if GROUPS > 1:
         allowed = in_best_groups(tl.where(allowed, rank(value), _LOWEST), GROUPS, KEPT, TOP2, WIDTH) > _LOWEST
-    if PAIRS > 0:
-        chosen, broken, unsure = best_of_pairs(pair, K, CHOICES, PAIRS, VECTOR)
-    else:
-        chosen, broken, unsure = best_lanes(value, allowed, K, CHOICES, EXACT, ALL, VECTOR)
+    chosen, broken, unsure = best_lanes(value, allowed, K, CHOICES, EXACT, ALL, VECTOR)
     if BIAS_TOKENS > 0 or GROUPS > 1:  # the NaN or +inf that breaks a row may not be chosen
         broken = tl.max(tl.where(x < float("inf"), 0, 1), 1)[:, None] > 0
     column = tl.arange(0, CHOICES)[None, :]
@@ -395,13 +345,12 @@ def route(
     tokens: tl.constexpr, E: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
     CHOICES: tl.constexpr, SCORING: tl.constexpr, NORM: tl.constexpr, SCALE: tl.constexpr, ZERO_SUM: tl.constexpr,
     BIAS_TOKENS: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, TOP2: tl.constexpr,
-    SIZE: tl.constexpr, WIDTH: tl.constexpr, EXACT: tl.constexpr, VECTOR: tl.constexpr, PAIRS: tl.constexpr,
-    WHOLE: tl.constexpr,
+    SIZE: tl.constexpr, WIDTH: tl.constexpr, EXACT: tl.constexpr, VECTOR: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     # A program routes ROWS tokens. Up to 1,024 lanes it is one warp, which keeps its rows in registers.
     route_rows(
         logits, bias, ids, weights, tl.program_id(0).to(tl.int64) * ROWS, tokens, E, K, ROWS, LANES, CHOICES, SCORING,
-        NORM, SCALE, ZERO_SUM, BIAS_TOKENS, GROUPS, KEPT, TOP2, SIZE, WIDTH, EXACT, VECTOR, PAIRS, WHOLE, True,
+        NORM, SCALE, ZERO_SUM, BIAS_TOKENS, GROUPS, KEPT, TOP2, SIZE, WIDTH, EXACT, VECTOR, WHOLE, True,
     )  # fmt: skip
 
 
@@ -444,10 +393,6 @@ def settings(
     rows = max(1, min(warps * (1024 if plain else 512) // lanes, triton.next_power_of_2(most_rows)))
     # How many neighbours of a row a thread holds, where threads sort: where their words and the choices are few.
     vector = min(16 // logits.dtype.itemsize, max(1, rows * lanes // (32 * warps)), lanes)
-    vector = vector if lanes <= 512 and top_k <= 16 else 0
-    exact = plain and lanes <= EXACT_LANES.get(logits.dtype.name, 0)
-    needs_all = scoring == "softmax" and (not norm_topk_prob or zero_sum == "eps")
-    pairs = exact and vector > 1 and experts == lanes and not needs_all
     return logits if bias is None else bias, {
         "E": experts,
         "K": top_k,
@@ -464,9 +409,8 @@ def settings(
         "TOP2": group_score == "top2_sum",
         "SIZE": experts // (num_groups or 1),
         "WIDTH": width,
-        "EXACT": exact,
-        "VECTOR": vector,
-        "PAIRS": INF_BITS[logits.dtype.name] if pairs else 0,  # neighbours are loaded as one number
+        "EXACT": plain and lanes <= EXACT_LANES.get(logits.dtype.name, 0),
+        "VECTOR": vector if lanes <= 512 and top_k <= 16 else 0,
     }
 
 
