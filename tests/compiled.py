@@ -87,7 +87,16 @@ class Kernel(NamedTuple):
     name: str
     registers: int
     spilled: int
+    frame: int
     ptx: str
+
+    def spills_in_wgmma_loops(self):
+        body = self.ptx[: self.ptx.rindex("}") + 1]
+        code = assemble(f".version 8.6\n.target sm_90a\n.address_size 64\n{body}")
+        bodies = [body for body in loops(code.sass) if "HGMMA" in body]
+        fewest = min(body.count("HGMMA") for body in bodies)
+        inner = [body for body in bodies if body.count("HGMMA") == fewest]  # the others have these in them
+        return [spill for body in inner for spill in re.findall(r"\b(?:LDL|STL)\b", body)]
 
 
 def h200s(count):
@@ -114,7 +123,8 @@ def whole_program_for_h200(f, *args):
         text = jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).compile().as_text()
     found = re.findall(r"(\.visible \.entry (\w+?)_mosaic_gpu_kernel.*?Used (\d+) registers)", log(), re.DOTALL)
     spilled = lambda part: sum(map(int, re.findall(r"(\d+) bytes spill", part)))  # noqa: E731
-    return text, [Kernel(name, int(registers), spilled(part), part) for part, name, registers in found]
+    frame = lambda part: sum(map(int, re.findall(r"(\d+) bytes stack frame", part)))  # noqa: E731
+    return text, [Kernel(name, int(n), spilled(part), frame(part), part) for part, name, n in found]
 
 
 @functools.cache
@@ -143,6 +153,15 @@ def _written_to_stdout():
                 os.close(copy)
             file.seek(0)
             text.append(file.read().decode())
+
+
+def loops(sass):
+    """The bodies of the loops: from the target of each backward branch to the branch."""
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)
+    for at, (address, text) in enumerate(lines):
+        jump = re.search(r"BRA(?:\.\w+)* .*?0x([0-9a-f]+)", text) or re.search(r"BRA 0x([0-9a-f]+)", text)
+        if jump and int(jump[1], 16) < int(address, 16):
+            yield "\n".join(t for a, t in lines[:at] if int(a, 16) >= int(jump[1], 16))
 
 
 def launches(program):

@@ -11,7 +11,7 @@ import numpy as np
 import oracle
 import pytest
 from cases import DTYPES, Size, activated, activated_args, grouped_args, grouped_matmul, rng, rows
-from compiled import for_h200, needs_plugin
+from compiled import for_h200, loops, needs_plugin
 from hypothesis import HealthCheck, given, settings
 
 import ferrum_jax
@@ -274,12 +274,3 @@ def test_code_of_an_epilogue(tokens, block, dtype, activation, weighted):
     (code,) = (c for c in program.codes if not c.name.endswith("name_rows"))
     assert code.spilled == 0, code.registers
     assert dtype == "float32" or any("HGMMA" in loop and "LDGSTS" in loop for loop in loops(code.sass))
-
-
-def loops(sass):
-    """The bodies of the loops: from the target of each backward branch to the branch."""
-    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)
-    for at, (address, text) in enumerate(lines):
-        jump = re.search(r"BRA(?:\.\w+)* .*?0x([0-9a-f]+)", text) or re.search(r"BRA 0x([0-9a-f]+)", text)
-        if jump and int(jump[1], 16) < int(address, 16):
-            yield "\n".join(t for a, t in lines[:at] if int(a, 16) >= int(jump[1], 16))
