@@ -198,7 +198,7 @@ def product(
                 here = min(CHUNK, size - start)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 part = stage.at[warpgroup, pl.ds(0, here)]
-                values = [part[:, start : start + here] for part in sums]
+                values = [x[:, start : start + here] for x in sums]
                 value = ACTIVATION(*values) if ACTIVATION else values[0]
                 if weights is not None:
                     by_place = weights.shape[0] - ROWS - names.shape[0]
