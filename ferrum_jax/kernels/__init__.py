@@ -74,8 +74,8 @@ MEASURED: Mapping[str, Sequence[Measured]] = {
     "moe_combine": (Measured("xla", "K >= 8", lambda shapes, params: shapes[2][-1] >= 8),),
     # With pairs_by_token: T=16 2.0/3.9/2.2, T=128 3.6/5.2/3.7, T=8192 104/104/103.
     "moe_collect": (Measured("xla", "K >= 8", lambda shapes, params: len(shapes) == 3 and shapes[2][-1] >= 8),),
-    # Both, in turn: T=16 4.7/6.7/7.2, T=128 7.7/9.2/9.4, T=8192 268/278/236; H=7168
-    # 965/1004/752; K=2 H=4096 156/168/150.
+    # This and the next in turn, the gradients of combine: T=16 4.7/6.7/7.2, T=128 7.7/9.2/9.4, T=8192 268/278/236;
+    # H=7168 965/1004/752; K=2 H=4096 156/168/150.
     "moe_spread": (
         Measured("xla", "T*K <= 4096", lambda shapes, params: params["unique_rows"] and _pairs(shapes[2]) <= 4096),
         Measured("pallas", "T*K > 4096", lambda shapes, params: params["unique_rows"]),
@@ -96,13 +96,13 @@ MEASURED: Mapping[str, Sequence[Measured]] = {
     # 191/212/218.
     "slot_scale": (Measured("xla", "every size tried", lambda shapes, params: True),),
     "slot_dot": (Measured("xla", "every size tried", lambda shapes, params: True),),
-    # triton/pallas on an H200, E=128 N=1536, packed rows: T=1024 231/236, T=2048 272/270, T=4096 414/383, T=8192
-    # 711/657; E=64 H=7168 N=4096, T=4096 2981/2732. Rows that are apart Pallas gathers first: T=8192 699/1214.
+    # By the bench's measurement, in a script, triton/pallas on an H200, E=128 N=1536, packed rows: T=1024 231/236, T=2048
+    # 272/270, T=4096 414/383; E=64 H=7168 N=4096, T=4096 2981/2732. Rows that are apart Pallas gathers first: T=8192
+    # 699/1214. The transposed form was not timed.
     "grouped_matmul": (_LARGE_PACKED,),
-    "grouped_matmul_transposed": (_LARGE_PACKED,),
     # With silu, "xla" being the product and then it: packed rows, T=16 124/123/138, T=128 190/190/206, T=1024
     # 244/231/247, T=8192 755/782/714; E=64 H=7168 N=4096, T=4096 2878/3297/2861; pair ids, T=1024 241/227, T=8192
-    # 783/785.
+    # 783/785. Between these sizes as the product by itself.
     "grouped_matmul_activated": (
         _LARGE_PACKED,
         Measured("xla", "96 rows an expert and more", _many_rows),

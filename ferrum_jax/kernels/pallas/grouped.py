@@ -23,9 +23,10 @@ PART = 160  # most slots whose rows a thread block gathers
 # thread block, or each of PROGRAMS blocks takes its share of them, so that its loads never stop. Few rows: the bytes of
 # matrices are the time, and each is read once. Many: the products are, of which the larger tile takes fewer bytes each,
 # and shares are never quite even. The product's kernel on one NVIDIA H200, bfloat16, 2026-11-26, in microseconds: E=128
-# H=2048 N=1536, T=16 shares 115, dealt 119; T=128 183, 187; T=1024 most 80, 96 or 112 204 to 208, dealt 213; T=8192
-# dealt 144 635, 160 693, shares of 160 654. E=64 H=7168 N=4096, T=4096 dealt 128 2784, 144 2711, 160 2816; shares of
-# 128 2998, 144 2859, 160 2742. `python -m ferrum_jax.kernels.pallas.tune` times them all.
+# H=2048 N=1536, before tiles changed places from column to column, T=16 shares 115, dealt 119; T=128 183, 187; T=1024
+# most 80, 96 or 112 204 to 208, dealt 213; T=8192 dealt 144 635, 160 693, shares of 160 654. E=64 H=7168 N=4096, as it
+# is, T=4096 dealt 128 2784, 144 2711, 160 2816; shares of 128 2998, 144 2859, 160 2742. `python -m
+# ferrum_jax.kernels.pallas.tune` times them all.
 TILES = {16: (32, False), 80: (96, False), math.inf: (144, True)}
 COMPARED = 2**25  # up to here each eight rows are compared with each slot: one launch in place of three
 CHUNK = 32  # slots of a tile that are stored at a time
