@@ -96,8 +96,8 @@ MEASURED: Mapping[str, Sequence[Measured]] = {
     # 191/212/218.
     "slot_scale": (Measured("xla", "every size tried", lambda shapes, params: True),),
     "slot_dot": (Measured("xla", "every size tried", lambda shapes, params: True),),
-    # By the bench's measurement, in a script, triton/pallas on an H200, E=128 N=1536, packed rows: T=1024 231/236, T=2048
-    # 272/270, T=4096 414/383; E=64 H=7168 N=4096, T=4096 2981/2732. Rows that are apart Pallas gathers first: T=8192
+    # By the bench's measurement, in a script, triton/pallas on an H200, E=128 N=1536, packed rows: T=1024 231/236,
+    # T=2048 272/270, T=4096 414/383; E=64 H=7168 N=4096, T=4096 2981/2732. Rows apart Pallas gathers first: T=8192
     # 699/1214. The transposed form was not timed.
     "grouped_matmul": (_LARGE_PACKED,),
     # With silu, "xla" being the product and then it: packed rows, T=16 124/123/138, T=128 190/190/206, T=1024
