@@ -254,6 +254,7 @@ def _by_shards(
 
     without = _no_mesh()
     factors = _signature.factors(op.signature, operands, results, op.independent, op.summed)
+    dtypes = [r.dtype for r in results]
 
     def run(*operands: Array, **params: Any) -> tuple[Array, ...]:
         bind = functools.partial(op.primitive.bind, implementation=implementation, **params)
@@ -262,14 +263,16 @@ def _by_shards(
             arrays = *operands, *results
             specs = [x.sharding.spec for x in arrays]
             found = _signature.shards(factors, [x.shape for x in arrays], specs, mesh.shape)
+            # What is added across devices is made, and added, in float32.
+            wide = {"dtype": "float32"} if "dtype" in params and any(map(found.get, factors.summed)) else {}
 
-            def added(part: Array, axes: tuple[str, ...]) -> Array:
+            def added(part: Array, axes: tuple[str, ...], dtype: Any) -> Array:
                 over = tuple(axis for name in factors.summed if name not in axes for axis in found.get(name, ()))
-                return jax.lax.psum(part.astype(jnp.float32), over).astype(part.dtype) if over else part
+                return (jax.lax.psum(part.astype(jnp.float32), over) if over else part).astype(dtype)
 
             def on_shards(*operands: Array) -> list[Array]:
                 with jax.sharding.use_abstract_mesh(without):
-                    return list(map(added, bind(*operands), factors.results))
+                    return list(map(added, bind(*operands, **wide), factors.results, dtypes))
 
             of = lambda axes: NamedSharding(mesh, PartitionSpec(*map(found.get, axes)))  # noqa: E731
             return mesh, on_shards, list(map(of, factors.results)), tuple(map(of, factors.operands))

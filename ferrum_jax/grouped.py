@@ -101,8 +101,9 @@ def grouped_matmul(
             f"{op}: routing must have a whole number of slots in each block; got {slots[0]} slots in {blocks[0]} blocks"
         )
     top_k = as_int(op, "top_k", top_k)
-    if jnp.ndim(lhs) > 1 and jnp.shape(lhs)[-2] * top_k > INT32_MAX:
-        raise ValueError(f"{op}: lhs has {jnp.shape(lhs)[-2]} rows and top_k is {top_k}; int32 ids allow {INT32_MAX}")
+    rows = jnp.shape(lhs)[-2] if jnp.ndim(lhs) > 1 else 0
+    if isinstance(rows, int) and rows * top_k > INT32_MAX:
+        raise ValueError(f"{op}: lhs has {rows} rows and top_k is {top_k}; int32 ids allow {INT32_MAX}")
     if not isinstance(packed_rows, bool):
         raise TypeError(f"{op}: packed_rows must be True or False; got {type(packed_rows).__name__}")
     if not isinstance(activation, str | None):
@@ -157,9 +158,16 @@ def _matmul_meaning(
 
 
 def _transposed_meaning(
-    g: jax.Array, rhs: jax.Array, slots: jax.Array, blocks: jax.Array, total: jax.Array, *, packed_rows: bool
+    g: jax.Array,
+    rhs: jax.Array,
+    slots: jax.Array,
+    blocks: jax.Array,
+    total: jax.Array,
+    *,
+    dtype: str,
+    packed_rows: bool,
 ) -> jax.Array:
-    return _products(g, rhs, (slots, blocks, total), 1, g.dtype.name, True)
+    return _products(g, rhs, (slots, blocks, total), 1, dtype, True)
 
 
 def _activated_meaning(
@@ -309,7 +317,7 @@ def _rows(x: jax.Array, slice_id: jax.Array, slot: jax.Array, top_k: int, num_pa
 
 
 def _lhs_cotangent(ct: jax.Array, lhs: Any, rhs: jax.Array, *tables: jax.Array, top_k: int, **params: Any) -> jax.Array:
-    rows = _transposed(ct.astype(lhs.dtype), rhs, *tables, **params)
+    rows = _transposed(ct.astype(lhs.dtype), rhs, *tables, dtype=lhs.dtype.name, **params)
     if top_k == 1:
         return rows
     choices = rows.reshape(*rows.shape[:-2], lhs.shape[-2], top_k, rows.shape[-1])
@@ -353,14 +361,18 @@ _masked = define(
 )
 _transposed = define(
     "grouped_matmul_transposed",
-    f"g: rows[P,N], rhs: rows[E,H,N], {_TABLES} -> rows[P,H]",
+    f"g: rows[P,N], rhs: rows[E,H,N], {_TABLES} -> product[P,H]",
     _transposed_meaning,
     leading_axes=True,
     independent="H",
     summed="N",
     transposes={
-        0: lambda ct, g, rhs, *tables, **params: _matmul(ct, rhs, *tables, top_k=1, dtype=g.dtype.name, **params),
-        1: lambda ct, g, rhs, *tables, **params: _outer(ct, g, *tables, top_k=1, num_experts=rhs.shape[-3], **params),
+        0: lambda ct, g, rhs, *tables, dtype, **params: _matmul(
+            ct.astype(rhs.dtype), rhs, *tables, top_k=1, dtype=g.dtype.name, **params
+        ),
+        1: lambda ct, g, rhs, *tables, dtype, **params: _outer(
+            ct.astype(g.dtype), g, *tables, top_k=1, num_experts=rhs.shape[-3], **params
+        ),
     },
 )
 _outer = define(

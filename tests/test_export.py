@@ -7,6 +7,7 @@ import layer
 import numpy as np
 import pytest
 from cases import FLOAT_OPS, OPS, SMALL, Size, finite_args, rng
+from compiled import on_h200
 from jax import export
 
 import ferrum_jax
@@ -44,21 +45,33 @@ def test_whole_layer():
 
 
 def test_symbolic_token_counts():
-    (t,) = export.symbolic_shape("T", constraints=["T <= 1000"])
+    """For a GPU too, on which None would take kernels."""
+    (t,) = export.symbolic_shape("T")
     of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
-    combine = jax.jit(lambda y, i, w: ferrum_jax.moe_combine(y, i, w, unique_rows=True))
-    exported = export.export(combine)(of("float32", 2 * t, 4), of("int32", t, 2), of("float32", t, 2))
+
+    def exported(f, *args):
+        with on_h200():
+            return export.export(jax.jit(f), platforms=("cpu", "cuda"), disabled_checks=CHECKS)(*args)
+
+    combine = functools.partial(ferrum_jax.moe_combine, unique_rows=True)
+    operands = of("float32", 2 * t, 4), of("int32", t, 2), of("float32", t, 2)
     y, pairs, weights = np.ones((6, 4), np.float32), np.arange(6, dtype=np.int32).reshape(3, 2), np.ones((3, 2), "f4")
-    np.testing.assert_array_equal(exported.call(y, pairs, weights), np.full((3, 4), 2.0))
-    route = export.export(jax.jit(lambda x: ferrum_jax.route_topk_softmax(x, 2)))(of("float32", t, 8))
+    np.testing.assert_array_equal(exported(combine, *operands).call(y, pairs, weights), np.full((3, 4), 2.0))
+    gradients = jax.grad(lambda *args: combine(*args).sum(), argnums=(0, 2))
+    for got, want in zip(exported(gradients, *operands).call(y, pairs, weights), (1, 4), strict=True):
+        np.testing.assert_array_equal(got, np.full_like(got, want))
+    with pytest.raises(NotImplementedError, match="implementation='triton' cannot be used: a kernel's grid"):
+        exported(functools.partial(combine, implementation="triton"), *operands)
+    route = exported(lambda x: ferrum_jax.route_topk_softmax(x, 2), of("float32", t, 8))
     assert route.call(np.ones((3, 8), np.float32))[0].shape == (3, 2)
+    weighted = exported(ferrum_jax.weighted_sum_batched, of("float32", t, 2, 4), of("float32", t, 2))
+    assert weighted.out_avals[0].shape == (t, 4)
     tables = of("int32", 96), of("int32", 6), of("int32")
     settings = {"activation": "silu", "packed_rows": True}
-    product = jax.jit(lambda x, w, *r: ferrum_jax.grouped_matmul(x, w, ferrum_jax.MoeRouting(*r), **settings))
-    exported = export.export(product)(of("float32", t, 4), of("float32", 4, 4, 6), *tables)
-    assert exported.out_avals[0].shape == (t, 3)
+    product = lambda x, w, *r: ferrum_jax.grouped_matmul(x, w, ferrum_jax.MoeRouting(*r), **settings)  # noqa: E731
+    assert exported(product, of("float32", t, 4), of("float32", 4, 4, 6), *tables).out_avals[0].shape == (t, 3)
     with pytest.raises(TypeError, match="num_pairs must be a Python int"):  # a table's length depends on it
-        export.export(jax.jit(lambda i: ferrum_jax.moe_plan(i, 4, 2)))(of("int32", t, 2))
+        exported(lambda i: ferrum_jax.moe_plan(i, 4, 2), of("int32", t, 2))
 
 
 def test_symbolic_batch():

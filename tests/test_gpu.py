@@ -97,6 +97,21 @@ def test_rows_beyond_32_bit_offsets(name):
     np.testing.assert_array_equal(ferrum_jax.moe_dispatch(y, tokens, implementation=name)[0], y[-1])
 
 
+@pytest.mark.parametrize(
+    "router", [{}, {"scoring": "sigmoid", "bias": np.linspace(0, 1e-6, 128, dtype=np.float32)}], ids=str
+)
+def test_programs_of_a_routed_plan_do_not_disturb_each_other(router):
+    """Each routes all tokens, and some of these twice: values close together, and NaN."""
+    logits = (1 + np.random.default_rng(0).integers(0, 4, size=(32, 128)) * 2.0**-23).astype(np.float32)
+    logits[::5, ::3] = np.nan
+    routed = jax.jit(lambda x: ferrum_jax.route_topk(x, 8, implementation="triton", **router))(logits)
+    want = jax.tree.leaves((routed, ferrum_jax.moe_plan(routed.expert_ids, 128, 16)))
+    both = jax.jit(lambda x: ferrum_jax.moe_route_plan(x, 8, 16, implementation="triton", **router))
+    for _ in range(200):
+        for g, w in zip(jax.tree.leaves(both(logits)), want, strict=True):
+            np.testing.assert_array_equal(g, w)
+
+
 @pytest.mark.parametrize("unique_rows", [True, False])
 def test_gradients_are_the_same_bits_every_time(unique_rows, name):
     tokens, k, width = 4096, 8, 256

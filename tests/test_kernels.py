@@ -167,6 +167,42 @@ def test_experts_are_counted_in_portions(monkeypatch):
                 np.testing.assert_array_equal(g, w)
 
 
+@pytest.mark.parametrize(
+    ("router", "step"),
+    [
+        ({}, 2.0**-23),
+        ({"num_groups": 4, "group_top_k": 2}, 0.5),
+        ({"scoring": "sigmoid", "bias": np.ones(64, "f4")}, 0.5),
+    ],
+    ids=["last bits", "groups", "bias"],
+)
+def test_programs_of_one_launch_write_the_same(router, step, monkeypatch):
+    """Each routes all tokens and reads the ids back, which others may then still write: never another value."""
+    from ferrum_jax.kernels import triton
+
+    builder = triton.interpreted("route_plan").triton.runtime.interpreter.InterpreterBuilder
+    store, written = builder.create_masked_store, {}
+
+    def listen(self, ptrs, value, mask, *settings):
+        for pointer, bits in zip(ptrs.data[mask.data], value.data[mask.data], strict=True):
+            written.setdefault(int(pointer), set()).add(bits.tobytes())
+        return store(self, ptrs, value, mask, *settings)
+
+    # Values close together, and rows with NaN, which counts as the best until it is seen.
+    logits = (1 + rng("same").integers(0, 4, size=(30, 64)) * step).astype(np.float32)
+    logits[::5, ::3] = np.nan
+    monkeypatch.setattr(builder, "create_masked_store", listen)
+    with ferrum_jax.interpret_kernels():
+        got = ferrum_jax.moe_route_plan(logits, 2, 4, implementation="triton", **router)
+    assert len(written) >= sum(x.size for x in jax.tree.leaves(got))
+    assert all(len(values) == 1 for values in written.values())
+    monkeypatch.undo()
+    routed = ferrum_jax.route_topk(logits, 2, **router)
+    want = routed.expert_ids, ferrum_jax.moe_plan(routed.expert_ids, 64, 4)
+    for g, w in zip(jax.tree.leaves((got[0].expert_ids, got[1])), jax.tree.leaves(want), strict=True):
+        np.testing.assert_array_equal(g, w)
+
+
 def test_devices_share_the_interpreter():
     """JAX calls back from a thread per device, and Triton's interpreter has one state."""
     x = rng("threads").normal(size=(4, 16, 8)).astype(np.float32)

@@ -82,6 +82,21 @@ def test_shards_are_computed_where_they_are(name, mapped, specs, kind, collected
         np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_products_are_added_across_devices_in_float32(transposed):
+    """Each device's part of the sum is beyond float16's range; the sum is not."""
+    tables = ferrum_jax.moe_plan(np.array([[0]]), 1, 1)
+    x, w = np.full((1, 8), 200, np.float16), np.full((1, 8, 8), 200, np.float16)
+    x[:, 4:] = -200
+    product = lambda x, w: ferrum_jax.grouped_matmul(x, w, tables, preferred_element_type="float16")  # noqa: E731
+    f = (lambda g, w: jax.vjp(lambda x: product(x, w), jnp.zeros_like(g))[1](g)[0]) if transposed else product
+    specs = P(None, "d"), P(None, None, "d") if transposed else P(None, "d")
+    placed = [jax.device_put(a, NamedSharding(mesh_of(2), s)) for a, s in zip((x, w), specs, strict=True)]
+    result, found = with_collectives(f, *placed)
+    assert found == ["all-reduce"]
+    np.testing.assert_array_equal(result, np.zeros((1, 8)))
+
+
 def test_two_axes_and_a_mesh_that_is_not_the_results():
     """Rows by width and tokens by count at once; a second mesh over the same devices in one program."""
     (rows, pairs, weights) = finite_args(BY_NAME["moe_combine"], rng("two"), SIZE)

@@ -160,7 +160,9 @@ def choose(
 def _order(op: str, operands: Sequence[Any], params: Mapping[str, Any]) -> tuple[tuple[str, ...], str]:
     """The implementations, best first, and where that was measured; kernels first where they are interpreted."""
     usual, shapes = (*KERNELS, "xla"), [x.shape for x in operands]
-    for first, where, holds in () if _interpreting.value else MEASURED.get(op, ()):
+    if _interpreting.value or _symbolic(operands, params):
+        return usual, ""
+    for first, where, holds in MEASURED.get(op, ()):
         if holds(shapes, params):
             return tuple(dict.fromkeys((first, *usual))), where
     return usual, ""
@@ -191,6 +193,8 @@ def _refusal(
     family = _family(backend, op)
     if family is None:
         return f"{op} has no {backend} kernel"
+    if _symbolic(operands, params):
+        return "a kernel's grid and blocks are made for sizes that are numbers, and there are symbolic ones"
     if backend == "triton":
         for package in ["triton"] if _interpreting.value else ["triton", "jax_triton"]:
             try:
@@ -203,6 +207,12 @@ def _refusal(
             return reason
     refuse = getattr(importlib.import_module(f"{__name__}.{backend}.{family}"), "refuse", None)
     return refuse(operands, params) if refuse else None
+
+
+def _symbolic(operands: Sequence[Any], params: Mapping[str, Any]) -> bool:
+    from jax import export
+
+    return any(map(export.is_symbolic_dim, (*(n for x in operands for n in x.shape), *params.values())))
 
 
 def served(op: str) -> bool:

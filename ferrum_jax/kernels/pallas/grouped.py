@@ -664,14 +664,14 @@ def refuse(operands, params):
     if activation and activation not in ACTIVATIONS:
         return f"Mosaic has no function that {activation!r} needs"
     if activation and rhs.shape[-1] % (2 * STEP):
-        return f"gate and up must each have a multiple of {STEP} columns; they have {rhs.shape[-1] / 2}"
+        return f"gate and up must each have a multiple of {STEP} columns; they have {rhs.shape[-1] // 2}"
     weights = ((x, 1) for x in operands[5:])
     by_matrix = rhs, 2 if "num_experts" in params else 3
     lead = lead_axes((lhs, 2), by_matrix, *zip(tables, (1, 1, 0), strict=True), *weights)
     blocks = tables[1].shape[-1] or 1
     slots = _up(tables[0].shape[-1] // blocks, 8) * blocks
     rows = math.prod(lead) * max(lhs.shape[-2] * params.get("top_k", 1), slots)
-    if isinstance(rows, int) and rows > 2**31 - 2 * PART:
+    if rows > 2**31 - 2 * PART:
         return f"TMA counts rows in 31 bits; the batch together has {rows} rows or slots"
     return None
 
@@ -687,8 +687,8 @@ def grouped_matmul_activated(
     return _product(lhs, rhs, tables, top_k, jnp.dtype(dtype), row_weights=row_weights, activation=activation)
 
 
-def grouped_matmul_transposed(g, rhs, *tables, packed_rows):
-    return _product(g, rhs, tables, 1, g.dtype, transposed=True)
+def grouped_matmul_transposed(g, rhs, *tables, dtype, packed_rows):
+    return _product(g, rhs, tables, 1, jnp.dtype(dtype), transposed=True)
 
 
 def grouped_outer(lhs, g, *tables, top_k, num_experts, packed_rows):

@@ -292,8 +292,8 @@ def grouped_matmul_activated(
     return _product(lhs, rhs, tables, top_k, jnp.dtype(dtype), row_weights=row_weights, activation=activation)
 
 
-def grouped_matmul_transposed(g, rhs, *tables, packed_rows):
-    return _product(g, rhs, tables, 1, g.dtype, transposed=True)
+def grouped_matmul_transposed(g, rhs, *tables, dtype, packed_rows):
+    return _product(g, rhs, tables, 1, jnp.dtype(dtype), transposed=True)
 
 
 def grouped_outer(lhs, g, *tables, top_k, num_experts, packed_rows):

@@ -301,18 +301,18 @@ def route_rows(
     column = tl.arange(0, CHOICES)[None, :]
     kept = there & (column < K)
     # What follows is for few numbers a row. Read back, they lie one to a thread, not all in every thread of a warp.
+    # Each place is written once: other programs may write the same, and read it back while this one is still here.
     at = first_row * K + row * K + column
-    tl.store(ids + at, name_of(chosen, SIZE, WIDTH), mask=kept)
-    if tl.max(unsure) > 0:
-        tl.debug_barrier()
-        if BIAS_TOKENS > 0 or GROUPS > 1:
-            tl.store(ids + at, name_of(best_by_rank(value, allowed, K, CHOICES), SIZE, WIDTH), mask=kept)
-        else:  # rare, so that it is no use to keep so many registers for it: row by row
-            for i in range(ROWS):
-                here = tl.full([1, 1], i, tl.int32) < end_row - first_row
-                one = tl.load(logits + i * E + lane, mask=here & (lane < E), other=float("-inf")).to(tl.float32)
-                best = best_by_rank(one, lane < E, K, CHOICES)
-                tl.store(ids + (first_row + i) * K + column, best, mask=here & (column < K))
+    if tl.max(unsure) == 0:
+        tl.store(ids + at, name_of(chosen, SIZE, WIDTH), mask=kept)
+    elif BIAS_TOKENS > 0 or GROUPS > 1:
+        tl.store(ids + at, name_of(best_by_rank(value, allowed, K, CHOICES), SIZE, WIDTH), mask=kept)
+    else:  # rare, so that it is no use to keep so many registers for it: row by row
+        for i in range(ROWS):
+            here = tl.full([1, 1], i, tl.int32) < end_row - first_row
+            one = tl.load(logits + i * E + lane, mask=here & (lane < E), other=float("-inf")).to(tl.float32)
+            best = best_by_rank(one, lane < E, K, CHOICES)
+            tl.store(ids + (first_row + i) * K + column, best, mask=here & (column < K))
     if weigh:
         tl.debug_barrier()
         chosen_id = tl.load(ids + at, mask=kept, other=0)
