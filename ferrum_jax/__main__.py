@@ -234,9 +234,8 @@ def _product(x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.matmul(x, y, preferred_element_type=jnp.float32)
 
 
-def _activation(rows: jax.Array) -> jax.Array:
-    gate, up = jnp.split(rows.astype(jnp.float32), 2, axis=-1)
-    return (jax.nn.silu(gate) * up).astype(rows.dtype)
+def _dispatch(x: jax.Array, plan: ferrum_jax.MoePlan) -> jax.Array:
+    return ferrum_jax.moe_dispatch(x, plan.packed_token_idx, pairs_by_token=plan.pairs_by_token)
 
 
 Call = Callable[..., Any]
@@ -251,13 +250,14 @@ def _steps(layer: Layer, flow: str, call: Call, inputs: tuple[jax.Array, ...]) -
     )
     sizes = {"num_experts": layer.num_experts, "block_size": layer.block_size, "pair_ids": flow == "pair_ids"}
     plan = call("moe_plan", functools.partial(ferrum_jax.moe_plan, **sizes), ids)
-    rows, product = x, ferrum_jax.grouped_matmul
-    if flow == "packed":
-        rows = call("moe_dispatch", ferrum_jax.moe_dispatch, x, plan.packed_token_idx)
-    first = functools.partial(product, top_k=1 if flow == "packed" else layer.top_k)
+    rows, packed = x, flow == "packed"
+    if packed:
+        rows = call("moe_dispatch", _dispatch, x, plan)
+    product = functools.partial(ferrum_jax.grouped_matmul, packed_rows=packed)
+    first = functools.partial(product, top_k=1 if packed else layer.top_k, activation="silu")
     rows = call("grouped_matmul, gate and up", first, rows, gate_up, plan)
-    rows = call("grouped_matmul, down", product, call("activation", _activation, rows), down, plan)
-    if flow == "packed":
+    rows = call("grouped_matmul, down", product, rows, down, plan)
+    if packed:
         combine = functools.partial(ferrum_jax.moe_combine, unique_rows=True)
         call("moe_combine", combine, rows, plan.pairs_by_token, weights)
     else:

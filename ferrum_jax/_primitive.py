@@ -35,10 +35,14 @@ class Op(NamedTuple):
     export_error: str | None = None
     made_of_ops: bool = False
 
-    def __call__(self, *args: Any, implementation: str | None = None, **params: Any) -> Any:
-        """Check the arguments and bind one equation. One result comes bare, several as a list."""
-        _signature.one_of(self.name, "implementation", implementation, (None, *kernels.IMPLEMENTATIONS))
-        operands = equally_varying(_signature.canonical(self.name, self.signature, args))
+    def __call__(self, *args: Any, implementation: str | None = None, called: str = "", **params: Any) -> Any:
+        """Check the arguments and bind one equation. One result comes bare, several as a list.
+
+        Errors name the function that was `called`, if that is not the op's own.
+        """
+        name = called or self.name
+        _signature.one_of(name, "implementation", implementation, (None, *kernels.IMPLEMENTATIONS))
+        operands = equally_varying(_signature.canonical(name, self.signature, args))
         results = self.primitive.bind(*operands, implementation=implementation, **params)
         return results if len(self.signature.results) > 1 else results[0]
 
@@ -421,8 +425,8 @@ def which(
       op_function: a function of this library, such as `moe_combine`.
       *args, **kwargs: its arguments; arrays, also inside tuples, may be `jax.ShapeDtypeStruct`s.
       platform: "cpu", "cuda" (or "gpu"), "tpu", ...; default: that of JAX's default backend.
-      device_kind: the GPU's name, such as "NVIDIA H200"; default: the abstract mesh's device, else the live GPU,
-        else a compute capability 9.0 GPU.
+      device_kind: the GPU's name, such as "NVIDIA H200"; default: the abstract mesh's device, else the live GPU.
+        Without any, Triton compiles for compute capability 9.0, and Pallas for nothing.
 
     Returns:
       Choice(implementation, passed_over): a name, and a dict from every other name to the reason in words.

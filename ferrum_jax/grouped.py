@@ -16,7 +16,7 @@ from jax import lax
 
 from ._primitive import define
 from ._signature import INT32_MAX, ROW_DTYPES, as_int, canonical, one_of
-from .kernels import IMPLEMENTATIONS
+from .kernels import IMPLEMENTATIONS, lead_axes
 from .tables import MoePlan, MoeRouting
 
 
@@ -211,7 +211,7 @@ def _masked_meaning(
 def _products(
     lhs: jax.Array, rhs: jax.Array, tables: tuple[jax.Array, ...], top_k: int, dtype: str, transposed: bool
 ) -> jax.Array:
-    lead, (num_rows, _) = _lead((lhs, 2), (rhs, 3), *_with_ranks(tables)), lhs.shape[-2:]
+    lead, (num_rows, _) = lead_axes((lhs, 2), (rhs, 3), *_with_ranks(tables)), lhs.shape[-2:]
     num_pairs, width = num_rows * top_k, rhs.shape[-2 if transposed else -1]
     if 0 in (num_pairs, *tables[0].shape, *rhs.shape):
         return jnp.zeros((*lead, num_pairs, width), dtype)
@@ -245,7 +245,7 @@ def _outer_meaning(
     packed_rows: bool,
 ) -> jax.Array:
     tables = slots, blocks, total
-    lead, num_pairs = _lead((lhs, 2), (g, 2), *_with_ranks(tables)), g.shape[-2]
+    lead, num_pairs = lead_axes((lhs, 2), (g, 2), *_with_ranks(tables)), g.shape[-2]
     shape = num_experts, lhs.shape[-1], g.shape[-1]
     if 0 in (num_pairs, *slots.shape, *shape):
         return jnp.zeros((*lead, *shape), lhs.dtype)
@@ -264,11 +264,6 @@ def _outer_meaning(
 
 def _with_ranks(tables: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, int], ...]:
     return tuple(zip(tables, (1, 1, 0), strict=True))
-
-
-def _lead(*operands: tuple[jax.Array, int]) -> tuple[int, ...]:
-    """The broadcast leading axes of operands, each given with its count of trailing axes."""
-    return jnp.broadcast_shapes(*(x.shape[: x.ndim - rank] for x, rank in operands))
 
 
 def _size(lead: tuple[int, ...]) -> int:

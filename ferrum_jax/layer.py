@@ -61,7 +61,8 @@ def moe_mlp(
         once per tile costs little and the K-fold copy is saved; above, "packed", whose rows come in order.
       block_size: rows of a block of one expert; None: the power of two in [16, 128] that holds P/E rows, those of an
         average expert, so that most experts' matrices are read once.
-      implementation: None (see `which`), "xla", "triton" or "pallas".
+      implementation: None, "xla" or "triton", of each op; Pallas has no kernel of tables, and None takes its products
+        where they were measured faster.
 
     Returns:
       [..., T, H] in x's dtype.
@@ -178,6 +179,8 @@ def checked(
     w_gate_up, w_down, b_gate_up, b_down = _arrays(matrices, w_gate_up, w_down, b_gate_up, b_down)
     if w_gate_up.ndim != 3:
         raise ValueError(f"{_OP}: w_gate_up must be [E, H, 2F], without leading axes; got shape {w_gate_up.shape}")
+    if not w_gate_up.shape[0]:
+        raise ValueError(f"{_OP}: w_gate_up must hold at least one expert, E >= 1; got shape {w_gate_up.shape}")
     for name, array, axis, size, source in (
         ("w_gate_up", w_gate_up, 1, x.shape[-1], "H of x"),
         ("w_gate_up", w_gate_up, 2, 2 * w_down.shape[1], "2F of w_down"),

@@ -149,7 +149,8 @@ def moe_mlp(
         which may name an expert twice). "gather" has no such rows, and drops nothing.
       return_dropped: also return how many pairs of this device's tokens were dropped, exactly.
       block_size: as in `ferrum_jax.moe_mlp`; None: for the rows of an average expert, as if routing were balanced.
-      implementation: None (see `which`), "xla", "triton" or "pallas".
+      implementation: None, "xla" or "triton", of each op; Pallas has no kernel of tables, and None takes its products
+        where they were measured faster.
       options: `activation`, `flow`, and `b_gate_up`[E/D, 2F] and `b_down`[E/D, H] of this device's experts, as in
         `ferrum_jax.moe_mlp`.
 

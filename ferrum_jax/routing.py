@@ -122,7 +122,7 @@ def route_topk(
         if implementation in ("triton", "pallas"):
             raise NotImplementedError(f"{op}: implementation={implementation!r} has no kernel for forced_ids")
         ids = jnp.where((forced_ids >= 0) & (forced_ids < experts), forced_ids, -1)
-        weights = _weighed(logits, ids, **weighing, implementation=implementation)
+        weights = _weighed(logits, ids, **weighing, implementation=implementation, called=op)
     if token_mask is not None:
         ids = jnp.where(token_mask[..., None], ids, -1)
         weights = jnp.where(token_mask[..., None], weights, 0)
@@ -169,7 +169,8 @@ def route_topk_softmax(
     top_k = as_int(op, "top_k", top_k, 1, shape[-1] if shape else INT32_MAX)
     choice = _choice(op, INT32_MAX, top_k, None, None, "top2_sum")
     weighing = _weighing(op, "softmax", norm_topk_prob, 1.0, "uniform")
-    return RouterOutput(*_route(logits, top_k=top_k, **choice, **weighing, implementation=implementation))
+    run: dict[str, Any] = {"implementation": implementation, "called": op}
+    return RouterOutput(*_route(logits, top_k=top_k, **choice, **weighing, **run))
 
 
 def moe_route_plan(
@@ -193,7 +194,7 @@ def moe_route_plan(
       block_size: slots in a block, >= 1.
       pair_ids: live slots hold pair ids, not packed rows, as in `moe_plan`.
       num_experts: experts of the tables; None: E, the usual. With an `expert_map`, as many as it maps to.
-      implementation: None (see `which`), "xla", "triton" or "pallas".
+      implementation: None (see `which`), "xla" or "triton"; Pallas has no kernel of tables.
       router: `scoring`, `norm_topk_prob`, `bias`, `num_groups`, `group_top_k`, `group_score`, `scale`, `zero_sum`,
         `forced_ids`, `token_mask`, `expert_map`, as in `route_topk`: a preset, for one.
 

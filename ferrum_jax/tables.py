@@ -2,7 +2,7 @@
 
 import math
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -83,7 +83,7 @@ def moe_build_pairs_by_token(
     Args:
       expert_ids: [..., T, K] of any integer dtype; a value outside [0, E) is no expert; its pair is counted nowhere.
       num_experts: E, >= 1.
-      implementation: None (see `which`), "xla", "triton" or "pallas".
+      implementation: None (see `which`), "xla" or "triton"; Pallas has no kernel of tables.
 
     Returns:
       TokenPairs, int32:
@@ -116,7 +116,7 @@ def moe_align_block_size(
       expert_ids: [..., T, K] of any integer dtype; a value outside [0, E) is no expert.
       num_experts: E, >= 1.
       block_size: slots in a block, >= 1.
-      implementation: None (see `which`), "xla", "triton" or "pallas".
+      implementation: None (see `which`), "xla" or "triton"; Pallas has no kernel of tables.
 
     Returns:
       MoeRouting, int32, every entry written:
@@ -169,7 +169,7 @@ def moe_plan(
       num_experts: E, >= 1.
       block_size: slots in a block, >= 1.
       pair_ids: live slots hold pair ids (`moe_align_block_size_pair_ids`), not packed rows (`moe_align_block_size`).
-      implementation: None (see `which`), "xla", "triton" or "pallas".
+      implementation: None (see `which`), "xla" or "triton"; Pallas has no kernel of tables.
 
     Returns:
       MoePlan, int32: the fields of TokenPairs, then those of MoeRouting.
@@ -192,7 +192,8 @@ def _align(
     op: str, expert_ids: jax.Array, num_experts: int, block_size: int, pair_ids: bool, implementation: str | None
 ) -> MoeRouting:
     sizes = checked(op, num_experts, block_size)
-    routing = MoeRouting(*_aligned(expert_ids, **sizes, pair_ids=pair_ids, implementation=implementation))
+    run: dict[str, Any] = {"implementation": implementation, "called": op}
+    routing = MoeRouting(*_aligned(expert_ids, **sizes, pair_ids=pair_ids, **run))
     dump_if_asked(routing, expert_ids, pair_ids, **sizes)
     return routing
 
@@ -205,7 +206,7 @@ def dump_if_asked(routing: MoeRouting, expert_ids: jax.Array, pair_ids: bool, **
         dump_routing("pair_ids" if pair_ids else "packed", routing, num_pairs=num_pairs, **sizes)
 
 
-def checked(op: str, num_experts: int, block_size: int) -> dict[str, int]:
+def checked(op: str, num_experts: int, block_size: int) -> dict[str, Any]:
     num_experts = as_int(op, "num_experts", num_experts, most=INT32_MAX - 1)
     return {"num_experts": num_experts, "block_size": as_int(op, "block_size", block_size)}
 

@@ -20,6 +20,19 @@ CASES = {
     "top_k > E": (lambda x: fj.route_topk_softmax(x, 5), [f32(3, 4)], ValueError, ["top_k", "[1, 4]", "got 5"]),
     "top_k float": (lambda x: fj.route_topk_softmax(x, 2.0), [f32(3, 4)], TypeError, ["top_k", "int", "float"]),
     "top_k traced": (fj.route_topk_softmax, [f32(3, 4), i32()], TypeError, ["top_k", "traced"]),
+    "its name": (lambda x: fj.route_topk_softmax(x, 1), [i32(3, 4)], TypeError, ["route_topk_softmax: logits"]),
+    "replay": (
+        lambda x, i: fj.route_topk(x, 1, forced_ids=i, implementation="cuda"),
+        [f32(3, 4), i32(3, 1)],
+        ValueError,
+        ["route_topk: implementation", "'cuda'"],
+    ),
+    "table's name": (
+        lambda i: fj.moe_align_block_size_pair_ids(i, 4, 2),
+        [f32(3, 2)],
+        TypeError,
+        ["moe_align_block_size_pair_ids: expert_ids", "float32"],
+    ),
     "no experts": (lambda x: fj.route_topk_softmax(x, 1), [f32(3, 0)], ValueError, ["top_k", "logits", "(3, 0)"]),
     "scalar logits": (lambda x: fj.route_topk_softmax(x, 1), [f32()], ValueError, ["logits", "[..., E]", "()"]),
     "int logits": (lambda x: fj.route_topk_softmax(x, 1), [i32(3, 4)], TypeError, ["logits", "float32", "int32"]),
@@ -178,7 +191,8 @@ def test_named_error_at_trace_time(name):
 
 @pytest.mark.parametrize("op", OPS, ids=str)
 def test_unknown_implementation_lists_the_choices(op):
-    with pytest.raises(ValueError, match=r"None, 'xla', 'triton', 'pallas'; got 'cuda'"):
+    function = op.name.partition("-")[0].removesuffix("_activated")
+    with pytest.raises(ValueError, match=rf"^{function}: .* None, 'xla', 'triton', 'pallas'; got 'cuda'"):
         op.results(*op.args(rng(op), SMALL, "float32"), size=SMALL, implementation="cuda")
 
 

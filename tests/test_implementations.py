@@ -56,9 +56,20 @@ def test_which_of_something_else():
         ferrum_jax.which(jnp.sin, jnp.ones(3))
 
 
-def test_explicit_xla_runs():
-    for op in OPS:
-        op.results(*op.args(rng(op), SMALL, "float32"), size=SMALL, implementation="xla")
+@pytest.mark.parametrize(
+    ("gpu", "capability"),
+    [
+        ("NVIDIA H200", 90),
+        ("NVIDIA GB200", 100),
+        ("NVIDIA RTX 5000 Ada Generation", 89),
+        ("NVIDIA GeForce RTX 4090", 89),
+        ("NVIDIA GeForce RTX 5090", 120),
+        ("Quadro RTX 5000", 75),
+        ("a GPU of the future", 90),
+    ],
+)
+def test_capability_by_name(gpu, capability):
+    assert ferrum_jax.kernels.target_capability(gpu) == capability
 
 
 def test_an_older_jax_than_pallas_needs_is_refused_by_version(monkeypatch):

@@ -241,6 +241,18 @@ WRONG = {
     "x and matrices": ({"x": ONES((7, 4), BF16)}, TypeError, ["w_gate_up", "bfloat16", "float32"]),
     "H": ({"x": ONES((7, 3))}, ValueError, ["w_gate_up", "H of x", "(5, 4, 6)"]),
     "F": ({"w_gate_up": ONES((5, 4, 5)), **NO_BIAS}, ValueError, ["w_gate_up", "6", "(5, 4, 5)"]),
+    "no experts": (
+        {
+            "router_output": (ZEROS((7, 2), int), ONES((7, 2))),
+            "w_gate_up": ONES((0, 4, 6)),
+            "w_down": ONES((0, 3, 4)),
+            "top_k": None,
+            **NO_LOGITS,
+            **NO_BIAS,
+        },
+        ValueError,
+        ["w_gate_up", "E >= 1", "(0, 4, 6)"],
+    ),
     "leading": (
         {"w_gate_up": ONES((1, 5, 4, 6)), "w_down": ONES((1, 5, 3, 4)), **NO_BIAS},
         ValueError,
@@ -261,6 +273,12 @@ WRONG = {
         ["router_output", "(7,)", "(6, 2)"],
     ),
 }
+
+
+def test_pallas_is_refused_by_name():
+    (x, router_logits, w_gate_up, w_down), _ = arguments()
+    with ferrum_jax.interpret_kernels(), pytest.raises(NotImplementedError, match="pallas"):
+        moe_mlp(x, router_logits, w_gate_up, w_down, top_k=2, implementation="pallas")
 
 
 @pytest.mark.parametrize("name", WRONG)

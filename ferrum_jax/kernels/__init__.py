@@ -112,10 +112,9 @@ MEASURED: Mapping[str, Sequence[Measured]] = {
     "grouped_outer": (Measured("pallas", "every size tried", lambda shapes, params: True),),
 }
 
-# Compute capability by the GPU's name, for a GPU that is named but not there. Longer names before the shorter ones
-# that they contain.
+# Compute capability by the GPU's name, for a GPU that is named but not there: the first of these that it contains.
 _CAPABILITIES = {
-    "B300": 103, "B200": 100, "GH200": 90, "H200": 90, "H100": 90, "H800": 90, "H20": 90,
+    "Quadro RTX": 75, "Ada": 89, "B300": 103, "B200": 100, "GH200": 90, "H200": 90, "H100": 90, "H800": 90, "H20": 90,
     "L40": 89, "L4": 89, "RTX 40": 89, "RTX 50": 120, "RTX PRO": 120, "A100": 80, "A30": 80, "A10": 86, "T4": 75,
 }  # fmt: skip
 

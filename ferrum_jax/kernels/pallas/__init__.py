@@ -92,6 +92,26 @@ def pad(x: jax.Array, width: int, value: float = 0) -> jax.Array:
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, extra)], constant_values=value) if extra else x
 
 
+def put(ref: Any, value: jax.Array) -> None:
+    """To where no layout of `value` is fast, nor need be, which JAX 0.12 wants said."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value
+
+
+def split(n: jax.Array, by: int) -> tuple[jax.Array, jax.Array]:
+    """(n // by, n % by) of an n that is not negative, without the code for one that is."""
+    return lax.div(n, jnp.int32(by)), lax.rem(n, jnp.int32(by))
+
+
+def loop(times: Any, step: Callable[..., Any], state: Any) -> Any:
+    """step(k, state) for k in [0, times), an int32 whatever the default integer is."""
+    return lax.fori_loop(np.int32(0), np.int32(times) if isinstance(times, int) else times, step, state)
+
+
 # ---- the interpreter
 
 
@@ -136,13 +156,3 @@ class _Tee(io.StringIO):
     def write(self, text: str) -> int:
         self.stream.write(text)
         return super().write(text)
-
-
-def split(n: jax.Array, by: int) -> tuple[jax.Array, jax.Array]:
-    """(n // by, n % by) of an n that is not negative, without the code for one that is."""
-    return lax.div(n, jnp.int32(by)), lax.rem(n, jnp.int32(by))
-
-
-def loop(times: Any, step: Callable[..., Any], state: Any) -> Any:
-    """step(k, state) for k in [0, times), an int32 whatever the default integer is."""
-    return lax.fori_loop(np.int32(0), np.int32(times) if isinstance(times, int) else times, step, state)

@@ -9,7 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from . import launch, lead_axes, loop, pad, split
+from . import launch, lead_axes, loop, pad, put, split
 
 PROGRAMS = 132  # persistent blocks: the multiprocessors of a Hopper SXM card, one block each
 STEP = 64  # elements of a 128-byte line of shared memory, the longest that wgmma reads: all lengths are multiples
@@ -134,7 +134,7 @@ def product(
 
         @pl.when(program < PROGRAMS)
         def _():
-            store(zero, jnp.zeros(zero.shape, zero.dtype))
+            put(zero, jnp.zeros(zero.shape, zero.dtype))
             plgpu.commit_smem()
 
             @each(own // 128)
@@ -229,7 +229,7 @@ def product(
                         eight_rows = plgpu.load(
                             stage.at[warpgroup, pl.ds(at, 8)], layout=_eight(own_out, out.dtype), optimized=False
                         )
-                        store(edge.at[warpgroup], eight_rows)
+                        put(edge.at[warpgroup], eight_rows)
                         plgpu.commit_smem()
 
                         @each(8)
@@ -260,14 +260,6 @@ def _eight(width, dtype):
     vector = min(16 // dtype.itemsize, width // 16)
     tiling = plgpu.Tiling(((8, width), (128 * vector // width, width // 4), (vector,)))
     return plgpu.Layout.TILED(tiling, warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1)
-
-
-def store(ref, value):
-    """To where no layout of `value` is fast, which JAX 0.12 wants said."""
-    if hasattr(plgpu, "store"):
-        plgpu.store(ref, value, optimized=False)
-    else:
-        ref[...] = value
 
 
 def put_row(row, out, index, column):

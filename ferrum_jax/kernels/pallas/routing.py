@@ -9,7 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from . import launch, lead_axes, loop, pad
+from . import launch, lead_axes, loop, pad, put
 
 LOWEST = -(2**31)  # below every rank: no expert, or one that is taken
 LOG_EPS = math.log(1e-20)
@@ -150,7 +150,7 @@ def route_rows(
     def choose(k, state):
         key, chosen = state
         best, first = first_best(key, lane)
-        _put(ids.at[here, k], first)
+        put(ids.at[here, k], first)
         mine = lane == wide(first, lane)
         if not by_logit:
             best = jnp.max(jnp.where(mine, logit_key, full(key, LOWEST)), axis=1)
@@ -183,7 +183,7 @@ def route_rows(
     def store(k, _):
         own = column == jnp.broadcast_to(k, column.shape)
         bits = jnp.max(jnp.where(own, weight, full(weight, LOWEST)), axis=1)
-        _put(weights.at[here, k], lax.bitcast_convert_type(bits, jnp.float32))
+        put(weights.at[here, k], lax.bitcast_convert_type(bits, jnp.float32))
         return ()
 
     loop(K, store, ())
@@ -191,14 +191,6 @@ def route_rows(
 
 def finite(largest):
     return jnp.where(largest == -jnp.inf, full(largest, 0.0), largest)
-
-
-def _put(ref, value):
-    """Store one number a row, K times: which is not wide, and need not be. JAX 0.12 wants that said."""
-    if hasattr(plgpu, "store"):
-        plgpu.store(ref, value, optimized=False)
-    else:
-        ref[...] = value
 
 
 def _layout(rows: int, lanes: int, most: int = 1, shared: bool = False) -> Any:

@@ -131,8 +131,8 @@ def cotangents(
 
 
 @triton.jit
-def first_at_least(ascending, value, LENGTH: tl.constexpr, STEPS: tl.constexpr):
-    low, high = value * 0, value * 0 + LENGTH
+def first_at_least(ascending, value, length, STEPS: tl.constexpr):
+    low, high = value * 0 + length * 0, value * 0 + length
     for _ in range(STEPS):
         middle = (low + high) // 2
         below = tl.load(ascending + middle, mask=low < high, other=0) < value
@@ -167,17 +167,16 @@ def segment_sum(
 # ---- wrappers: leading axes become one; rows that the whole batch shares are not copied
 
 
-def _small(x, lead):
+def whole(x, lead):
     """Ids or weights over all the leading axes; they are small, so a copy is cheap."""
-    trailing = x.shape[len(lead) :]
-    return jnp.broadcast_to(x, (*lead, *trailing))
+    return jnp.broadcast_to(x, (*lead, *x.shape[len(lead) :]))
 
 
-def _large(x, lead):
-    """Rows over all the leading axes, and whether one copy serves them all."""
+def large(x, lead):
+    """Rows or matrices over all the leading axes, and whether one copy serves them all."""
     own = x.shape[: len(lead)]
     shared = math.prod(own) == 1
-    return (x, shared) if shared or own == lead else (_small(x, lead), False)
+    return (x, shared) if shared or own == lead else (whole(x, lead), False)
 
 
 def _blocks(width, itemsize, rows=1):
@@ -189,7 +188,7 @@ def _blocks(width, itemsize, rows=1):
 def _gather(rows, index, weights, lead, n, k, kind, repeat=1, pairs=None):
     """gather_sum of `n` output rows a slice, of `k` terms each. Tables that are None are not read."""
     *_, num_rows, width = rows.shape
-    rows, shared = _large(rows, lead)
+    rows, shared = large(rows, lead)
     total = math.prod(lead) * n
     tile_rows, cols = _blocks(width, rows.dtype.itemsize, total)
     return launch(
@@ -219,7 +218,7 @@ def _sorted_sum(rows, weights, dest, lead, num_rows, top_k):
     dest = jnp.where((dest >= 0) & (dest < num_rows), dest, num_rows)
     order = jnp.argsort(dest, axis=-1, stable=True)
     dest, order = jnp.take_along_axis(dest, order, axis=-1), order.astype(jnp.int32)
-    rows, shared = _large(rows, lead)
+    rows, shared = large(rows, lead)
     *_, n, width = rows.shape
     _, cols = _blocks(width, rows.dtype.itemsize)
     return launch(
@@ -245,8 +244,8 @@ def _sorted_sum(rows, weights, dest, lead, num_rows, top_k):
 
 def _dot(rows, index, g, lead, num_tokens, top_k):
     *_, num_rows, width = rows.shape
-    rows, shared_rows = _large(rows, lead)
-    g, shared_g = _large(g, lead)
+    rows, shared_rows = large(rows, lead)
+    g, shared_g = large(g, lead)
     choices = min(triton.next_power_of_2(top_k), 8)
     return launch(
         row_dot,
@@ -287,26 +286,26 @@ def _owner(index, lead, num_rows):
 
 def moe_dispatch(x, packed_token_idx, *pairs_by_token):
     lead = lead_axes((x, 2), (packed_token_idx, 1), *((table, 2) for table in pairs_by_token))
-    return _gather(x, _small(packed_token_idx, lead), None, lead, packed_token_idx.shape[-1], 1, "table")
+    return _gather(x, whole(packed_token_idx, lead), None, lead, packed_token_idx.shape[-1], 1, "table")
 
 
 def moe_collect(rows, packed_token_idx, pairs_by_token=None, *, num_tokens):
     if pairs_by_token is None:
         lead = lead_axes((rows, 2), (packed_token_idx, 1))
-        return _sorted_sum(rows, None, _small(packed_token_idx, lead), lead, num_tokens, 1)
+        return _sorted_sum(rows, None, whole(packed_token_idx, lead), lead, num_tokens, 1)
     lead = lead_axes((rows, 2), (packed_token_idx, 1), (pairs_by_token, 2))
-    return _gather(rows, _small(pairs_by_token, lead), None, lead, num_tokens, pairs_by_token.shape[-1], "table")
+    return _gather(rows, whole(pairs_by_token, lead), None, lead, num_tokens, pairs_by_token.shape[-1], "table")
 
 
 def moe_combine(packed_down, pair_weights, pairs_by_token, *, unique_rows):
     lead = lead_axes((packed_down, 2), (pair_weights, 2), (pairs_by_token, 2))
-    index, weights = _small(pairs_by_token, lead), _small(pair_weights, lead)
+    index, weights = whole(pairs_by_token, lead), whole(pair_weights, lead)
     return _gather(packed_down, index, weights, lead, *index.shape[-2:], "table")
 
 
 def moe_spread(g, pair_weights, pairs_by_token, *, num_rows, unique_rows):
     lead = lead_axes((g, 2), (pair_weights, 2), (pairs_by_token, 2))
-    index, weights = _small(pairs_by_token, lead), _small(pair_weights, lead)
+    index, weights = whole(pairs_by_token, lead), whole(pair_weights, lead)
     num_tokens, top_k = index.shape[-2:]
     if not unique_rows:
         flat = (*lead, num_tokens * top_k)
@@ -316,16 +315,16 @@ def moe_spread(g, pair_weights, pairs_by_token, *, num_rows, unique_rows):
 
 def moe_row_dot(packed_down, g, pairs_by_token, *, unique_rows):
     lead = lead_axes((packed_down, 2), (g, 2), (pairs_by_token, 2))
-    return _dot(packed_down, _small(pairs_by_token, lead), g, lead, *pairs_by_token.shape[-2:])
+    return _dot(packed_down, whole(pairs_by_token, lead), g, lead, *pairs_by_token.shape[-2:])
 
 
 def moe_combine_cotangents(g, packed_down, pair_weights, pairs_by_token):
     lead = lead_axes((g, 2), (packed_down, 2), (pair_weights, 2), (pairs_by_token, 2))
-    index, weights = _small(pairs_by_token, lead), _small(pair_weights, lead)
+    index, weights = whole(pairs_by_token, lead), whole(pair_weights, lead)
     *_, num_rows, width = packed_down.shape
     num_tokens, top_k = index.shape[-2:]
-    rows, shared_rows = _large(packed_down, lead)
-    g, shared_g = _large(g, lead)
+    rows, shared_rows = large(packed_down, lead)
+    g, shared_g = large(g, lead)
     # With 4 rows at a time there are registers for many programs; those of one token share g in the cache.
     slices, choices, cleared = math.prod(lead), min(triton.next_power_of_2(top_k), 4), 4
     return launch(
@@ -355,13 +354,13 @@ def weighted_sum_batched(slots, weights):
     lead = lead_axes((slots, 3), (weights, 2))
     *_, num_tokens, top_k, width = slots.shape
     rows = jnp.reshape(slots, (*slots.shape[: len(lead)], num_tokens * top_k, width))
-    return _gather(rows, None, _small(weights, lead), lead, num_tokens, top_k, "slots")
+    return _gather(rows, None, whole(weights, lead), lead, num_tokens, top_k, "slots")
 
 
 def slot_scale(g, weights):
     lead = lead_axes((g, 2), (weights, 2))
     num_tokens, top_k = weights.shape[-2:]
-    (out,) = _gather(g, None, _small(weights, lead), lead, num_tokens * top_k, 1, "repeated", top_k)
+    (out,) = _gather(g, None, whole(weights, lead), lead, num_tokens * top_k, 1, "repeated", top_k)
     return (jnp.reshape(out, (*lead, num_tokens, top_k, g.shape[-1])),)
 
 

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from . import launch, lead_axes
+from .combine import first_at_least, large, whole
 
 # Triton's interpreter multiplies the bits of bfloat16 as if they were integers: there, widen first.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -151,16 +152,6 @@ def grouped(
 
 
 @triton.jit
-def first_at_least(ascending, value, length, STEPS: tl.constexpr):
-    low, high = length * 0, length
-    for _ in range(STEPS):
-        middle = (low + high) // 2
-        below = tl.load(ascending + middle, mask=low < high, other=0) < value
-        low, high = tl.where((low < high) & below, middle + 1, low), tl.where(below, high, middle)
-    return low
-
-
-@triton.jit
 def outer(
     lhs, g, slots, blocks, total, out,
     M: tl.constexpr, H: tl.constexpr, N: tl.constexpr, E: tl.constexpr, S: tl.constexpr, P: tl.constexpr,
@@ -211,22 +202,11 @@ OUTER, OUTER_F32 = (128, 128, 64, 8, 3), (64, 64, 32, 4, 3)  # TM, TN, TK, warps
 GROUP = 8
 
 
-def _whole(x, lead):
-    return jnp.broadcast_to(x, (*lead, *x.shape[len(lead) :]))
-
-
-def _large(x, lead):
-    """Rows or matrices over all the leading axes, and whether one copy serves them all."""
-    own = x.shape[: len(lead)]
-    shared = math.prod(own) == 1
-    return (x if shared or own == lead else _whole(x, lead)), shared
-
-
 def _product(lhs, rhs, tables, top_k, dtype, transposed=False, row_weights=None, activation=None):
     weights = () if row_weights is None else ((row_weights, 1),)
     lead = lead_axes((lhs, 2), (rhs, 3), *zip(tables, (1, 1, 0), strict=True), *weights)
-    slots, blocks, total = (_whole(table, lead) for table in tables)
-    (lhs, shared_lhs), (rhs, shared_rhs) = _large(lhs, lead), _large(rhs, lead)
+    slots, blocks, total = (whole(table, lead) for table in tables)
+    (lhs, shared_lhs), (rhs, shared_rhs) = large(lhs, lead), large(rhs, lead)
     num_rows, width = lhs.shape[-2:]
     num_experts, columns = rhs.shape[-3], rhs.shape[-2 if transposed else -1] // (2 if activation else 1)
     num_pairs, batch = num_rows * top_k, math.prod(lead)
@@ -252,7 +232,7 @@ def _product(lhs, rhs, tables, top_k, dtype, transposed=False, row_weights=None,
     return launch(
         grouped,
         *(lhs, rhs, slots, blocks, total, owner),
-        lhs if row_weights is None else _whole(row_weights, lead),
+        lhs if row_weights is None else whole(row_weights, lead),
         out=[((*lead, num_pairs, columns), dtype)],
         grid=batch * programs,
         num_warps=warps,
@@ -298,8 +278,8 @@ def grouped_matmul_transposed(g, rhs, *tables, dtype, packed_rows):
 
 def grouped_outer(lhs, g, *tables, top_k, num_experts, packed_rows):
     lead = lead_axes((lhs, 2), (g, 2), *zip(tables, (1, 1, 0), strict=True))
-    slots, blocks, total = (_whole(table, lead) for table in tables)
-    (lhs, shared_lhs), (g, shared_g) = _large(lhs, lead), _large(g, lead)
+    slots, blocks, total = (whole(table, lead) for table in tables)
+    (lhs, shared_lhs), (g, shared_g) = large(lhs, lead), large(g, lead)
     (num_rows, height), (num_pairs, width) = lhs.shape[-2:], g.shape[-2:]
     tm, tn, tk, warps, stages = OUTER_F32 if lhs.dtype == jnp.float32 else OUTER
     return launch(
