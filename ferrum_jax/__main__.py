@@ -49,7 +49,7 @@ FLOWS = {"packed rows": "packed", "pair ids": "pair_ids", "ragged_dot": None}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
+    argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="python -m ferrum_jax",
         description="What would run here, does it work, and how fast is it?",
@@ -60,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[:1] == ["bench"]:
         return bench.main(argv[1:])
     command, devices = vars(parser.parse_args(argv)).values()
+    if command == "bench":
+        parser.error("bench comes first, and then its own options")
     if command == "grouped":
         return grouped()
     if command == "parallel":
@@ -85,7 +87,7 @@ def _table(title: str, rows: Iterable[Sequence[str]]) -> None:
 def info(layer: Layer) -> None:
     """Print versions, devices, and which implementation of each op would run on them."""
     own = [("python", platform.python_version()), ("ferrum_jax", ferrum_jax.__version__)]
-    others = [(name, _version(name)) for name in ("jax", "jaxlib", "triton", "jax_triton")]
+    others = [(name, bench.version(name) or "not installed") for name in ("jax", "jaxlib", "triton", "jax_triton")]
     devices = collections.Counter(d.device_kind for d in jax.devices())
     _table("Here", own + others + [("devices", f"{number} x {kind}") for kind, number in devices.items()])
     rows: list[tuple[str, ...]] = [("op", "runs", "not", "because")]
@@ -96,13 +98,6 @@ def info(layer: Layer) -> None:
         rows += [(op, taken, "as above", "")] if why == last else found
         last = why
     _table(f"Implementations, for {layer.name}", rows)
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _calls(layer: Layer) -> dict[str, tuple[Any, ...]]:
@@ -330,7 +325,7 @@ def parallel(devices: int | None = None) -> int:
     out, seconds = _timed(functools.partial(ferrum_jax.moe_mlp, top_k=layer.top_k), x, logits, *matrices)
     lines, ran = [("one device", f"{seconds * 1e3:.3f}", "")], {"one device": out}
     balanced = layer.tokens * layer.top_k // devices
-    for exchange in ("gather", "padded", "ragged")[: 3 if on_gpu else 2]:
+    for exchange in (name for name in ferrum_jax.parallel.EXCHANGES if on_gpu or name != "ragged"):
         for capacity in (None, balanced)[: 1 if exchange == "gather" else 2]:
             options = {"axis_name": "expert", "exchange": exchange, "capacity": capacity, "return_dropped": True}
 

@@ -142,8 +142,8 @@ def sizes(op: str, terms: tuple[Term, ...], arrays: Any) -> dict[str, int]:
         lead = own if lead is None else lead
         if len(own) != len(lead) or any(a != b and 1 not in (a, b) for a, b in zip(own, lead, strict=True)):
             raise ValueError(
-                f"{op}: {term.name} must be {term} with leading axes that match {lead}, those of "
-                f"{terms[0].name} (equal sizes, or 1); got shape {shape}"
+                f"{op}: {term.name} must be {term} with leading axes that match {lead}, those of what is "
+                f"before it (equal sizes, or 1); got shape {shape}"
             )
         lead = tuple(b if a == 1 else a for a, b in zip(own, lead, strict=True))
     return {"...": lead or (), **{dim: size for dim, (size, _) in found.items()}}  # type: ignore[dict-item]

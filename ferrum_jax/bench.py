@@ -571,12 +571,12 @@ def here() -> dict[str, Any]:
         "device": jax.devices()[0].device_kind,
         "platform": jax.default_backend(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "versions": {"ferrum_jax": ferrum_jax.__version__, **{name: _version(name) for name in packages}},
+        "versions": {"ferrum_jax": ferrum_jax.__version__, **{name: version(name) for name in packages}},
         **peaks(),
     }
 
 
-def _version(name: str) -> str | None:
+def version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -650,7 +650,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.json:
             pathlib.Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
 
-    save()  # where it cannot be saved, before anything takes long
+    # Where it cannot be drawn or saved, before anything takes long.
+    if args.plot and not importlib.util.find_spec("matplotlib"):
+        parser.error("argument --plot: matplotlib is not installed: pip install 'ferrum_jax[viz]'")
+    save()
     for i, (name, shape, tokens) in enumerate(todo):
         _bar(i, len(todo), f"{name} {shape} T={tokens}")
         found = list(rows(name, size(shape, tokens), report))
@@ -659,7 +662,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         settle(report)
         _print_rows(found)
         save()
-    if args.plot:
+    if args.plot and any(row["us"] for row in report["rows"]):
         figure: Any = ferrum_jax.viz.benchmark(report)[0].figure
         figure.savefig(args.plot, dpi=120)
     wrong = [r for r in report["rows"] if (r["error"] or "").startswith(ArithmeticError.__name__)]

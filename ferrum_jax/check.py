@@ -115,15 +115,16 @@ def check_routing(
 def _integers(xp: Any, name: str, values: Any) -> Any:
     """int32; a value that int32 cannot hold becomes one that no table may hold."""
     try:
-        array = xp.asarray(values)
+        array = values if isinstance(values, jax.Array) else np.asarray(values)
     except (TypeError, ValueError, OverflowError) as error:
         raise TypeError(f"{_OP}: {name} must be an array; got {type(values).__name__}: {error}") from error
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise TypeError(f"{_OP}: {name} must hold integers; got {array.dtype}")
-    if array.dtype.itemsize < 4 or array.dtype == np.int32:
-        return array.astype(np.int32)
-    least = 0 if jnp.issubdtype(array.dtype, jnp.unsignedinteger) else -(2**31)
-    return xp.clip(array, least, INT32_MAX).astype(np.int32)
+    if array.dtype.itemsize >= 4 and array.dtype != np.int32:
+        least = 0 if jnp.issubdtype(array.dtype, jnp.unsignedinteger) else -(2**31)
+        # In NumPy where it is NumPy's, because JAX would cut 64 bits down to 32 first.
+        array = (jnp if isinstance(array, jax.Array) else np).clip(array, least, INT32_MAX)
+    return xp.asarray(array.astype(np.int32))
 
 
 def _sizes(

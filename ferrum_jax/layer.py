@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
 
 from . import _signature
 from ._signature import as_int, one_of
@@ -83,20 +84,20 @@ def moe_mlp(
     """
     act = _chosen(activation)
     x, logits, routed, w_gate_up, w_down, b_gate_up, b_down = checked(
-        x, router_logits, router_output, w_gate_up, w_down, b_gate_up, b_down
+        _OP, x, router_logits, router_output, w_gate_up, w_down, b_gate_up, b_down
     )
-    lead, num_experts = x.shape[:-1], w_gate_up.shape[0]
-    x = x.reshape(-1, x.shape[-1])
+    given, num_experts = jax.typeof(x), w_gate_up.shape[0]
+    x = _tokens(x)
     if routed is None:
         if top_k is None:
             raise TypeError(f"{_OP}: top_k must be an int with router_logits; got None")
         ids, weights = route_topk_softmax(
-            logits.reshape(-1, num_experts), top_k, norm_topk_prob=norm_topk_prob, implementation=implementation
+            _tokens(logits), top_k, norm_topk_prob=norm_topk_prob, implementation=implementation
         )
     else:
         if top_k is not None and top_k != routed[0].shape[-1]:
             raise ValueError(f"{_OP}: top_k must be that of router_output, {routed[0].shape[-1]}; got {top_k}")
-        ids, weights = (r.reshape(-1, r.shape[-1]) for r in routed)
+        ids, weights = map(_tokens, routed)
     one_of(_OP, "flow", flow, (None, *FLOWS))
     if flow is None:
         flow = "pair_ids" if x.size * x.dtype.itemsize <= 2**25 else "packed"
@@ -141,7 +142,28 @@ def moe_mlp(
     else:
         weights = jnp.where((ids >= 0) & (ids < num_experts), weights, 0)
         out = weighted_sum_batched(rows.reshape(*ids.shape, x.shape[-1]), weights, **run)
-    return out.reshape(*lead, x.shape[-1])
+    return _as_given(out.reshape(given.shape), given)
+
+
+def _tokens(x: jax.Array) -> jax.Array:
+    """[..., N] as [T, N]. Of sharded axes in an Explicit mesh JAX flattens the first alone: the others are gathered."""
+    sharding = jax.typeof(x).sharding
+    spec = [axes if i in (0, x.ndim - 1) else None for i, axes in enumerate(sharding.spec)]
+    if AxisType.Explicit in sharding.mesh.axis_types and tuple(spec) != tuple(sharding.spec):
+        x = jax.sharding.reshard(x, sharding.update(spec=PartitionSpec(*spec)))
+    return x.reshape(-1, x.shape[-1])
+
+
+def _as_given(out: jax.Array, given: Any) -> jax.Array:
+    """The result with its tokens sharded as those that were given, so that the two can be added."""
+    *lead, _ = given.sharding.spec
+    sharding = jax.typeof(out).sharding
+    *own, last = sharding.spec
+    if AxisType.Explicit not in sharding.mesh.axis_types or own == lead:
+        return out
+    taken = {name for axes in lead for name in (axes if isinstance(axes, tuple) else (axes,))}
+    last = None if taken & {*(last if isinstance(last, tuple) else (last,))} - {None} else last
+    return jax.sharding.reshard(out, sharding.update(spec=PartitionSpec(*lead, last)))
 
 
 def _plus(rows: jax.Array, bias: jax.Array | None) -> jax.Array:
@@ -164,23 +186,30 @@ def _chosen(activation: Any) -> Any:
 
 
 def checked(
-    x: Any, router_logits: Any, router_output: Any, w_gate_up: Any, w_down: Any, b_gate_up: Any, b_down: Any
+    op: str,
+    x: Any,
+    router_logits: Any,
+    router_output: Any,
+    w_gate_up: Any,
+    w_down: Any,
+    b_gate_up: Any,
+    b_down: Any,
 ) -> tuple[Any, ...]:
     """The arguments as arrays, each checked against the others; those that are None stay so."""
     if (router_logits is None) == (router_output is None):
         got = "neither" if router_logits is None else "both"
-        raise ValueError(f"{_OP}: give one of router_logits (with top_k) and router_output; got {got}")
+        raise ValueError(f"{op}: give one of router_logits (with top_k) and router_output; got {got}")
     if router_output is not None and not (isinstance(router_output, tuple) and len(router_output) == 2):
-        raise TypeError(f"{_OP}: router_output must be a RouterOutput; got {type(router_output).__name__}")
+        raise TypeError(f"{op}: router_output must be a RouterOutput; got {type(router_output).__name__}")
     ids, weights = router_output or (None, None)
-    (x,), (logits,) = _arrays("x: rows[T,H]", x), _arrays("router_logits: rows[T,E]", router_logits)
-    ids, weights = _arrays("expert_ids: ids[T,K], expert_weights: weights[T,K]", ids, weights)
+    (x,), (logits,) = _arrays(op, "x: rows[T,H]", x), _arrays(op, "router_logits: rows[T,E]", router_logits)
+    ids, weights = _arrays(op, "expert_ids: ids[T,K], expert_weights: weights[T,K]", ids, weights)
     matrices = "w_gate_up: rows[E,H,G], w_down: rows[E,F,H], b_gate_up: rows[E,G], b_down: rows[E,H]"
-    w_gate_up, w_down, b_gate_up, b_down = _arrays(matrices, w_gate_up, w_down, b_gate_up, b_down)
+    w_gate_up, w_down, b_gate_up, b_down = _arrays(op, matrices, w_gate_up, w_down, b_gate_up, b_down)
     if w_gate_up.ndim != 3:
-        raise ValueError(f"{_OP}: w_gate_up must be [E, H, 2F], without leading axes; got shape {w_gate_up.shape}")
+        raise ValueError(f"{op}: w_gate_up must be [E, H, 2F], without leading axes; got shape {w_gate_up.shape}")
     if not w_gate_up.shape[0]:
-        raise ValueError(f"{_OP}: w_gate_up must hold at least one expert, E >= 1; got shape {w_gate_up.shape}")
+        raise ValueError(f"{op}: w_gate_up must hold at least one expert, E >= 1; got shape {w_gate_up.shape}")
     for name, array, axis, size, source in (
         ("w_gate_up", w_gate_up, 1, x.shape[-1], "H of x"),
         ("w_gate_up", w_gate_up, 2, 2 * w_down.shape[1], "2F of w_down"),
@@ -188,21 +217,25 @@ def checked(
     ):
         if array.shape[axis] != size:
             raise ValueError(
-                f"{_OP}: {name} must have {size} entries along axis {axis}, {source}; got shape {array.shape}"
+                f"{op}: {name} must have {size} entries along axis {axis}, {source}; got shape {array.shape}"
             )
     if w_gate_up.dtype != x.dtype:
-        raise TypeError(f"{_OP}: w_gate_up must have the dtype of x, {x.dtype}; got {w_gate_up.dtype}")
+        raise TypeError(f"{op}: w_gate_up must have the dtype of x, {x.dtype}; got {w_gate_up.dtype}")
     if any(r is not None and r.shape[:-1] != x.shape[:-1] for r in (logits, ids)):
         name, other = ("router_logits", logits) if logits is not None else ("router_output", ids)
         raise ValueError(
-            f"{_OP}: {name} must have the axes {x.shape[:-1]} of x before its last; got shape {other.shape}"
+            f"{op}: {name} must have the axes {x.shape[:-1]} of x before its last; got shape {other.shape}"
+        )
+    if ids is not None and ids.shape != weights.shape:
+        raise ValueError(
+            f"{op}: router_output must hold ids and weights of one shape; got {ids.shape} and {weights.shape}"
         )
     return x, logits, None if ids is None else (ids, weights), w_gate_up, w_down, b_gate_up, b_down
 
 
-def _arrays(signature: str, *args: Any) -> list[Any]:
+def _arrays(op: str, signature: str, *args: Any) -> list[Any]:
     terms = _signature.parse(signature + " -> ").operands
     given = [(term, arg) for term, arg in zip(terms, args, strict=True) if arg is not None]
     present = _signature.Signature(tuple(term for term, _ in given), ())
-    checked = iter(_signature.canonical(_OP, present, tuple(arg for _, arg in given)))
+    checked = iter(_signature.canonical(op, present, tuple(arg for _, arg in given)))
     return [None if arg is None else next(checked) for arg in args]

@@ -175,7 +175,7 @@ def update_routing_bias(bias: jax.Array, counts: jax.Array, rate: jax.Array | fl
 
     Raises:
       TypeError: an argument of another dtype.
-      ValueError: shapes that do not fit.
+      ValueError: shapes that do not fit, E above 46,341.
 
     Algorithm 1 of https://arxiv.org/abs/2408.15664, as in DeepSeek-V3, https://arxiv.org/abs/2412.19437.
 
@@ -189,6 +189,8 @@ def update_routing_bias(bias: jax.Array, counts: jax.Array, rate: jax.Array | fl
         raise ValueError(f"{op}: rate must be a scalar; got shape {jnp.shape(rate)}")
     if not any(jnp.issubdtype(jnp.result_type(rate), kind) for kind in (jnp.integer, jnp.floating)):
         raise TypeError(f"{op}: rate must be a real number; got {jnp.result_type(rate)}")
+    if counts.shape[-1] > _MOST_EXPERTS:
+        raise ValueError(f"{op}: counts must be of at most {_MOST_EXPERTS} experts; got shape {counts.shape}")
     # As integers: a rounded mean would move experts that stand exactly at it. In two parts: their sum may not fit.
     experts = max(counts.shape[-1], 1)
     whole, rest = (
@@ -197,6 +199,9 @@ def update_routing_bias(bias: jax.Array, counts: jax.Array, rate: jax.Array | fl
     below, above = counts < whole - (-rest // experts), counts > whole + rest // experts
     sign = below.astype(jnp.float32) - above.astype(jnp.float32)
     return (bias.astype(jnp.float32) + jnp.asarray(rate).astype(jnp.float32) * sign).astype(bias.dtype)
+
+
+_MOST_EXPERTS = 46_341  # whose remainders by their own number int32 can add up
 
 
 def _at_most_int32(counts: Any) -> Any:

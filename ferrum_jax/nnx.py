@@ -292,7 +292,7 @@ class MoE(nnx.Module):
             if value is not None:
                 variable = getattr(self, name)
                 own = variable.get_value()
-                where = own.sharding
+                where = own.sharding if getattr(own, "committed", True) else None
                 if isinstance(own, jax.ShapeDtypeStruct) and where is not None:
                     where = where.spec  # its mesh is abstract: the one that is set has the devices
                 variable.set_value(jax.device_put(value.astype(own.dtype), where))

@@ -83,8 +83,8 @@ def exchange_sizes(
     op = "exchange_sizes"
     (offsets,) = canonical(op, parse("expert_offsets: ids[D,E] ->"), (expert_offsets,))
     shape = offsets.shape
-    if len(shape) != 2 or not shape[0] or not shape[1] or (shape[1] - 1) % shape[0]:
-        raise ValueError(f"{op}: expert_offsets must be [D, E+1] with E a multiple of D, D >= 1; got shape {shape}")
+    if len(shape) != 2 or not shape[0] or shape[1] < 2 or (shape[1] - 1) % shape[0]:
+        raise ValueError(f"{op}: expert_offsets must be [D, E+1] with E a multiple of D, both >= 1; got shape {shape}")
     bounds = _bounds(offsets)
     rows = INT32_MAX if capacity is None else as_int(op, "capacity", capacity, 0)
     parts = as_int(op, "parts", parts)
@@ -160,7 +160,7 @@ def moe_mlp(
 
     Raises:
       TypeError, ValueError, NotImplementedError: as `ferrum_jax.moe_mlp`; and ValueError for an `axis_name` that is no
-        axis of a `jax.shard_map` around the call, E that is not D times the experts of a device, an unknown `exchange`,
+        mapped axis around the call, E that is not D times the experts of a device, an unknown `exchange`,
         a `capacity` < 1 or without `return_dropped`.
 
     Under `jax.vmap`, JAX's ragged_all_to_all needs routing that is mapped too: with one routing for all, take another
@@ -201,7 +201,7 @@ def moe_mlp(
         )
         router_logits = None
     biases = options.get("b_gate_up"), options.get("b_down")
-    x, _, (ids, weights), *_ = layer.checked(x, router_logits, router_output, w_gate_up, w_down, *biases)
+    x, _, (ids, weights), *_ = layer.checked(_OP, x, router_logits, router_output, w_gate_up, w_down, *biases)
     if top_k is not None and top_k != ids.shape[-1]:
         raise ValueError(f"{_OP}: top_k must be that of router_output, {ids.shape[-1]}; got {top_k}")
     shape, experts = x.shape, w_gate_up.shape[0]
@@ -264,7 +264,8 @@ def _gathered(
     mine = (ids >= first) & (ids < first + experts)
     part = local(every, jnp.where(mine, ids - first, -1), weights)
     out = lax.psum_scatter(part.astype(jnp.float32), axis_name, tiled=True).astype(x.dtype)
-    return out, _count(mine & ~mine)
+    none = jnp.zeros_like(mine)  # which varies as the pairs do
+    return out, _count(none)
 
 
 def _count(mask: jax.Array) -> jax.Array:

@@ -75,8 +75,8 @@ def _published(model: str, code: str) -> Source:
     return Source(model, f"{hub}/config.json", where)
 
 
-# Where a published config has one group, there are none. DeepSeek's formula, which many share, adds 1e-20 to the sum
-# that it divides by: zero_sum="eps". The chosen probabilities of a softmax never sum to 0.
+# Where a published config has one group, there are none. DeepSeek's formula, which Kimi and GLM share, adds 1e-20 to
+# the sum that it divides by: zero_sum="eps". The chosen probabilities of a softmax never sum to 0.
 
 # https://arxiv.org/abs/2401.04088
 mixtral = Preset(num_experts=8, top_k=2, source=_published("mistralai/Mixtral-8x7B-v0.1", "mixtral"))
@@ -160,7 +160,6 @@ minimax_m2 = Preset(
     num_experts=256,
     top_k=8,
     scoring="sigmoid",
-    zero_sum="eps",
     score_bias=True,
     source=_published("MiniMaxAI/MiniMax-M2", "minimax_m2"),
 )

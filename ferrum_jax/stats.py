@@ -91,7 +91,7 @@ def routing_stats(router_output: RouterOutput, num_experts: int, *, block_size: 
       RoutingStats; `.summary()` says them in words.
 
     Raises:
-      TypeError: expert ids that are no integers; a size that is no int.
+      TypeError: `router_output` that is no pair of arrays, expert ids that are no integers, a size that is no int.
       ValueError: fewer than two axes, a size < 1.
 
     Entropy is Shannon's; load imbalance is the maximum over the mean, as Switch Transformers count their capacity
@@ -105,7 +105,9 @@ def routing_stats(router_output: RouterOutput, num_experts: int, *, block_size: 
     op = "routing_stats"
     num_experts = as_int(op, "num_experts", num_experts, most=INT32_MAX - 1)
     block_size = as_int(op, "block_size", block_size)
-    ids = router_output.expert_ids
+    if not (isinstance(router_output, tuple) and len(router_output) == 2):
+        raise TypeError(f"{op}: router_output must be a RouterOutput; got {type(router_output).__name__}")
+    ids, _ = router_output
     load = expert_counts(ids, num_experts)
     pairs = jnp.sum(load, axis=-1, dtype=jnp.int32)
     # Slots may be more than int32 holds; of float32 a share is all that is wanted.

@@ -73,6 +73,10 @@ def token_map(router_output: Any, num_experts: int, *, ax: "Axes | None" = None)
     num_experts = as_int("token_map", "num_experts", num_experts)
     ids = _array("token_map", "router_output.expert_ids", router_output.expert_ids, "[T, K]")
     weights = _array("token_map", "router_output.expert_weights", router_output.expert_weights, "[T, K]")
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise TypeError(f"token_map: router_output.expert_ids must hold integers; got {ids.dtype}")
+    if ids.shape != weights.shape:
+        raise ValueError(f"token_map: ids and weights must have one shape; got {ids.shape} and {weights.shape}")
     tokens = len(ids)
     there = np.zeros((num_experts, tokens))
     chosen = np.zeros((num_experts, tokens), bool)

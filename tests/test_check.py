@@ -271,6 +271,17 @@ def test_any_integer_dtype(tables, x64):
             assert "packed_token_idx" in check(arrays)[0]
 
 
+def test_ids_beyond_int32_are_none_under_jit_too():
+    """64 bits of NumPy, of which JAX would take the lower 32: here those of expert 1."""
+    wide = np.array([[2**32 + 1, 0]])
+    right = make(fj.MoePlan, wide, E, BLOCK)
+    wrong = make(fj.MoePlan, wide % 2**32, E, BLOCK)
+    for plan, silent in ((right, True), (wrong, False)):
+        run = checkify.checkify(lambda plan: check(plan, expert_ids=wide))
+        error, _ = jax.jit(run)(plan)
+        assert (error.get() is None) == silent == (check(plan, expert_ids=wide) == [])
+
+
 PAIRS_OK, BLOCKS_OK, PLAN_OK = (make(kind, IDS, E, BLOCK) for kind in (fj.TokenPairs, fj.MoeRouting, fj.MoePlan))
 
 

@@ -363,6 +363,11 @@ X, IDS = jnp.zeros((3, 4)), jnp.zeros((3, 2), jnp.int32)
         (lambda: fj.update_routing_bias(IDS[0], IDS[0], 0.1), TypeError, "bias must be float16"),
         (lambda: fj.update_routing_bias(X[0], X[0], 0.1), TypeError, "counts must hold integers"),
         (lambda: fj.update_routing_bias(X[0], X[0].astype(int), 1j), TypeError, "rate must be a real number"),
+        (
+            lambda: fj.update_routing_bias(np.zeros(70_000, "f4"), np.zeros(70_000, int), 0.1),
+            ValueError,
+            "at most 46341 experts",
+        ),
         (lambda: fj.update_routing_bias(X, X.astype(int), X), ValueError, r"rate must be a scalar.*\(3, 4\)"),
     ],
 )

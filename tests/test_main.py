@@ -126,6 +126,15 @@ def test_devices_that_are_not_here(capsys):
     assert capsys.readouterr().out.startswith("--devices must be in [1, 8] and divide ")
 
 
+def test_bench_comes_first(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        program.main(["--devices", "2", "bench"])
+    assert "bench comes first" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="0"):
+        program.main(("bench", "--help"))
+    assert "--shapes" in capsys.readouterr().out
+
+
 class Installed:
     def __init__(self, metadata, files):
         self.metadata, self.read_text = metadata, files.get

@@ -192,6 +192,32 @@ def test_data_parallel_gradient(flow, kind):
                 np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=lambda t: t.name)
+@pytest.mark.parametrize("flow", FLOWS)
+@pytest.mark.parametrize("spec", [P(None, "d"), P("d"), P(None, None, "d"), P(None, "d", None)], ids=str)
+def test_tokens_sharded_along_any_axis(spec, flow, kind):
+    """As in a residual block, which adds the result to what was given."""
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(kind,))
+    (x, logits, *matrices), _ = arguments(Size(12, 4, 2, 4))
+    x, logits = (a.reshape(2, 6, -1) for a in (x, logits))
+    ids, weights = ferrum_jax.route_topk_softmax(logits, 2)
+
+    def run(x, logits, weights):
+        here = {"flow": flow, "w_gate_up": matrices[0], "w_down": matrices[1]}
+        routed = moe_mlp(x, None, router_output=ferrum_jax.RouterOutput(ids, weights), **here)
+        return jnp.sum(jnp.sin(x + moe_mlp(x, logits, top_k=2, **here) + routed))
+
+    want = jax.grad(run, (0, 1, 2))(x, logits, weights)
+    tokens = P(*spec[:2])
+    with jax.set_mesh(mesh):
+        given = (x, spec), (logits, tokens), (weights, tokens)
+        placed = [jax.device_put(a, NamedSharding(mesh, s)) for a, s in given]
+        ids = jax.device_put(ids, NamedSharding(mesh, tokens))
+        matrices = [jax.device_put(a, NamedSharding(mesh, P())) for a in matrices]
+        for g, w in zip(jax.jit(jax.grad(run, (0, 1, 2)))(*placed), want, strict=True):
+            np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-5 * abs(w).max())
+
+
 @pytest.mark.usefixtures("x64")
 def test_x64_and_export():
     (x, logits, *matrices), biases = arguments(dtype="bfloat16")
@@ -266,6 +292,11 @@ WRONG = {
         {"router_output": (ZEROS((7, 1), int), ONES((7, 1))), **NO_LOGITS},
         ValueError,
         ["top_k", "router_output, 1", "got 2"],
+    ),
+    "its weights": (
+        {"x": ONES((3, 7, 4)), "router_output": (ZEROS((3, 7, 2), int), ONES((1, 7, 2))), **NO_LOGITS},
+        ValueError,
+        ["router_output", "(3, 7, 2)", "(1, 7, 2)"],
     ),
     "its rows": (
         {"router_output": (ZEROS((6, 2), int), ONES((6, 2))), **NO_LOGITS},

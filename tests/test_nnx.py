@@ -370,6 +370,29 @@ def test_from_a_checkpoint_and_back(name):
     jax.tree.map(np.testing.assert_array_equal, other.params(), wide.params())
 
 
+def test_loaded_parameters_are_no_more_bound_to_a_device_than_the_layers_own():
+    module = MoE(H, F, presets.mixtral, rngs=nnx.Rngs(0), **QUICK)
+    module.load(module.params())
+    spread = jax.NamedSharding(jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,)), jax.P("d"))
+    x = tokens(T, H)
+    np.testing.assert_allclose(call(module, jax.device_put(x, spread)), call(module, x), rtol=1e-5, atol=1e-6)
+    there = jax.devices()[1]
+    for variable in jax.tree.leaves(nnx.variables(module), is_leaf=lambda v: isinstance(v, nnx.Variable)):
+        variable.set_value(jax.device_put(variable.get_value(), there))
+    module.load(make().params())
+    assert all(p is None or p.devices() == {there} for p in module.params())
+
+
+def test_how_it_is_run_is_passed_on():
+    x = jax.ShapeDtypeStruct((T, H), jnp.float32)
+    lowered = lambda **how: str(jax.make_jaxpr(make(**how))(x))  # noqa: E731
+    assert "ferrum_moe_dispatch" not in lowered()
+    assert "ferrum_moe_dispatch" in lowered(flow="packed")
+    assert "block_size=32" in lowered(block_size=32)
+    assert "implementation=xla" in lowered(implementation="xla")
+    assert "implementation=xla" not in lowered()
+
+
 ERRORS = {
     "a missing setting": (lambda: MoE(H, F, top_k=2, rngs=nnx.Rngs(0)), TypeError, "num_experts must be given"),
     "an unknown setting": (lambda: make(topk=3), TypeError, "top_k.*topk"),

@@ -333,6 +333,7 @@ def test_named_errors_of_exchange_sizes():
     for offsets, options, error, words in (
         (np.zeros((3, 5), int), {}, ValueError, ["expert_offsets", "(3, 5)"]),
         (np.zeros(5, int), {}, ValueError, ["expert_offsets", "(5,)"]),
+        (np.zeros((2, 1), int), {}, ValueError, ["expert_offsets", "(2, 1)"]),
         (np.zeros((2, 5)), {}, TypeError, ["expert_offsets", "float"]),
         (np.zeros((2, 5), int), {"capacity": -1}, ValueError, ["capacity", "-1"]),
         (np.zeros((2, 5), int), {"parts": 0}, ValueError, ["parts", "got 0"]),

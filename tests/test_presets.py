@@ -123,6 +123,7 @@ def test_routes_as_the_model_does(name):
     preset, r = PRESETS[name], rng(name)
     assert (preset.num_experts, preset.score_bias) == (num_experts, has_bias)
     logits = r.normal(size=(17, num_experts)).astype(np.float32) * 2
+    logits[-1] = -60  # scores so small that it shows what is added to their sum
     # Biases of both signs, larger than the scores: some groups hold negative scores only.
     bias = r.normal(size=num_experts).astype(np.float32) if has_bias else None
     given = {} if bias is None else {"bias": jnp.asarray(bias)}

@@ -80,6 +80,13 @@ def test_summary():
     )
 
 
+def test_a_plain_tuple_will_do():
+    ids, weights = np.array([[0, 1]]), np.ones((1, 2))
+    assert fj.routing_stats((ids, weights), 4).tokens_per_expert.tolist() == [1, 1, 0, 0]
+    with pytest.raises(TypeError, match="routing_stats: router_output must be a RouterOutput; got ndarray"):
+        fj.routing_stats(ids, 4)
+
+
 @pytest.mark.parametrize(
     ("ids", "sizes", "error", "words"),
     [

@@ -96,6 +96,7 @@ def test_draws_on_given_axes():
         (lambda: viz.expert_load([[1, 2]]), r"expert_load: tokens_per_expert must be \[E\].*got shape \(1, 2\)"),
         (lambda: viz.load_heatmap([1, 2]), r"load_heatmap: tokens_per_expert must be \[L, E\]"),
         (lambda: viz.token_map(fj.RouterOutput(IDS[None], IDS[None]), 4), r"token_map: router_output.expert_ids must"),
+        (lambda: viz.token_map(fj.RouterOutput([[1, 2]], [[1.0]]), 4), r"one shape; got \(1, 2\) and \(1, 1\)"),
         (lambda: viz.aligned_table(fj.MoeRouting(IDS, IDS, 0), 4), r"aligned_table: routing.sorted_token_ids must be"),
         (lambda: viz.aligned_table(fj.MoeRouting([1, 2, 3], [0, 1], 2), 4), r"3 sorted_token_ids must make 2 blocks"),
     ],
@@ -103,6 +104,11 @@ def test_draws_on_given_axes():
 def test_errors(draw, words):
     with pytest.raises(ValueError, match=words):
         draw()
+
+
+def test_experts_are_integers():
+    with pytest.raises(TypeError, match="expert_ids must hold integers; got float64"):
+        viz.token_map(fj.RouterOutput([[1.0]], [[1.0]]), 4)
 
 
 def test_without_matplotlib(monkeypatch):
