@@ -89,11 +89,11 @@ def mesh_of(devices, kind=AxisType.Auto):
     return jax.make_mesh((devices,), ("d",), axis_types=(kind,))
 
 
-def close(got, want):
+def close(got, want, dtype="float32"):
     """Terms' size is that of the largest: sums that cancel."""
     for g, w in zip(got, want, strict=True):
-        bound = float(np.finfo(np.float32).eps) ** (2 / 3) * (1 + np.max(np.abs(w), initial=0))
-        np.testing.assert_allclose(g, w, rtol=0, atol=bound)
+        bound = float(jnp.finfo(dtype).eps) ** (2 / 3) * (1 + np.max(np.abs(w), initial=0))
+        np.testing.assert_allclose(np.asarray(g, np.float32), w, rtol=0, atol=bound)
 
 
 @pytest.mark.parametrize(
@@ -114,6 +114,17 @@ def test_values_and_gradients_equal_the_unsharded_layers(devices, exchange, kind
     for ids in routings(devices):
         placed = (jax.device_put(a, NamedSharding(mesh, P("d"))) for a in (ids, x, *rest))
         close(f(*placed), unsharded()(ids, x, *rest))
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_sixteen_bits(exchange):
+    x, _, weights, *rest = (a if a.ndim == 2 and a.shape[-1] == SIZE.K else a.astype("bfloat16") for a in arguments())
+    f = functools.partial(layer, run=moe_mlp, axis_name="d", exchange=exchange)
+    f = value_and_gradients(jax.shard_map(f, mesh=mesh_of(2), in_specs=P("d"), out_specs=P("d")))
+    ids, *_ = routings(2)
+    got = f(ids, x, weights, *rest)
+    assert [g.dtype for g in got] == [x.dtype, x.dtype, weights.dtype, *[r.dtype for r in rest]]
+    close(got, [w.astype("float32") for w in unsharded()(ids, x, weights, *rest)], "bfloat16")
 
 
 def test_two_processes_equal_one(tmp_path):
@@ -184,14 +195,20 @@ def test_overflow_is_counted_exactly_and_adds_nothing(exchange):
         out, dropped = layer(*args, run=moe_mlp, **fixed)
         return out, dropped[None]
 
-    f = jax.jit(jax.shard_map(run, mesh=mesh_of(devices), in_specs=P("d"), out_specs=P("d")))
+    sharded = jax.shard_map(run, mesh=mesh_of(devices), in_specs=P("d"), out_specs=P("d"))
+
+    @jax.jit
+    def f(x, ids, *rest):
+        out, vjp, dropped = jax.vjp(lambda x, *rest: sharded(x, ids, *rest), x, *rest, has_aux=True)
+        return (out, *vjp(jnp.sin(out))), dropped
+
     balanced = (np.arange(24 * 3).reshape(24, 3) % SIZE.E).astype(np.int32)
     counts = []
     for ids in (*routings(devices), balanced):
         gone = left_behind(ids, devices, SIZE.E, capacity, exchange)
-        out, dropped = f(x, ids, weights, *rest)
+        results, dropped = f(x, ids, weights, *rest)
         np.testing.assert_array_equal(dropped, gone.reshape(devices, -1).sum(1))
-        close((out,), unsharded()(np.where(gone, -1, ids).astype(np.int32), x, weights, *rest)[:1])
+        close(results, unsharded()(np.where(gone, -1, ids).astype(np.int32), x, weights, *rest))
         counts.append(int(dropped.sum()))
     assert counts[1] == 24 * 3 - 16
     assert counts[3] == 0
