@@ -6,7 +6,7 @@ from jax import lax
 
 from ._primitive import define
 from ._signature import INT32_MAX, as_int, canonical, one_of, parse
-from .routing import RouterOutput, rankable
+from .routing import RouterOutput, as_pair, rankable
 from .tables import moe_build_pairs_by_token
 
 PRIORITIES = ("token", "weight")
@@ -50,12 +50,12 @@ def limit_capacity(
     [[-1, 1], [0, 2], [-1, -1]]
     """
     op = "limit_capacity"
-    if not (isinstance(router_output, tuple) and len(router_output) == 2):
-        raise TypeError(f"{op}: router_output must be a RouterOutput; got {type(router_output).__name__}")
     one_of(op, "priority", priority, PRIORITIES)
     num_experts = as_int(op, "num_experts", num_experts, most=INT32_MAX - 1)
     capacity = as_int(op, "capacity", capacity, 0)
-    ids, weights = canonical(op, parse("expert_ids: ids[T,K], expert_weights: weights[T,K] ->"), router_output)
+    ids, weights = canonical(
+        op, parse("expert_ids: ids[T,K], expert_weights: weights[T,K] ->"), as_pair(op, router_output)
+    )
     if ids.shape != weights.shape:
         raise ValueError(f"{op}: expert_weights must have the shape of expert_ids, {ids.shape}; got {weights.shape}")
     rank = _rank(ids, *([weights] if priority == "weight" else []), num_experts=num_experts)

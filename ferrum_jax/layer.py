@@ -11,7 +11,7 @@ from . import _signature
 from ._signature import as_int, one_of
 from .combine import moe_combine, moe_dispatch, weighted_sum_batched
 from .grouped import ACTIVATIONS, grouped_matmul
-from .routing import RouterOutput, route_topk_softmax
+from .routing import RouterOutput, as_pair, route_topk_softmax
 from .tables import expert_of_row, moe_align_block_size_pair_ids, moe_plan
 
 _OP = "moe_mlp"
@@ -199,9 +199,7 @@ def checked(
     if (router_logits is None) == (router_output is None):
         got = "neither" if router_logits is None else "both"
         raise ValueError(f"{op}: give one of router_logits (with top_k) and router_output; got {got}")
-    if router_output is not None and not (isinstance(router_output, tuple) and len(router_output) == 2):
-        raise TypeError(f"{op}: router_output must be a RouterOutput; got {type(router_output).__name__}")
-    ids, weights = router_output or (None, None)
+    ids, weights = (None, None) if router_output is None else as_pair(op, router_output)
     (x,), (logits,) = _arrays(op, "x: rows[T,H]", x), _arrays(op, "router_logits: rows[T,E]", router_logits)
     ids, weights = _arrays(op, "expert_ids: ids[T,K], expert_weights: weights[T,K]", ids, weights)
     matrices = "w_gate_up: rows[E,H,G], w_down: rows[E,F,H], b_gate_up: rows[E,G], b_down: rows[E,H]"

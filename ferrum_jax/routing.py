@@ -234,6 +234,13 @@ def moe_route_plan(
     return routed, plan
 
 
+def as_pair(op: str, router_output: Any) -> tuple[Any, Any]:
+    """The ids and the weights of a RouterOutput, or of a plain tuple of them."""
+    if not (isinstance(router_output, tuple) and len(router_output) == 2):
+        raise TypeError(f"{op}: router_output must be a RouterOutput; got {type(router_output).__name__}")
+    return router_output
+
+
 # ---- the settings, checked, in the one form that each meaning has
 
 

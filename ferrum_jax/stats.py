@@ -9,7 +9,7 @@ import numpy as np
 
 from ._signature import INT32_MAX, as_int
 from .losses import expert_counts
-from .routing import RouterOutput
+from .routing import RouterOutput, as_pair
 
 
 class RoutingStats(NamedTuple):
@@ -105,9 +105,7 @@ def routing_stats(router_output: RouterOutput, num_experts: int, *, block_size: 
     op = "routing_stats"
     num_experts = as_int(op, "num_experts", num_experts, most=INT32_MAX - 1)
     block_size = as_int(op, "block_size", block_size)
-    if not (isinstance(router_output, tuple) and len(router_output) == 2):
-        raise TypeError(f"{op}: router_output must be a RouterOutput; got {type(router_output).__name__}")
-    ids, _ = router_output
+    ids, _ = as_pair(op, router_output)
     load = expert_counts(ids, num_experts)
     pairs = jnp.sum(load, axis=-1, dtype=jnp.int32)
     # Slots may be more than int32 holds; of float32 a share is all that is wanted.
