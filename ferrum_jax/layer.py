@@ -155,7 +155,7 @@ def _tokens(x: jax.Array) -> jax.Array:
 
 
 def _as_given(out: jax.Array, given: Any) -> jax.Array:
-    """The result with its tokens sharded as those that were given, so that the two can be added."""
+    """The result with its tokens sharded as those that were given, so that what follows stays divided too."""
     *lead, _ = given.sharding.spec
     sharding = jax.typeof(out).sharding
     *own, last = sharding.spec

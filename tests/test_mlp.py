@@ -205,6 +205,8 @@ def test_tokens_sharded_along_any_axis(spec, flow, kind):
     def run(x, logits, weights):
         here = {"flow": flow, "w_gate_up": matrices[0], "w_down": matrices[1]}
         routed = moe_mlp(x, None, router_output=ferrum_jax.RouterOutput(ids, weights), **here)
+        given, made = (jax.typeof(y).sharding.spec[:2] for y in (x, routed))
+        assert made == given
         return jnp.sum(jnp.sin(x + moe_mlp(x, logits, top_k=2, **here) + routed))
 
     want = jax.grad(run, (0, 1, 2))(x, logits, weights)
