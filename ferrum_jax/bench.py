@@ -230,26 +230,44 @@ def _gradient(argnums: tuple[int, ...], shape: Callable[[Size], tuple[int, ...]]
     )
 
 
-DECODE_STEPS = 200
+STEPS = 200
+
+
+def _many(step: Callable[[Any], Any], start: Any) -> Any:
+    # Unrolled, because a turn of XLA's loop by itself takes as long as several launches.
+    return lax.fori_loop(0, STEPS, lambda _, carry: step(carry), start, unroll=20)
+
+
+def _seen(tables: Sequence[jax.Array]) -> tuple[list[jax.Array], jax.Array]:
+    """The tables, all of them whole though only a part of each is used, and a number that depends on each."""
+    tables = lax.optimization_barrier(list(tables))
+    return tables, functools.reduce(jnp.add, (table.reshape(-1)[0] for table in tables))
+
+
+def _plans(plan: Callable[..., Any]) -> Callable[..., Any]:
+    """Tables alone: each step's ids come from the last one's tables."""
+
+    def run(ids: jax.Array) -> tuple[jax.Array, ...]:
+        # Their first entries are no less than 0, so that no id changes, which XLA does not know.
+        return plan(_many(lambda ids: ids + jnp.minimum(_seen(plan(ids))[1], 0), ids))
+
+    return run
 
 
 def _decode(s: Size, route_plan: Callable[..., Any], combine: Callable[..., Any]) -> Callable[..., Any]:
     """What decoders do around their products: each step's logits come from the last one's result."""
 
-    def step(_: Any, carry: Any) -> Any:
+    def step(carry: Any) -> Any:
         logits, seen, rows = carry
         _, weights, *tables = route_plan(logits)
-        # All of them whole, though only a part of each is used.
-        tables = lax.optimization_barrier(tables)
+        tables, entry = _seen(tables)
         out = lax.optimization_barrier(combine(rows, tables[0], weights))
         seen += out[:, 0].astype(jnp.float32)
-        entry = functools.reduce(jnp.add, (table.reshape(-1)[0] for table in tables)).astype(jnp.float32)
         # Too little to change a logit, which XLA does not know.
-        return (logits + 1e-30 * (seen[:, None] + entry)).astype(s.dtype), seen, rows
+        return (logits + 1e-30 * (seen[:, None] + entry.astype(jnp.float32))).astype(s.dtype), seen, rows
 
     def run(logits: jax.Array, rows: jax.Array) -> Any:
-        # Unrolled, because a turn of XLA's loop by itself takes as long as several launches.
-        logits, seen, _ = lax.fori_loop(0, DECODE_STEPS, step, (logits, jnp.zeros(s.T), rows), unroll=20)
+        logits, seen, _ = _many(step, (logits, jnp.zeros(s.T), rows))
         return logits, seen.astype(s.dtype)
 
     return run
@@ -380,12 +398,19 @@ OPS: Mapping[str, Op] = {
         bytes=lambda s: (4 * s.T * s.H + (s.used + s.E) * 3 * s.H * s.F) * s.item,
         flops=lambda s: 6 * s.P * 3 * s.H * s.F,
     ),
+    "plan_step": Op(
+        _ids,
+        lambda s, name: _plans(_plan(s, name)),
+        lambda s: {"argsort": _plans(lambda ids: argsort_plan(ids, s.E, s.block))},
+        lambda s: 4 * (4 * s.P + s.E + 1 + s.S + s.S // s.block + 1),
+        steps=STEPS,
+    ),
     "decode_step": Op(
         _decode_inputs,
         lambda s, name: _decode(s, _route_plan(s, name), _combine(s, name)),
         lambda s: {"argsort, einsum": _decode(s, _route_plan_today(s), gather_einsum)},
         lambda s: 2 * s.T * s.E * s.item + (s.T + s.P) * s.H * s.item + 4 * (5 * s.P + s.E + s.S + s.S // s.block),
-        steps=DECODE_STEPS,
+        steps=STEPS,
     ),
 }
 

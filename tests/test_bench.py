@@ -29,7 +29,7 @@ def tiny(monkeypatch):
         return [1e-3]
 
     monkeypatch.setattr(bench, "CPU_WIDTHS", (4, 3))
-    monkeypatch.setattr(bench, "DECODE_STEPS", 2)
+    monkeypatch.setattr(bench, "STEPS", 2)
     monkeypatch.setattr(bench, "_clock", clock)
     monkeypatch.setattr(bench, "peaks", lambda: PEAK)
 

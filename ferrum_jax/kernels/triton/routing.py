@@ -31,10 +31,15 @@ EXACT_LANES = {"bfloat16": 2**15, "float16": 2**12}  # up to which 31 bits have 
 #   words of 32 bits that one addition makes of NaN and -0 too; and what NaNs     137     182     368
 #     need apart, row by row: it is rare, and must not take the registers
 #   loads without masks where all tokens are there                                133     177     361
+#   words move up by a multiplication that is done or not, no selection           136     182     368
 #
-# On one H200, 2026-11-25, the sixth row's kernel took 3.8, 22.5 and 46.9 us, the last one's 3.6, 19.0 and 37.7. Undone:
-# neighbours of 16 bits loaded and put in order as one number, 127, 157 and 325 instructions, took 3.5, 19.5 and 38.1 us
-# on 2026-11-26: it is no longer their number that binds.
+# On one H200, 2026-11-25, the sixth row's kernel took 3.8, 22.5 and 46.9 us, the last but one's 3.6, 19.0 and 37.7. What
+# binds is the pipe of comparisons, selections and bit operations, which takes an instruction of a warp in two cycles: 88,
+# 114 and 256 of the last but one's go there, 76, 90 and 216 of the last one's, whose moves the multiplier makes. On one
+# H100, 2026-11-26, in turn, the last but one took 3.8, 19.3 and 37.8 us, the last 3.8, 17.1 and 34.0. Undone there, as
+# changes of the last: neighbours of 16 bits loaded and put in order as one number, 3.8, 17.1 and 35.7; half as many rows
+# a program 3.8, 24.5 and 50.0, twice as many 3.8, 18.1 and 33.5; two warps a program 4.5, 18.5 and 41.4; two of these
+# turns a program 4.7, 18.5 and 37.7; logits asked for 2,048 programs ahead 5.9, 18.7 and 34.5.
 
 
 @triton.jit
@@ -166,6 +171,32 @@ def sort(x, N: tl.constexpr):
 
 
 @triton.jit
+def one_unknown(like):
+    # 1, which the compiler does not know of: a block's height in threads.
+    if INTERPRETED:
+        return like
+    else:
+        return tl.inline_asm_elementwise("mov.u32 $0, %ntid.y;", "=r,r", [like], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def chosen_by_multiplier(condition, a, b, one):
+    # tl.where, by a multiplication that is done or not: the pipe for comparisons and selections is what the kernel
+    # waits for, the multiplier has time.
+    if INTERPRETED:
+        return tl.where(condition, a, b)
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p mul.lo.s32 $0, $3, $4; }",
+            "=r,0,r,r,r",
+            [b, condition.to(tl.int32), a, one],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+
+
+@triton.jit
 def best_by_sorting(word, K: tl.constexpr, CHOICES: tl.constexpr, EXACT: tl.constexpr, VECTOR: tl.constexpr):
     # Each thread sorts the words that it holds of a row, VECTOR neighbours or several times as many. Then, K times, the
     # largest of the threads' first ones is taken, and the others of its thread move up.
@@ -180,6 +211,7 @@ def best_by_sorting(word, K: tl.constexpr, CHOICES: tl.constexpr, EXACT: tl.cons
     words = tl.zeros([ROWS, CHOICES], tl.int32)
     unsure = tl.zeros([ROWS, 1], tl.int32)
     COUNT: tl.constexpr = K if EXACT else K + 1
+    one = one_unknown(own[0])
     first = tl.max(own[0], 1)[:, None]
     last = first
     for k in tl.static_range(COUNT):
@@ -190,7 +222,7 @@ def best_by_sorting(word, K: tl.constexpr, CHOICES: tl.constexpr, EXACT: tl.cons
         last = best
         taken = own[0] == best
         for i in tl.static_range(min(N, COUNT - 1 - k)):
-            moved = tl.where(taken, own[i + 1], own[i])
+            moved = chosen_by_multiplier(taken, own[i + 1], own[i], one)
             own = own[:i] + (moved,) + own[i + 1 :]  # noqa: RUF005 (Triton knows no unpacking)
     return words, first, unsure
 
