@@ -33,13 +33,14 @@ EXACT_LANES = {"bfloat16": 2**15, "float16": 2**12}  # up to which 31 bits have 
 #   loads without masks where all tokens are there                                133     177     361
 #   words move up by a multiplication that is done or not, no selection           136     182     368
 #
-# On one H200, 2026-11-25, the sixth row's kernel took 3.8, 22.5 and 46.9 us, the last but one's 3.6, 19.0 and 37.7. What
-# binds is the pipe of comparisons, selections and bit operations, which takes an instruction of a warp in two cycles: 88,
-# 114 and 256 of the last but one's go there, 76, 90 and 216 of the last one's, whose moves the multiplier makes. On one
-# H100, 2026-11-26, in turn, the last but one took 3.8, 19.3 and 37.8 us, the last 3.8, 17.1 and 34.0. Undone there, as
-# changes of the last: neighbours of 16 bits loaded and put in order as one number, 3.8, 17.1 and 35.7; half as many rows
-# a program 3.8, 24.5 and 50.0, twice as many 3.8, 18.1 and 33.5; two warps a program 4.5, 18.5 and 41.4; two of these
-# turns a program 4.7, 18.5 and 37.7; logits asked for 2,048 programs ahead 5.9, 18.7 and 34.5.
+# On one H200, 2026-11-25, the sixth row's kernel took 3.8, 22.5 and 46.9 us, the last but one's 3.6, 19.0 and 37.7.
+# What binds is the pipe of comparisons, selections and bit operations, which takes an instruction of a warp in two
+# cycles: 88, 114 and 256 of the last but one's go there, 76, 90 and 216 of the last one's, whose moves the multiplier
+# makes. On one H100, 2026-11-26, in turn, the last but one took 3.8, 19.3 and 37.8 us, the last 3.8, 17.1 and 34.0.
+# Undone there, as changes of the last: neighbours of 16 bits loaded and put in order as one number, 3.8, 17.1 and
+# 35.7; half as many rows a program 3.8, 24.5 and 50.0, twice as many 3.8, 18.1 and 33.5; two warps a program 4.5,
+# 18.5 and 41.4; two of these turns a program 4.7, 18.5 and 37.7; logits asked for 2,048 programs ahead 5.9, 18.7 and
+# 34.5.
 
 
 @triton.jit
