@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import itertools
+import math
 import re
 
 import jax
@@ -41,8 +42,10 @@ def test_values_and_gradients(size, dtype, pair_ids):
 
 
 @pytest.mark.usefixtures("interpreting")
-def test_blocks_beyond_a_tile_many_columns_and_float32_results():
+@pytest.mark.parametrize("choice", grouped.TILES.values(), ids=str)
+def test_blocks_beyond_a_tile_many_columns_and_float32_results(choice, monkeypatch):
     """One expert's rows in two tiles and more; more columns than one tile; experts without rows."""
+    monkeypatch.setattr(grouped, "TILES", {math.inf: choice})
     r = rng("large")
     routing = ferrum_jax.moe_plan(np.full((200, 1), 1, np.int32), 3, 256, implementation="xla")
     lhs, rhs = rows(r, (200, 64), "bfloat16"), rows(r, (3, 64, 320), "bfloat16")

@@ -20,14 +20,18 @@ WINDOW = 32  # most tiles of an expert that go side by side through the columns,
 PART = 160  # most slots whose rows a thread block gathers
 
 # An expert's rows on average, at most -> the most rows of a tile; and whether the hardware deals the tiles out, one a
-# thread block, or each of PROGRAMS blocks takes its share of them, so that its loads never stop. Few rows: the bytes of
-# matrices are the time, and each is read once. Many: the products are, of which the larger tile takes fewer bytes each,
-# and shares are never quite even. The product's kernel on one NVIDIA H200, bfloat16, 2026-11-26, in microseconds: E=128
-# H=2048 N=1536, before tiles changed places from column to column, T=16 shares 115, dealt 119; T=128 183, 187; T=1024
-# most 80, 96 or 112 204 to 208, dealt 213; T=8192 dealt 144 635, 160 693, shares of 160 654. E=64 H=7168 N=4096, as it
-# is, T=4096 dealt 128 2784, 144 2711, 160 2816; shares of 128 2998, 144 2859, 160 2742. `python -m
+# thread block, or each of PROGRAMS blocks takes its share of them, so that its loads never stop. Few rows: the bytes
+# of matrices are the time, and each is read once. Many: the products are, of which the larger tile takes fewer bytes
+# each, and shares are never quite even. The product's kernel on one NVIDIA H200, bfloat16, 2026-11-26, in
+# microseconds: E=128 H=2048 N=1536, before tiles changed places from column to column, T=16 shares 115, dealt 119;
+# T=128 183, 187; T=1024 most 80, 96 or 112 204 to 208, dealt 213; T=8192 dealt 144 635, 160 693, shares of 160 654.
+# E=64 H=7168 N=4096, as it is, T=4096 dealt 128 2784, 144 2711, 160 2816; shares of 128 2998, 144 2859, 160 2742. On
+# one H100 that day, E=8 K=2 H=4096 N=28672, T=2048 dealt 144 1525, shares of 128 1445, 144 1455, 160 1500; T=4096
+# 2833, 2905, 2821, 2630; T=8192 5474, 5651, 5504, 5106. H=14336 N=4096, T=4096 1360, 1504, 1418, 1301. E=32 K=4
+# H=4096 N=4096, T=8192 1597, 1664, 1561, 1544. E=128, T=16384 1301, 1302, 1266, 1266. `python -m
 # ferrum_jax.kernels.pallas.tune` times them all.
-TILES = {16: (32, False), 80: (96, False), math.inf: (144, True)}
+TILES = {16: (32, False), 80: (96, False), 640: (144, True), math.inf: (160, False)}
+TIMED = 640  # up to which mean the choices were timed with an activation, and in the transposed form
 COMPARED = 2**25  # up to here each eight rows are compared with each slot: one launch in place of three
 CHUNK = 32  # slots of a tile that are stored at a time
 
@@ -582,7 +586,8 @@ def _product(lhs, rhs, tables, top_k, dtype, transposed=False, row_weights=None,
     low, high, apart = _ranges(slots, owner, num_slices, num_experts, num_pairs, top_k)
     lhs_slice = lhs_slice if lhs_slices > 1 else 0
     gathered = _gathered(lhs, slots, owner, apart, num_experts, num_pairs, lhs_slice, top_k)
-    most, dealt = next(choice for mean, choice in TILES.items() if num_pairs <= mean * num_experts)
+    rows = min(num_pairs, TIMED * num_experts) if activation or transposed else num_pairs
+    most, dealt = next(choice for mean, choice in TILES.items() if rows <= mean * num_experts)
     num_matrices = num_slices * min(num_experts, num_pairs)
     tiles, count = _tiles(low, high, most, _most_tiles(max(num_slices * num_pairs, slots.size), num_matrices, most))
     stages, chunk = _stages(most, dtype)
