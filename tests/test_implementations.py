@@ -92,18 +92,34 @@ def chosen(f, *shapes, device_kind="NVIDIA H200", **kwargs):
 
 @needs_plugin
 @pytest.mark.parametrize(
-    ("k", "taken", "other", "why"),
+    ("tokens", "k", "taken", "other", "why"),
     [
-        (8, "xla", "triton", "xla comes first, measured as fast or faster on a Hopper GPU at K >= 8"),
-        (2, "triton", "xla", "triton comes first"),
+        (64, 8, "xla", "triton", "xla comes first, measured as fast or faster on a Hopper GPU at K >= 8, but for"),
+        (1024, 8, "triton", "xla", "triton comes first"),
+        (8192, 8, "xla", "triton", "xla comes first"),
+        (64, 2, "triton", "xla", "triton comes first"),
     ],
 )
-def test_combine_takes_what_was_measured(k, taken, other, why):
-    choice = chosen(ferrum_jax.moe_combine, (64 * k, 16), (64, k), (64, k), ids=(1,))
+def test_combine_takes_what_was_measured(tokens, k, taken, other, why):
+    rows, pairs = (tokens * k, 16), (tokens, k)
+    choice = chosen(ferrum_jax.moe_combine, rows, pairs, pairs, ids=(1,))
     assert choice.implementation == taken
-    assert choice.passed_over[other] == why
+    assert choice.passed_over[other].startswith(why)
     # Leading axes are not choices per token.
-    assert chosen(ferrum_jax.moe_combine, (9, 64 * k, 16), (9, 64, k), (9, 64, k), ids=(1,)).implementation == taken
+    batched = chosen(ferrum_jax.moe_combine, (9, *rows), (9, *pairs), (9, *pairs), ids=(1,))
+    assert batched.implementation == taken
+
+
+@needs_plugin
+@pytest.mark.pallas
+@pytest.mark.parametrize(("tokens", "taken"), [(128, "xla"), (1024, "pallas"), (8192, "xla")])
+def test_the_gradient_of_dispatch_by_its_size(tokens, taken):
+    g, slots, pairs = (
+        jax.ShapeDtypeStruct(s, t) for s, t in (((9, 4), "float32"), ((9,), "int32"), ((tokens, 8), "int32"))
+    )
+    choose = functools.partial(ferrum_jax.kernels.choose, "moe_collect", None, (g, slots, pairs), {}, "cuda")
+    assert choose("NVIDIA H100 80GB HBM3").implementation == taken
+    assert choose("NVIDIA A100-SXM4-80GB").implementation == ("triton" if taken == "pallas" else taken)
 
 
 @needs_plugin

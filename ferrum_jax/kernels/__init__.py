@@ -60,8 +60,8 @@ def _many_rows(shapes: Sequence[tuple[int, ...]], params: Mapping[str, Any]) -> 
 
 
 # Where the first kernel of KERNELS that can run is not taken first. From times of `python -m ferrum_jax bench` in
-# microseconds, xla/triton/pallas, bfloat16, jax 0.11.2, Triton 3.6.0: on one NVIDIA H100 80GB HBM3, 2026-11-25, or,
-# where it says so, on one NVIDIA H200, 2026-11-26; at the K=8 and H=2048 of Qwen3 unless said. Between two sizes that
+# microseconds, xla/triton/pallas, bfloat16, jax 0.11.2, Triton 3.6.0: on one NVIDIA H100 80GB HBM3, 2026-11-25 and 26,
+# or, where it says so, on one NVIDIA H200, 2026-11-26; at the K=8 and H=2048 of Qwen3 unless said. Between two sizes that
 # were measured, the nearer decides. Where xla is as fast as a kernel, within 2%, it comes first: it can also fuse what
 # stands around the op.
 _LARGE_PACKED = Measured(
@@ -70,10 +70,24 @@ _LARGE_PACKED = Measured(
     lambda shapes, params: params["packed_rows"] and _many_rows(shapes, params),
 )
 MEASURED: Mapping[str, Sequence[Measured]] = {
-    # T=16 2.4/2.5/2.2, T=128 3.8/3.8/3.7, T=8192 104/103/103; H=7168 352/359/350; K=2 H=4096 76/68/68.
-    "moe_combine": (Measured("xla", "K >= 8", lambda shapes, params: shapes[2][-1] >= 8),),
-    # With pairs_by_token: T=16 2.0/3.9/2.2, T=128 3.6/5.2/3.7, T=8192 104/104/103.
-    "moe_collect": (Measured("xla", "K >= 8", lambda shapes, params: len(shapes) == 3 and shapes[2][-1] >= 8),),
+    # T=16 2.3/2.4/2.2, T=128 3.8/3.8/3.7, T=1024 15.7/14.6/14.7, T=8192 105/103/103; H=7168 352/359/350; K=2 H=4096
+    # 76/68/68.
+    "moe_combine": (
+        Measured(
+            "xla",
+            "K >= 8, but for 4096 <= T*K <= 16384",
+            lambda shapes, params: shapes[2][-1] >= 8 and not 4096 <= _pairs(shapes[2]) <= 16384,
+        ),
+    ),
+    # With pairs_by_token: T=16 2.1/3.9/2.2, T=128 3.5/5.2/3.7, T=1024 15.5/15.8/14.6, T=8192 104/104/103.
+    "moe_collect": (
+        Measured(
+            "pallas",
+            "K >= 8, 4096 <= T*K <= 16384",
+            lambda shapes, params: len(shapes) == 3 and shapes[2][-1] >= 8 and 4096 <= _pairs(shapes[2]) <= 16384,
+        ),
+        Measured("xla", "K >= 8", lambda shapes, params: len(shapes) == 3 and shapes[2][-1] >= 8),
+    ),
     # This and the next in turn, the gradients of combine: T=16 4.7/6.7/7.2, T=128 7.7/9.2/9.4, T=8192 268/278/236;
     # H=7168 965/1004/752; K=2 H=4096 156/168/150.
     "moe_spread": (
@@ -85,7 +99,7 @@ MEASURED: Mapping[str, Sequence[Measured]] = {
         Measured("pallas", "T*K > 4096", lambda shapes, params: True),
     ),
     # On an H200: T=16 5.0/3.9/3.8, T=128 6.2/6.0/5.7, T=512 13.2/13.1/12.3, T=1024 26.6/21.7/22.6, T=8192 186/148/167;
-    # H=7168 672/502/511; K=2 H=4096 110/84/88.
+    # H=7168 672/502/511; K=2 H=4096 110/84/88. On an H100 T=16 5.7/4.6/4.5, T=8192 269/204/214; H=7168 966/706/704.
     "moe_combine_cotangents": (Measured("pallas", "T*K <= 4096", lambda shapes, params: _pairs(shapes[3]) <= 4096),),
     # T=16 1.7/2.5/1.7, T=128 4.3/3.6/3.2, T=8192 99/100/99.
     "weighted_sum_batched": (
