@@ -43,8 +43,20 @@ class Op(NamedTuple):
         name = called or self.name
         _signature.one_of(name, "implementation", implementation, (None, *kernels.IMPLEMENTATIONS))
         operands = equally_varying(_signature.canonical(name, self.signature, args))
-        results = self.primitive.bind(*operands, implementation=implementation, **params)
+        if self.made_of_ops and _partly_manual(operands[0]):
+            _abstract(self, *map(jax.typeof, operands), implementation=implementation, **params)
+            results = _with_leading_axes(self)(*operands, implementation=implementation, **params)
+        else:
+            results = self.primitive.bind(*operands, implementation=implementation, **params)
         return results if len(self.signature.results) > 1 else results[0]
+
+
+def _partly_manual(operand: Array) -> bool:
+    """Whether some axes of the mesh are Explicit inside a `jax.shard_map` over others.
+
+    There JAX cannot keep for a gradient the scalars of a mesh's other view, in which `_jvp_of_ops` has them.
+    """
+    return {AxisType.Explicit, AxisType.Manual} <= set(jax.typeof(operand).sharding.mesh.axis_types)
 
 
 # operand index, or a pair of them -> the map that gives its cotangent, or both
@@ -201,7 +213,7 @@ def _lower(op: Op, platform: str | None, ctx: Any, *operands: Any, implementatio
         run = (None if empty else kernels.load(choice.implementation, op.name, ctx.avals_out)) or _with_leading_axes(op)
     mesh = ctx.avals_out[0].sharding.mesh
     if AxisType.Explicit in mesh.axis_types:
-        run = _in_auto_mesh(run, mesh, tuple(a.sharding.spec for a in ctx.avals_out))
+        run = in_auto_mesh(run, mesh, tuple(a.sharding.spec for a in ctx.avals_out))
     else:
         mesh = _no_mesh()
         ctx = ctx.replace(avals_in=_local(ctx.avals_in), avals_out=_local(ctx.avals_out))
@@ -213,7 +225,7 @@ def _lower(op: Op, platform: str | None, ctx: Any, *operands: Any, implementatio
     return mlir.lower_fun(traced, multiple_results=True)(ctx, *operands)
 
 
-def _in_auto_mesh(run: Callable[..., Any], mesh: AbstractMesh, out_sharding: Any) -> Callable[..., Any]:
+def in_auto_mesh(run: Callable[..., Any], mesh: AbstractMesh, out_sharding: Any) -> Callable[..., Any]:
     axes = tuple(n for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Explicit)
     return jax.sharding.auto_axes(run, axes=axes, out_sharding=out_sharding)
 
@@ -368,7 +380,7 @@ def _jvp_of_ops(op: Op, primals: Any, tangents: Any, **params: Any) -> tuple[Any
     results = _abstract(op, *map(jax.typeof, primals), **params)
     mesh, specs = results[0].sharding.mesh, tuple(r.sharding.spec for r in results)
     if AxisType.Explicit in mesh.axis_types:
-        run = _in_auto_mesh(run, mesh, (specs, specs))
+        run = in_auto_mesh(run, mesh, (specs, specs))
     return run(tuple(primals), tuple(tangents[i] for i in varying))
 
 

@@ -240,8 +240,8 @@ def _many(step: Callable[[Any], Any], start: Any) -> Any:
 
 def _seen(tables: Sequence[jax.Array]) -> tuple[list[jax.Array], jax.Array]:
     """The tables, all of them whole though only a part of each is used, and a number that depends on each."""
-    tables = lax.optimization_barrier(list(tables))
-    return tables, functools.reduce(jnp.add, (table.reshape(-1)[0] for table in tables))
+    whole = list(lax.optimization_barrier(tables))
+    return whole, functools.reduce(jnp.add, (table.reshape(-1)[0] for table in whole))
 
 
 def _plans(plan: Callable[..., Any]) -> Callable[..., Any]:

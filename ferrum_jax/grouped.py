@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._primitive import define
+from ._primitive import define, equally_varying
 from ._signature import INT32_MAX, ROW_DTYPES, as_int, canonical, one_of
 from .kernels import IMPLEMENTATIONS, lead_axes
 from .tables import MoePlan, MoeRouting
@@ -229,7 +229,7 @@ def _products(
         row = jnp.where((slot >= 0) & (slot < num_pairs), slot, num_pairs)
         return out.at[slice_id, row].set(rows.astype(dtype), mode="drop")
 
-    out = jnp.zeros((_size(lead), num_pairs, width), dtype)
+    out, _ = equally_varying([jnp.zeros((_size(lead), num_pairs, width), dtype), lhs])
     return lax.fori_loop(0, count, step, out).reshape(*lead, num_pairs, width)
 
 
@@ -258,7 +258,7 @@ def _outer_meaning(
         term = lax.dot_general(rows, columns, (((0,), (0,)), ((), ())), "highest", preferred_element_type="float32")
         return out.at[slice_id, expert].add(term, mode="promise_in_bounds")
 
-    out = jnp.zeros((_size(lead), *shape), jnp.float32)
+    out, _ = equally_varying([jnp.zeros((_size(lead), *shape), jnp.float32), lhs])
     return lax.fori_loop(0, count, step, out).astype(lhs.dtype).reshape(*lead, *shape)
 
 

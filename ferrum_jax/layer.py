@@ -87,17 +87,17 @@ def moe_mlp(
         _OP, x, router_logits, router_output, w_gate_up, w_down, b_gate_up, b_down
     )
     given, num_experts = jax.typeof(x), w_gate_up.shape[0]
-    x = _tokens(x)
+    x = tokens_of(x)
     if routed is None:
         if top_k is None:
             raise TypeError(f"{_OP}: top_k must be an int with router_logits; got None")
         ids, weights = route_topk_softmax(
-            _tokens(logits), top_k, norm_topk_prob=norm_topk_prob, implementation=implementation
+            tokens_of(logits), top_k, norm_topk_prob=norm_topk_prob, implementation=implementation
         )
     else:
         if top_k is not None and top_k != routed[0].shape[-1]:
             raise ValueError(f"{_OP}: top_k must be that of router_output, {routed[0].shape[-1]}; got {top_k}")
-        ids, weights = map(_tokens, routed)
+        ids, weights = map(tokens_of, routed)
     one_of(_OP, "flow", flow, (None, *FLOWS))
     if flow is None:
         flow = "pair_ids" if x.size * x.dtype.itemsize <= 2**25 else "packed"
@@ -142,19 +142,22 @@ def moe_mlp(
     else:
         weights = jnp.where((ids >= 0) & (ids < num_experts), weights, 0)
         out = weighted_sum_batched(rows.reshape(*ids.shape, x.shape[-1]), weights, **run)
-    return _as_given(out.reshape(given.shape), given)
+    return as_given(out.reshape(given.shape), given)
 
 
-def _tokens(x: jax.Array) -> jax.Array:
-    """[..., N] as [T, N]. Of sharded axes in an Explicit mesh JAX flattens the first alone: the others are gathered."""
+def tokens_of(x: jax.Array, whole: bool = False) -> jax.Array:
+    """[..., N] as [T, N]. Of sharded axes in an Explicit mesh JAX flattens the first alone: the others are gathered.
+
+    All of them, if it is to be whole on every device.
+    """
     sharding = jax.typeof(x).sharding
-    spec = [axes if i in (0, x.ndim - 1) else None for i, axes in enumerate(sharding.spec)]
+    spec = [axes if i in (0, x.ndim - 1) and not whole else None for i, axes in enumerate(sharding.spec)]
     if AxisType.Explicit in sharding.mesh.axis_types and tuple(spec) != tuple(sharding.spec):
         x = jax.sharding.reshard(x, sharding.update(spec=PartitionSpec(*spec)))
     return x.reshape(-1, x.shape[-1])
 
 
-def _as_given(out: jax.Array, given: Any) -> jax.Array:
+def as_given(out: jax.Array, given: Any) -> jax.Array:
     """The result with its tokens sharded as those that were given, so that what follows stays divided too."""
     *lead, _ = given.sharding.spec
     sharding = jax.typeof(out).sharding

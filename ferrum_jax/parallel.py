@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType, PartitionSpec
 
 from . import layer
-from ._primitive import equally_varying
+from ._primitive import equally_varying, in_auto_mesh
 from ._signature import INT32_MAX, as_int, canonical, one_of, parse
 from .combine import moe_combine, moe_dispatch
 from .routing import RouterOutput, route_topk_softmax
@@ -204,8 +205,8 @@ def moe_mlp(
     x, _, (ids, weights), *_ = layer.checked(_OP, x, router_logits, router_output, w_gate_up, w_down, *biases)
     if top_k is not None and top_k != ids.shape[-1]:
         raise ValueError(f"{_OP}: top_k must be that of router_output, {ids.shape[-1]}; got {top_k}")
-    shape, experts = x.shape, w_gate_up.shape[0]
-    x, ids, weights = (a.reshape(-1, a.shape[-1]) for a in (x, ids, weights))
+    given, experts = jax.typeof(x), w_gate_up.shape[0]
+    x, ids, weights = (layer.tokens_of(a, whole=True) for a in (x, ids, weights))
     x, ids, weights, _ = equally_varying([x, ids, weights, lax.axis_index(axis_name)])
     if block_size is None:
         block_size = layer.usual_block_size(ids.size, experts)
@@ -232,7 +233,7 @@ def moe_mlp(
         out, dropped = _gathered(local, axis_name, x, ids, weights, experts)
     else:
         out, dropped = _exchanged(local, axis_name, exchange, x, ids, weights, experts, rows, implementation)
-    out = out.reshape(shape)
+    out = layer.as_given(out.reshape(given.shape), given)
     return (out, dropped) if return_dropped else out
 
 
@@ -259,13 +260,22 @@ def _gather_is_cheaper(x: jax.Array, top_k: int, devices: int) -> bool:
 def _gathered(
     local: Any, axis_name: Any, x: jax.Array, ids: jax.Array, weights: jax.Array, experts: int
 ) -> tuple[jax.Array, jax.Array]:
-    every, ids, weights = (lax.all_gather(a, axis_name, tiled=True) for a in (x, ids, weights))
+    gather, scatter = (
+        _auto(functools.partial(collective, axis_name=axis_name, tiled=True), jax.typeof(x).sharding.mesh)
+        for collective in (lax.all_gather, lax.psum_scatter)
+    )
+    every, ids, weights = map(gather, (x, ids, weights))
     first = lax.axis_index(axis_name) * experts
     mine = (ids >= first) & (ids < first + experts)
     part = local(every, jnp.where(mine, ids - first, -1), weights)
-    out = lax.psum_scatter(part.astype(jnp.float32), axis_name, tiled=True).astype(x.dtype)
+    out = scatter(part.astype(jnp.float32)).astype(x.dtype)
     none = jnp.zeros_like(mine)  # which varies as the pairs do
     return out, _count(none)
+
+
+def _auto(collective: Any, mesh: Any) -> Any:
+    """With a mesh's Explicit axes as Auto ones: among those JAX has no psum_scatter, and all_gather no gradient."""
+    return in_auto_mesh(collective, mesh, PartitionSpec()) if AxisType.Explicit in mesh.axis_types else collective
 
 
 def _count(mask: jax.Array) -> jax.Array:

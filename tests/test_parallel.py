@@ -158,6 +158,39 @@ def test_axes_of_a_larger_mesh():
     close((got.reshape(logits.shape),), (want,))
 
 
+@pytest.mark.parametrize(
+    ("exchange", "tokens", "matrices"),
+    [
+        ("gather", P("d", "o"), (P("d"), P("d"))),
+        ("padded", P(("d", "o")), (P("d"), P("d"))),
+        ("ragged", P("d", None, "o"), (P("d"), P("d"))),
+        ("gather", P("d"), (P("d", None, "o"), P("d", "o"))),
+        ("padded", P("d", "o"), (P("d", "o"), P("d", None, "o"))),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=lambda t: t.name)
+def test_an_axis_that_is_not_mapped(exchange, tokens, matrices, kind):
+    """Experts over one axis by shard_map, while another one shards tokens, width or the experts' own width by types."""
+    r, shapes = rng("not mapped"), ((4, 6, 6), (4, 6, 8), (8, 6, 8), (8, 4, 6))
+    args = [r.normal(size=s).astype(np.float32) for s in shapes]
+    mesh = jax.make_mesh((2, 2), ("d", "o"), axis_types=(AxisType.Auto, kind))
+    run = functools.partial(moe_mlp, axis_name="d", top_k=3, exchange=exchange)
+    f = jax.shard_map(run, mesh=mesh, in_specs=P("d"), out_specs=P("d"), axis_names={"d"})
+
+    def all_of(f):
+        def run(*args):
+            out, vjp = jax.vjp(f, *args)
+            return out, *vjp(jnp.sin(out))
+
+        return jax.jit(run)
+
+    want = all_of(functools.partial(ferrum_jax.moe_mlp, top_k=3))(*args)
+    with jax.set_mesh(mesh):
+        placed = map(jax.device_put, args, (tokens, P(*tokens[:2]), *matrices))
+        close(all_of(f)(*placed), want)
+
+
 @pytest.mark.parametrize("exchange", [None, *EXCHANGES])
 def test_no_tokens(exchange):
     x, logits, _, gate_up, down, *_ = arguments()

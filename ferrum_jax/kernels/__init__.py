@@ -60,10 +60,10 @@ def _many_rows(shapes: Sequence[tuple[int, ...]], params: Mapping[str, Any]) -> 
 
 
 # Where the first kernel of KERNELS that can run is not taken first. From times of `python -m ferrum_jax bench` in
-# microseconds, xla/triton/pallas, bfloat16, jax 0.11.2, Triton 3.6.0: on one NVIDIA H100 80GB HBM3, 2026-11-25 and 26,
-# or, where it says so, on one NVIDIA H200, 2026-11-26; at the K=8 and H=2048 of Qwen3 unless said. Between two sizes that
-# were measured, the nearer decides. Where xla is as fast as a kernel, within 2%, it comes first: it can also fuse what
-# stands around the op.
+# microseconds, xla/triton/pallas, bfloat16, jax 0.11.2, Triton 3.6.0: on one NVIDIA H100 80GB HBM3, 2026-11-25 and
+# 26, or, where it says so, on one NVIDIA H200, 2026-11-26; at the K=8 and H=2048 of Qwen3 unless said. Between two
+# sizes that were measured, the nearer decides. Where xla is as fast as a kernel, within 2%, it comes first: it can
+# also fuse what stands around the op.
 _LARGE_PACKED = Measured(
     "pallas",
     "packed rows, 96 an expert and more",
