@@ -164,6 +164,9 @@ def moe_mlp(
         mapped axis around the call, E that is not D times the experts of a device, an unknown `exchange`,
         a `capacity` < 1 or without `return_dropped`.
 
+    Other axes of the mesh stay as they are. Tokens that an Explicit one of them shards are gathered along it, and the
+    result's are sharded so again.
+
     Under `jax.vmap`, JAX's ragged_all_to_all needs routing that is mapped too: with one routing for all, take another
     exchange.
 

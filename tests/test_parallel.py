@@ -175,7 +175,13 @@ def test_an_axis_that_is_not_mapped(exchange, tokens, matrices, kind):
     r, shapes = rng("not mapped"), ((4, 6, 6), (4, 6, 8), (8, 6, 8), (8, 4, 6))
     args = [r.normal(size=s).astype(np.float32) for s in shapes]
     mesh = jax.make_mesh((2, 2), ("d", "o"), axis_types=(AxisType.Auto, kind))
-    run = functools.partial(moe_mlp, axis_name="d", top_k=3, exchange=exchange)
+
+    def run(x, *rest):
+        out = moe_mlp(x, *rest, axis_name="d", top_k=3, exchange=exchange)
+        specs = [tuple(jax.typeof(a).sharding.spec)[:-1] for a in (out, x)]
+        assert kind == AxisType.Auto or specs[0] == specs[1]
+        return out
+
     f = jax.shard_map(run, mesh=mesh, in_specs=P("d"), out_specs=P("d"), axis_names={"d"})
 
     def all_of(f):
