@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 
 import hypothesis.strategies as st
 import jax
@@ -492,6 +493,14 @@ def test_triton_compiles_for_an_h200_without_spills(model):
     assert len(program.launches) == 1
     assert code.spilled == 0, code.registers
     assert code.registers <= 128, code.registers
+
+
+@needs_plugin
+def test_words_move_up_by_the_multiplier():
+    """In a warp's four rows of 256, each thread's eight words do so, one less a turn; a compiler may select."""
+    x = jax.ShapeDtypeStruct((65536, 256), jnp.bfloat16)
+    (code,) = for_h200(lambda x: route_topk(x, 8, implementation="triton"), x).codes
+    assert len(re.findall(r"@!?P\d IMAD R", code.sass)) >= 4 * sum(range(8))
 
 
 @needs_plugin
