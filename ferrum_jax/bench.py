@@ -163,7 +163,13 @@ class Op(NamedTuple):
 
 
 def _normal(key: Any, s: Size, *shape: int, scale: float = 1.0) -> jax.Array:
-    return (scale * jax.random.normal(key, shape)).astype(s.dtype)
+    return _drawn(key, shape, scale, jnp.dtype(s.dtype))
+
+
+# One program: step by step, a large model's matrices would be kept in float32 too, several times.
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _drawn(key: Any, shape: tuple[int, ...], scale: float, dtype: Any) -> jax.Array:
+    return (scale * jax.random.normal(key, shape)).astype(dtype)
 
 
 def _routing(key: Any, s: Size) -> tuple[jax.Array, ferrum_jax.RouterOutput, ferrum_jax.MoePlan]:
