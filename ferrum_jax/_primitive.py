@@ -43,20 +43,8 @@ class Op(NamedTuple):
         name = called or self.name
         _signature.one_of(name, "implementation", implementation, (None, *kernels.IMPLEMENTATIONS))
         operands = equally_varying(_signature.canonical(name, self.signature, args))
-        if self.made_of_ops and _partly_manual(operands[0]):
-            _abstract(self, *map(jax.typeof, operands), implementation=implementation, **params)
-            results = _with_leading_axes(self)(*operands, implementation=implementation, **params)
-        else:
-            results = self.primitive.bind(*operands, implementation=implementation, **params)
+        results = self.primitive.bind(*operands, implementation=implementation, **params)
         return results if len(self.signature.results) > 1 else results[0]
-
-
-def _partly_manual(operand: Array) -> bool:
-    """Whether some axes of the mesh are Explicit inside a `jax.shard_map` over others.
-
-    There JAX cannot keep for a gradient the scalars of a mesh's other view, in which `_jvp_of_ops` has them.
-    """
-    return {AxisType.Explicit, AxisType.Manual} <= set(jax.typeof(operand).sharding.mesh.axis_types)
 
 
 # operand index, or a pair of them -> the map that gives its cotangent, or both
@@ -379,7 +367,8 @@ def _jvp_of_ops(op: Op, primals: Any, tangents: Any, **params: Any) -> tuple[Any
 
     results = _abstract(op, *map(jax.typeof, primals), **params)
     mesh, specs = results[0].sharding.mesh, tuple(r.sharding.spec for r in results)
-    if AxisType.Explicit in mesh.axis_types:
+    # Inside shard_map JAX cannot keep the scalars of another view for a gradient.
+    if AxisType.Explicit in mesh.axis_types and AxisType.Manual not in mesh.axis_types:
         run = in_auto_mesh(run, mesh, (specs, specs))
     return run(tuple(primals), tuple(tangents[i] for i in varying))
 
