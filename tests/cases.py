@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 import oracle
+import pytest
 
 import ferrum_jax
 from ferrum_jax import combine
@@ -40,6 +41,9 @@ SIZES = (
     Size(2, 2048, 10, 3, 5),
     Size(2, 4096, 64, 7, 3),
 )
+# No tokens; K = E; many experts and choices; and one that no length divides.
+USUAL = (Size(0, 8, 2, 16), Size(7, 3, 3, 5, 2), Size(9, 257, 10, 20, 8), Size(7, 8, 2, 130, 16))
+assert set(USUAL) <= set(SIZES)
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -80,7 +84,7 @@ def logits(r, size, dtype):
     if size.T > 4:
         x[3], x[4] = -np.inf, 0.0
         x[4, ::2] = -0.0
-    return (np.asarray(jnp.asarray(x).astype(dtype)),)
+    return (x.astype(jnp.dtype(dtype)),)
 
 
 def groups(size):
@@ -122,7 +126,7 @@ def route_plan(name, settings=lambda size: {}, biased=False, pair_ids=False):
     def meaning(*args, size):
         routed = route.oracle(*args, size=size)
         sizes = {"num_experts": size.E, "block_size": size.block}
-        return *routed, *oracle.moe_plan(routed[0][0], **sizes, pair_ids=pair_ids)
+        return *routed, *oracle.moe_plan(routed[0].value, **sizes, pair_ids=pair_ids)
 
     return route._replace(call=call, oracle=meaning)
 
@@ -137,12 +141,12 @@ def expert_ids(r, size, dtype=None):
 
 
 def rows(r, shape, dtype):
-    return np.array(jnp.asarray(r.normal(size=shape).astype(np.float32)).astype(dtype))
+    return r.normal(size=shape).astype(np.float32).astype(jnp.dtype(dtype))
 
 
 def tables(r, size):
-    (pairs, _), (tokens, _), _ = oracle.moe_build_pairs_by_token(expert_ids(r, size)[0], num_experts=size.E)
-    return pairs.astype(np.int32), tokens.astype(np.int32)
+    pairs, tokens, _ = oracle.moe_build_pairs_by_token(expert_ids(r, size)[0], num_experts=size.E)
+    return pairs.value.astype(np.int32), tokens.value.astype(np.int32)
 
 
 def dispatch_args(r, size, dtype):
@@ -186,7 +190,7 @@ def grouped_args(r, size, dtype, pair_ids=False):
     _, _, _, *tables = oracle.moe_plan(
         expert_ids(r, size)[0], num_experts=size.E, block_size=size.block, pair_ids=pair_ids
     )
-    slots, blocks, total = (table.astype(np.int32) for table, _ in tables)
+    slots, blocks, total = (table.value.astype(np.int32) for table in tables)
     num_pairs, top_k = size.T * size.K, size.K if pair_ids else 1
     lhs = rows(r, (num_pairs // top_k, size.H), dtype)
     rhs = rows(r, (size.E, size.H, size.H % 13 + 3), dtype)
@@ -350,6 +354,31 @@ OPS = (
     ),
 )
 FLOAT_OPS = tuple(op for op in OPS if op.floats)
+
+# Rows that bind another row's primitive, with other parameters: JAX's rules, which never look at these, make the same
+# of both.
+VARIANTS = {
+    "route_topk_softmax-raw",
+    "route_topk-max",
+    "moe_route_plan-groups",
+    "moe_align_block_size_pair_ids",
+    "moe_plan-pair_ids",
+    "grouped_matmul",
+}
+
+
+def per_primitive(ops):
+    """Parameters of a test of rules: the variants only in a full run."""
+    return [pytest.param(op, marks=[pytest.mark.full] if op.name in VARIANTS else []) for op in ops]
+
+
+def values():
+    """Parameters (op, dtype, size) of a test of values. All sizes and dtypes together: in a full run."""
+    for op in OPS:
+        for dtype in DTYPES if op.floats else ["int32"]:
+            usual = USUAL if dtype in ("float32", "int32") else USUAL[-1:]
+            for size in SIZES:
+                yield pytest.param(op, dtype, size, marks=[] if size in usual else [pytest.mark.full])
 
 
 def finite_args(op, r, size, dtype="float32"):

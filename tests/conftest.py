@@ -15,13 +15,18 @@ jax.config.update("jax_default_matmul_precision", "highest")  # the tests' own p
 
 
 def on_gpu(config):
-    return config.option.markexpr == "gpu"
+    return config.option.markexpr.split(" and ")[0] == "gpu"
 
 
 def pytest_configure(config):
     if not on_gpu(config):
         os.environ["JAX_PLATFORMS"] = "cpu"
         jax.config.update("jax_platforms", "cpu")
+    # Most of the time is XLA's compilation. Its results are kept from run to run beside pytest's own, for all workers.
+    if hasattr(config, "cache"):
+        jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir(f"xla-{jax.__version__}")))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
 def pytest_collection_modifyitems(items):
@@ -43,7 +48,8 @@ def lacks_gpus(item):
 
 def refused(item):
     params = item.callspec.params if hasattr(item, "callspec") else {}
-    if not params.get("implementation", "").startswith("pallas"):
+    backend = params.get("implementation") or params.get("every_implementation") or ""
+    if not backend.startswith("pallas"):
         return False
     half = params.get("dtype") in ("float16", "bfloat16")
     if "op" in params:
@@ -55,26 +61,49 @@ def pytest_xdist_auto_num_workers(config):
     return 0 if on_gpu(config) else None
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item, nextitem):
+    """Compiled programs are used within a file. Beyond it they would fill a worker's memory."""
+    yield
+    if nextitem is None or nextitem.path != item.path:
+        jax.clear_caches()
+
+
 # Pallas kernels need a newer JAX than the rest; an older one has nothing there to test but the refusal.
 KERNELS = ["triton", "pallas"] if jax.__version_info__ >= (0, 11, 2) else ["triton"]
 collect_ignore = [] if "pallas" in KERNELS else ["test_pallas.py", "test_pallas_grouped.py"]
 
 
-@pytest.fixture(
-    params=[
-        "xla",
-        *(pytest.param(f"{name}-interpreted", marks=pytest.mark.interpreted) for name in KERNELS),
-        *(pytest.param(f"{name}-gpu", marks=pytest.mark.gpu) for name in ["xla", *KERNELS]),
-    ]
-)
-def implementation(request):
-    """Each implementation: kernels are interpreted on a CPU, and with `-m gpu` all run on the GPU."""
-    name, _, where = request.param.partition("-")
+def implementations(*marks):
+    """xla on a CPU; the kernels interpreted on a CPU; and all on the GPU. All but the first have these marks too."""
+    interpreted = (pytest.param(f"{name}-interpreted", marks=[pytest.mark.interpreted, *marks]) for name in KERNELS)
+    on_gpu = (pytest.param(f"{name}-gpu", marks=[pytest.mark.gpu, *marks]) for name in ["xla", *KERNELS])
+    return ["xla", *interpreted, *on_gpu]
+
+
+def run_by(param):
+    name, _, where = param.partition("-")
     if where == "interpreted":
         with ferrum_jax.interpret_kernels():
             yield name
     else:
         yield name
+
+
+@pytest.fixture(params=implementations())
+def implementation(request):
+    """Each implementation, for what a kernel computes: its values, dtypes, sizes, and patterns of leading axes."""
+    yield from run_by(request.param)
+
+
+@pytest.fixture(params=implementations(pytest.mark.full))
+def every_implementation(request):
+    """Each implementation, for what JAX's rules make of an op.
+
+    The rules never look at the implementation, and a kernel sees nothing of them but leading axes, which the tests of
+    values cover. So xla proves them; the kernels are put through all of them by a full run.
+    """
+    yield from run_by(request.param)
 
 
 @pytest.fixture

@@ -2,17 +2,17 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import ferrum_jax
 
 
-def init(key, size, num_hidden=6):
-    keys = jax.random.split(key, 4)
-    x = jax.random.normal(keys[0], (size.T, size.H))
-    router = jax.random.normal(keys[1], (size.H, size.E))
-    up = jax.random.normal(keys[2], (size.E, size.H, num_hidden)) / size.H**0.5
-    down = jax.random.normal(keys[3], (size.E, num_hidden, size.H)) / num_hidden**0.5
-    return x, router, up, down
+def init(seed, size, num_hidden=6):
+    """x, the router's matrix, and each expert's two matrices."""
+    r = np.random.default_rng(seed)
+    shapes = (size.T, size.H), (size.H, size.E), (size.E, size.H, num_hidden), (size.E, num_hidden, size.H)
+    x, router, up, down = (r.normal(size=shape).astype(np.float32) for shape in shapes)
+    return x, router, up / np.float32(size.H**0.5), down / np.float32(num_hidden**0.5)
 
 
 def expert_mlp(rows, up, down):

@@ -188,7 +188,7 @@ def test_the_size_waited_for(dumped):
 
 def test_long_and_empty_tables(dumped):
     ids = np.random.default_rng(3).integers(-1, 9, (40, 2), np.int32)
-    (slots, _), (blocks, _), (total, _) = oracle.moe_align_block_size(ids, num_experts=8, block_size=2)
+    slots, blocks, total = (table.value for table in oracle.moe_align_block_size(ids, num_experts=8, block_size=2))
     live = blocks[: total // 2]
     assert dumped(fj.moe_align_block_size, ids, 8, 2).splitlines() == [
         f"[MOE_DUMP:packed] batch_x_topk=80 block_size=2 num_experts=8 total_post_pad={total} "

@@ -19,10 +19,10 @@ from cases import (
     combine_repeated_args,
     dispatch_pairs_args,
     finite_args,
+    per_primitive,
     rng,
     weighted_sum_args,
 )
-from jax.test_util import check_grads
 
 import ferrum_jax
 
@@ -35,52 +35,96 @@ def as_function_of_floats(op, args, size, implementation):
         full = [next(given) if i in op.floats else a for i, a in enumerate(args)]
         return op.float_results(*full, size=size, implementation=implementation)
 
-    return f, [jnp.asarray(args[i]) for i in op.floats]
+    return f, [args[i] for i in op.floats]
 
 
-@pytest.mark.parametrize("op", FLOAT_OPS, ids=str)
-def test_both_modes_to_second_order(op, implementation):
-    f, floats = as_function_of_floats(op, finite_args(op, rng(op), SMALL), SMALL, implementation)
-    check_grads(f, floats, order=2, modes=("fwd", "rev"), atol=1e-2, rtol=1e-2, eps=1e-2)
+def normal(*seed, like):
+    """Random numbers of the shapes and dtypes of arrays."""
+    return [rng(*seed, i).normal(size=x.shape).astype(np.float32).astype(x.dtype) for i, x in enumerate(like)]
 
 
-@pytest.mark.parametrize("op", FLOAT_OPS, ids=str)
-@pytest.mark.parametrize("size", [Size(0, 4, 2, 3), Size(1, 1, 1, 1)], ids=str)
-def test_empty_and_single(op, size, implementation):
-    f, floats = as_function_of_floats(op, finite_args(op, rng(op), size), size, implementation)
-    gradient = jax.grad(lambda *a: sum(jnp.sum(r) for r in f(*a)), argnums=tuple(range(len(floats))))(*floats)
+def inner(xs, ys):
+    return sum(float(np.vdot(x, y)) for x, y in zip(xs, ys, strict=True))
+
+
+@pytest.mark.parametrize("op", per_primitive(FLOAT_OPS), ids=str)
+def test_both_modes_to_second_order(op, every_implementation):
+    """Along one direction: jvp, grad, forward over reverse and reverse over reverse, against finite differences."""
+    f, floats = as_function_of_floats(op, finite_args(op, rng(op), SMALL), SMALL, every_implementation)
+    direction, step = normal(op, "along", like=floats), np.float32(1e-2)
+    gradient = jax.grad(lambda *xs: sum(jnp.sum(jnp.sin(r)) for r in f(*xs)), tuple(range(len(floats))))
+
+    def slope(*xs):
+        return sum(jnp.vdot(g, v) for g, v in zip(gradient(*xs), direction, strict=True))
+
+    @jax.jit
+    def run(*xs):
+        sides = [[x + s * step * v for x, v in zip(xs, direction, strict=True)] for s in (1, -1)]
+        out, tangent = jax.jvp(f, xs, tuple(direction))
+        first, forward = jax.jvp(gradient, xs, tuple(direction))
+        reverse = jax.grad(slope, tuple(range(len(xs))))(*xs)
+        return out, tangent, first, forward, reverse, [(f(*side), gradient(*side)) for side in sides]
+
+    out, tangent, first, forward, reverse, ((above, g_above), (below, g_below)) = run(*floats)
+    for got, high, low in zip([*tangent, *forward], [*above, *g_above], [*below, *g_below], strict=True):
+        difference = (np.asarray(high) - np.asarray(low)) / (2 * step)
+        np.testing.assert_allclose(got, difference, rtol=1e-2, atol=1e-2 * max(1, np.abs(difference).max(initial=0)))
+    np.testing.assert_allclose(inner(first, direction), inner(map(np.cos, out), tangent), rtol=1e-4, atol=1e-4)
+    for a, b in zip(forward, reverse, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * max(1, np.abs(b).max(initial=0)))
+
+
+@pytest.mark.parametrize("op", per_primitive(FLOAT_OPS), ids=str)
+def test_no_tokens(op, every_implementation):
+    """Nothing adds to a gradient: it has its operand's shape and is 0, where the operand has entries."""
+    size = Size(0, 4, 2, 3)
+    f, floats = as_function_of_floats(op, finite_args(op, rng(op), size), size, every_implementation)
+    out, vjp = jax.vjp(f, *floats)
+    gradient = vjp(out)
     for g, x in zip(gradient, floats, strict=True):
         assert (g.shape, g.dtype) == (x.shape, x.dtype)
-        assert bool(jnp.all(jnp.isfinite(g)))
+        assert not np.any(g)
+    if op.name.startswith(("moe_combine", "grouped")):
+        assert any(g.size for g in gradient)
 
 
-@pytest.mark.parametrize("op", FLOAT_OPS, ids=str)
-def test_linearize_agrees_with_jvp_and_transpose(op, implementation):
-    f, floats = as_function_of_floats(op, finite_args(op, rng(op), SMALL), SMALL, implementation)
-    tangents = [jnp.asarray(rng(op, i).normal(size=x.shape).astype(np.float32)) for i, x in enumerate(floats)]
+@pytest.mark.parametrize(
+    "op",
+    [
+        pytest.param(op, marks=[] if op.name in ("moe_combine", "grouped_matmul-pair_ids") else [pytest.mark.full])
+        for op in FLOAT_OPS
+    ],
+    ids=str,
+)
+def test_linearize_agrees_with_jvp_and_transpose(op, every_implementation):
+    f, floats = as_function_of_floats(op, finite_args(op, rng(op), SMALL), SMALL, every_implementation)
+    tangents = normal(op, like=floats)
     out, linear = jax.linearize(f, *floats)
     jvp = jax.jvp(f, floats, tangents)[1]
     for got, want in zip(linear(*tangents), jvp, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-6)
     cotangents = jax.linear_transpose(linear, *floats)(out)
-    inner = lambda xs, ys: sum(jnp.vdot(x, y) for x, y in zip(xs, ys, strict=True))  # noqa: E731
     np.testing.assert_allclose(inner(cotangents, tangents), inner(out, jvp), rtol=1e-4, atol=1e-5)
 
 
 def vjp(f, primal_floats, g):
-    return jax.vjp(f, *primal_floats)[1](g)
+    return jax.jit(lambda primals, g: jax.vjp(f, *primals)[1](g))(primal_floats, g)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("unique_rows", [True, False])
-@pytest.mark.parametrize("size", [SMALL, Size(7, 8, 2, 130), Size(9, 257, 10, 20)], ids=str)
+@pytest.mark.parametrize(
+    "size",
+    [Size(7, 8, 2, 130), *(pytest.param(s, marks=pytest.mark.full) for s in (SMALL, Size(9, 257, 10, 20)))],
+    ids=str,
+)
 def test_combine_against_oracle_with_garbage(size, unique_rows, dtype, implementation):
     """Rows that no pair names hold NaN, which must reach no gradient; in low precision each sum is cast once."""
     make = combine_args if unique_rows else combine_repeated_args
     y, pairs, weights = make(rng("grad", size), size, dtype)
-    g = jnp.asarray(rng("g").normal(size=(size.T, size.H)).astype(np.float32)).astype(dtype)
+    (g,) = normal("g", like=[np.zeros((size.T, size.H), jnp.dtype(dtype))])
     f = functools.partial(ferrum_jax.moe_combine, unique_rows=unique_rows, implementation=implementation)
-    got = vjp(lambda y, w: f(y, pairs, w), (jnp.asarray(y), jnp.asarray(weights)), g)
+    got = vjp(lambda y, w: f(y, pairs, w), (y, weights), g)
     oracle.assert_matches(got, oracle.moe_combine_grads(y, pairs, weights, g))
     assert [x.dtype for x in got] == [y.dtype, weights.dtype]
 
@@ -141,12 +185,12 @@ def test_unique_rows_have_both_cotangents_from_one_equation():
 
 
 @pytest.mark.parametrize("unique_rows", [True, False])
-@pytest.mark.parametrize("mapped", [(), (0,), (1,), (0, 2), (3,)], ids=str)
-def test_the_tangent_in_every_order(mapped, unique_rows, implementation):
+@pytest.mark.parametrize("mapped", [(), (0,), (3,), *(pytest.param(m, marks=pytest.mark.full) for m in ((1,), (0, 2)))])
+def test_the_tangent_in_every_order(mapped, unique_rows, every_implementation):
     """Of rows and weights that both vary, forward over forward, reverse over forward and the others; some of the
     primals, weights and tangents under a vmap that the others are not under."""
     y, pairs, weights = finite_args(BY_NAME["moe_combine"], rng("order"), SMALL)
-    combine = functools.partial(ferrum_jax.moe_combine, unique_rows=unique_rows, implementation=implementation)
+    combine = functools.partial(ferrum_jax.moe_combine, unique_rows=unique_rows, implementation=every_implementation)
 
     def along(combine):
         f = lambda y, w: jnp.sin(combine(y, pairs, w))  # noqa: E731
@@ -168,7 +212,7 @@ def test_the_tangent_in_every_order(mapped, unique_rows, implementation):
 
 
 @pytest.mark.parametrize("mapped", [(0,), (1,), (2,), (0, 2)], ids=str)
-def test_slices_that_share_a_cotangent(mapped, implementation):
+def test_slices_that_share_a_cotangent(mapped, every_implementation):
     """That of a linear loss is the same for all: what a cotangent is made of may have fewer slices than it has."""
     args = finite_args(BY_NAME["moe_combine"], rng("share"), SMALL)
     y, pairs, weights = (np.stack([a, a[::-1]]) if i in mapped else a for i, a in enumerate(args))
@@ -176,12 +220,18 @@ def test_slices_that_share_a_cotangent(mapped, implementation):
 
     def derivatives(combine):
         both = jax.vmap(jax.grad(lambda *a: jnp.sum(combine(*a)), (0, 2)), axes)
-        values, tangents = jax.jvp(lambda y, w: both(y, pairs, w), (y, weights), (y, weights))
-        assert [x.shape for x in values] == [x.shape for x in tangents]
-        squares = lambda y, w: sum(jnp.sum(x**2) for x in both(y, pairs, w))  # noqa: E731
-        return *values, *tangents, *jax.grad(squares, (0, 1))(y, weights)
 
-    ours = functools.partial(ferrum_jax.moe_combine, unique_rows=True, implementation=implementation)
+        def squares(y, w):
+            return sum(jnp.sum(x**2) for x in both(y, pairs, w))
+
+        def run(y, weights):
+            values, tangents = jax.jvp(lambda y, w: both(y, pairs, w), (y, weights), (y, weights))
+            assert [x.shape for x in values] == [x.shape for x in tangents]
+            return *values, *tangents, *jax.grad(squares, (0, 1))(y, weights)
+
+        return jax.jit(run)(y, weights)
+
+    ours = functools.partial(ferrum_jax.moe_combine, unique_rows=True, implementation=every_implementation)
     for got, want in zip(derivatives(ours), derivatives(plain_combine), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
@@ -191,12 +241,12 @@ def test_slices_that_share_a_cotangent(mapped, implementation):
 def test_dispatch_against_oracle(with_pairs, dtype, implementation):
     size = Size(7, 8, 3, 70)
     x, tokens, pairs = dispatch_pairs_args(rng("dispatch"), size, dtype)
-    g = jnp.asarray(rng("g").normal(size=(len(tokens), size.H)).astype(np.float32)).astype(dtype)
-    g = g.at[tokens == size.T].set(jnp.nan)  # nobody reads these rows of the result
+    (g,) = normal("g", like=[np.zeros((len(tokens), size.H), jnp.dtype(dtype))])
+    g[tokens == size.T] = np.nan  # nobody reads these rows of the result
     f = lambda x: ferrum_jax.moe_dispatch(  # noqa: E731
         x, tokens, pairs_by_token=pairs if with_pairs else None, implementation=implementation
     )
-    oracle.assert_matches(vjp(f, (jnp.asarray(x),), g), oracle.moe_dispatch_grad(x, tokens, g))
+    oracle.assert_matches(vjp(f, (x,), g), oracle.moe_dispatch_grad(x, tokens, g))
 
 
 def test_many_rows_of_one_token(implementation):
@@ -204,7 +254,7 @@ def test_many_rows_of_one_token(implementation):
     tokens = np.array([3] * 1000 + [0, 5, 5, 6, -1, 7, 2**31 - 1], np.int32)
     g = rng("many").normal(size=(len(tokens), 5)).astype(np.float32)
     x = np.zeros((7, 5), np.float32)
-    got = vjp(lambda x: ferrum_jax.moe_dispatch(x, tokens, implementation=implementation), (jnp.asarray(x),), g)
+    got = vjp(lambda x: ferrum_jax.moe_dispatch(x, tokens, implementation=implementation), (x,), g)
     oracle.assert_matches(got, oracle.moe_dispatch_grad(x, tokens, g))
 
 
@@ -212,87 +262,104 @@ def test_many_rows_of_one_token(implementation):
 def test_weighted_sum_against_oracle(dtype, implementation):
     size = Size(7, 8, 3, 70)
     slots, weights = weighted_sum_args(rng("slots"), size, dtype)
-    g = jnp.asarray(rng("g").normal(size=(size.T, size.H)).astype(np.float32)).astype(dtype)
+    (g,) = normal("g", like=[np.zeros((size.T, size.H), jnp.dtype(dtype))])
     f = functools.partial(ferrum_jax.weighted_sum_batched, implementation=implementation)
     pairs = np.arange(size.T * size.K).reshape(size.T, size.K)
-    (drows, rows_size), dweights = oracle.moe_combine_grads(slots.reshape(-1, size.H), pairs, weights, g)
-    got = vjp(f, (jnp.asarray(slots), jnp.asarray(weights)), g)
-    oracle.assert_matches(got, ((drows.reshape(slots.shape), rows_size.reshape(slots.shape)), dweights))
+    drows, dweights = oracle.moe_combine_grads(slots.reshape(-1, size.H), pairs, weights, g)
+    got = vjp(f, (slots, weights), g)
+    drows = drows._replace(value=drows.value.reshape(slots.shape), size=drows.size.reshape(slots.shape))
+    oracle.assert_matches(got, (drows, dweights))
 
 
-@pytest.mark.parametrize("norm", [True, False])
-def test_routing_of_masked_rows(norm, implementation):
+def test_routing_of_masked_rows(implementation):
     """Some -inf: finite gradient, 0 at the masked experts. All -inf: gradient 0. NaN or +inf: confined to its row."""
-    x = jnp.array(
+    x = np.array(
         [
-            [1.0, -jnp.inf, 0.5, 2.0],
-            [-jnp.inf] * 4,
-            [0.0, 1.0, jnp.nan, 2.0],
-            [1.0, 2.0, jnp.inf, 0.0],
+            [1.0, -np.inf, 0.5, 2.0],
+            [-np.inf] * 4,
+            [0.0, 1.0, np.nan, 2.0],
+            [1.0, 2.0, np.inf, 0.0],
             [3.0, 1.0, 0.0, 2.0],
-        ]
+        ],
+        np.float32,
     )
-    f = lambda x: ferrum_jax.route_topk_softmax(x, 4, norm_topk_prob=norm, implementation=implementation)  # noqa: E731
-    gradient = jax.grad(lambda x: jnp.sum(f(x).expert_weights ** 2 * jnp.arange(1.0, 5)[None]))(x)
-    assert bool(jnp.all(jnp.isfinite(gradient[jnp.array([0, 1, 4])])))
-    assert float(gradient[0, 1]) == 0
-    np.testing.assert_array_equal(gradient[1], np.zeros(4))
-    hessian = jax.hessian(lambda x: jnp.sum(f(x).expert_weights[:, 0]))(x[:2])
-    assert bool(jnp.all(jnp.isfinite(hessian)))
+    scale = np.arange(1, 5, dtype=np.float32)[None]
+
+    def weights(x, norm):
+        return ferrum_jax.route_topk_softmax(x, 4, norm_topk_prob=norm, implementation=implementation).expert_weights
+
+    @jax.jit
+    def run(x):
+        return [
+            (
+                jax.grad(lambda x, norm=norm: jnp.sum(weights(x, norm) ** 2 * scale))(x),
+                jax.hessian(lambda x, norm=norm: jnp.sum(weights(x, norm)[:, 0]))(x[:2]),
+            )
+            for norm in (True, False)
+        ]
+
+    for gradient, hessian in run(x):
+        assert np.isfinite(np.asarray(gradient)[[0, 1, 4]]).all()
+        assert gradient[0, 1] == 0
+        assert np.any(gradient[0])
+        np.testing.assert_array_equal(gradient[1], np.zeros(4))
+        assert np.isfinite(hessian).all()
 
 
 def test_routing_gradient_is_the_softmax_gradient(implementation):
-    x = jnp.asarray(rng("soft").normal(size=(6, 9)).astype(np.float32))
-    route = functools.partial(ferrum_jax.route_topk_softmax, implementation=implementation)
-    ids = route(x, 4).expert_ids
-    g = jnp.asarray(rng("g").normal(size=ids.shape).astype(np.float32))
-    for norm in (True, False):
+    x = rng("soft").normal(size=(6, 9)).astype(np.float32)
+    ids = np.argsort(-x, axis=-1)[:, :4].astype(np.int32)
+    (g,) = normal("g", like=[np.zeros(ids.shape, np.float32)])
 
-        def plain(x, norm=norm):
-            p = jnp.take_along_axis(jax.nn.softmax(x, axis=-1), ids, axis=-1)
-            return p / p.sum(-1, keepdims=True) if norm else p
+    def plain(x, norm):
+        p = jnp.take_along_axis(jax.nn.softmax(x, axis=-1), ids, axis=-1)
+        return p / p.sum(-1, keepdims=True) if norm else p
 
-        want = jax.vjp(plain, x)[1](g)[0]
-        got = jax.vjp(lambda x, norm=norm: route(x, 4, norm_topk_prob=norm).expert_weights, x)[1](g)[0]
+    def ours(x, norm):
+        return ferrum_jax.route_topk_softmax(x, 4, norm_topk_prob=norm, implementation=implementation).expert_weights
+
+    run = jax.jit(
+        lambda x: [[jax.vjp(lambda x: f(x, norm), x)[1](g)[0] for f in (ours, plain)] for norm in (True, False)]  # noqa: B023
+    )
+    for got, want in run(x):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("flow", [layer.packed, layer.pair_ids])
-def test_layer_gradient_and_hessian(flow, implementation):
+def test_layer_gradient_hessian_and_gradient_of_gradient(flow, every_implementation):
     size = Size(5, 4, 2, 3)
-    args = layer.init(jax.random.key(0), size)
-    loss = lambda f: lambda *a: jnp.sum(jnp.sin(f(*a, top_k=size.K)))  # noqa: E731
-    ours, dense = loss(functools.partial(flow, implementation=implementation)), loss(layer.dense)
-    np.testing.assert_allclose(ours(*args), dense(*args), rtol=1e-5)
-    for got, want in zip(*(jax.grad(f, argnums=(0, 1, 2, 3))(*args) for f in (ours, dense)), strict=True):
-        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
-    for got, want in zip(*(jax.hessian(f, argnums=(0, 1))(*args) for f in (ours, dense)), strict=True):
-        for g, w in zip(got, want, strict=True):
-            np.testing.assert_allclose(g, w, rtol=1e-3, atol=1e-4)
+    args = layer.init(0, size)
+
+    def derivatives(flow):
+        def loss(*a):
+            return jnp.sum(jnp.sin(flow(*a, top_k=size.K)))
+
+        def norm_of_gradient(*a):
+            return sum(jnp.sum(g**2) for g in jax.grad(loss, (0, 1))(*a))
+
+        gradient, hessian = jax.grad(loss, (0, 1, 2, 3)), jax.hessian(loss, (0, 1))
+        return jax.jit(lambda *a: (loss(*a), gradient(*a), hessian(*a), jax.grad(norm_of_gradient, (0, 1))(*a)))
+
+    ours = derivatives(functools.partial(flow, implementation=every_implementation))(*args)
+    dense = derivatives(layer.dense)(*args)
+    for got, want in zip(jax.tree.leaves(ours), jax.tree.leaves(dense), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4 * max(1, np.abs(want).max()))
 
 
-def test_grad_of_grad(implementation):
-    size = Size(4, 5, 2, 3)
-    args = layer.init(jax.random.key(1), size)
-
-    def norm_of_gradient(flow):
-        return lambda *a: sum(jnp.sum(g**2) for g in jax.grad(lambda *b: jnp.sum(flow(*b, top_k=2) ** 2), (0, 1))(*a))
-
-    got = jax.grad(norm_of_gradient(functools.partial(layer.packed, implementation=implementation)), (0, 1))(*args)
-    for g, w in zip(got, jax.grad(norm_of_gradient(layer.dense), (0, 1))(*args), strict=True):
-        np.testing.assert_allclose(g, w, rtol=2e-3, atol=1e-3)
-
-
-def test_bfloat16_layer_gradient(implementation):
+def test_bfloat16_layer_gradient(every_implementation):
+    """Beside the same in float32: what the layer rounds to 16 bits on its way is a few roundings of the largest."""
     size = Size(6, 4, 2, 8)
-    args = [a.astype(jnp.bfloat16) for a in layer.init(jax.random.key(2), size)]
-    run = functools.partial(layer.packed, top_k=2, implementation=implementation)
-    got = jax.grad(lambda *a: jnp.sum(run(*a).astype(jnp.float32)), (0, 1, 2, 3))(*args)
-    wide = [a.astype(jnp.float32) for a in args]
+    args = [a.astype(jnp.bfloat16) for a in layer.init(2, size)]
+    wide = [a.astype(np.float32) for a in args]
+
+    def gradient(*args, implementation=every_implementation):
+        run = functools.partial(layer.packed, top_k=2, implementation=implementation)
+        return jax.grad(lambda *a: jnp.sum(run(*a).astype(jnp.float32)), (0, 1, 2, 3))(*args)
+
     choices = [ferrum_jax.route_topk_softmax(x @ router, 2).expert_ids for x, router, *_ in (args, wide)]
     np.testing.assert_array_equal(*choices)  # else the two gradients are of different functions
-    want = jax.grad(lambda *a: jnp.sum(layer.packed(*a, top_k=2)), (0, 1, 2, 3))(*wide)
-    for g, w in zip(got, want, strict=True):
+    want = jax.jit(functools.partial(gradient, implementation="xla"))(*wide)
+    for g, w in zip(jax.jit(gradient)(*args), want, strict=True):
         assert g.dtype == jnp.bfloat16
-        scale = float(jnp.max(jnp.abs(w)))
-        np.testing.assert_allclose(g.astype(jnp.float32) / scale, w / scale, atol=0.05)
+        scale = np.abs(w).max()
+        np.testing.assert_allclose(np.asarray(g, np.float32) / scale, w / scale, atol=0.05)

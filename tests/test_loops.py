@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import layer
 import numpy as np
 import pytest
-from cases import FLOAT_OPS, OPS, SMALL, Size, finite_args, rng
+from cases import FLOAT_OPS, OPS, SMALL, Size, finite_args, per_primitive, rng
 
 import ferrum_jax
 
@@ -15,9 +15,9 @@ SIZE = Size(5, 4, 2, 3)
 
 
 @pytest.mark.parametrize("policy", [None, jax.checkpoint_policies.everything_saveable], ids=["recompute", "save"])
-def test_remat_in_scan(policy, implementation):
-    x, *weights = layer.init(jax.random.key(0), SIZE)
-    run = functools.partial(layer.packed, top_k=2, implementation=implementation)
+def test_remat_in_scan(policy, every_implementation):
+    x, *weights = layer.init(0, SIZE)
+    run = functools.partial(layer.packed, top_k=2, implementation=every_implementation)
 
     def layers(x, *weights):
         step = jax.checkpoint(lambda x, w: (x + run(x, *w), None), policy=policy)
@@ -33,45 +33,53 @@ def test_remat_in_scan(policy, implementation):
         np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("op", OPS, ids=str)
-def test_scan_over_slices(op, implementation):
+@pytest.mark.parametrize("op", per_primitive(OPS), ids=str)
+def test_scan_over_slices(op, every_implementation):
     slices = [finite_args(op, rng(op, i), SMALL) for i in range(3)]
-    f = functools.partial(op.results, size=SMALL, implementation=implementation)
+    f = jax.jit(functools.partial(op.results, size=SMALL, implementation=every_implementation))
     stacked = tuple(np.stack(a) for a in zip(*slices, strict=True))
     got = jax.lax.scan(lambda c, a: (c, f(*a)), None, stacked)[1]
     for result, *parts in zip(got, *(f(*s) for s in slices), strict=True):
         np.testing.assert_allclose(result, np.stack(parts), rtol=1e-6)
 
 
-@pytest.mark.parametrize("op", FLOAT_OPS, ids=str)
-def test_forward_over_reverse_in_cond_and_remat(op, implementation):
+@pytest.mark.parametrize("op", per_primitive(FLOAT_OPS), ids=str)
+def test_forward_over_reverse_in_cond_and_remat(op, every_implementation):
     args = finite_args(op, rng(op), SMALL)
 
     def loss(x, flag):
-        run = jax.checkpoint(lambda x: op.float_results(x, *args[1:], size=SMALL, implementation=implementation)[0])
+        run = jax.checkpoint(
+            lambda x: op.float_results(x, *args[1:], size=SMALL, implementation=every_implementation)[0]
+        )
         return jnp.sum(jax.lax.cond(flag, run, lambda x: 0 * run(x), x) ** 2)
 
-    x = jnp.asarray(args[0])
-    direction = jnp.asarray(rng("d").normal(size=x.shape).astype(np.float32))
-    gradient, hvp = jax.jvp(lambda x: jax.grad(loss)(x, True), (x,), (direction,))
-    plain = lambda x: jnp.sum(op.float_results(x, *args[1:], size=SMALL)[0] ** 2)  # noqa: E731
-    want = jax.jvp(jax.grad(plain), (x,), (direction,))
+    def plain(x):
+        return jnp.sum(op.float_results(x, *args[1:], size=SMALL)[0] ** 2)
+
+    def along(gradient):
+        return jax.jit(lambda x, direction: jax.jvp(gradient, (x,), (direction,)))(x, direction)
+
+    x = args[0]
+    direction = rng("d").normal(size=x.shape).astype(np.float32)
+    gradient, hvp = along(lambda x: jax.grad(loss)(x, True))
+    want = along(jax.grad(plain))
     np.testing.assert_allclose(gradient, want[0], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(hvp, want[1], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.tables
-def test_tables_in_a_differentiated_loop(implementation):
+def test_tables_in_a_differentiated_loop(every_implementation):
     """Integer ops inside scan under grad: their tangents are none, whatever the loop makes of them."""
-    x, router, *_ = layer.init(jax.random.key(5), SIZE)
+    run = {"implementation": every_implementation}
+    x, router, *_ = layer.init(5, SIZE)
 
     def loss(x):
         def step(carry, _):
             x, last = carry
-            ids, weights = ferrum_jax.route_topk_softmax(x @ router, 2, implementation=implementation)
-            plan = ferrum_jax.moe_plan(ids + 0 * last[:, :2], SIZE.E, 2, implementation=implementation)
-            rows = ferrum_jax.moe_dispatch(x, plan.packed_token_idx, implementation=implementation)
-            out = ferrum_jax.moe_combine(rows, plan.pairs_by_token, weights, implementation=implementation)
+            ids, weights = ferrum_jax.route_topk_softmax(x @ router, 2, **run)
+            plan = ferrum_jax.moe_plan(ids + 0 * last[:, :2], SIZE.E, 2, **run)
+            rows = ferrum_jax.moe_dispatch(x, plan.packed_token_idx, **run)
+            out = ferrum_jax.moe_combine(rows, plan.pairs_by_token, weights, **run)
             return (jnp.tanh(out) + x, ids), plan.total_tokens_post_pad
 
         (x, _), totals = jax.lax.scan(step, (x, jnp.zeros((SIZE.T, 2), jnp.int32)), None, length=3)

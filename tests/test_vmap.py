@@ -1,25 +1,22 @@
-"""vmap equals a Python loop: every subset of operands, every axis, nested, with derivatives, without copies."""
+"""vmap equals a Python loop: of some operands, over any axis, nested, with derivatives, without copies."""
 
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
 import layer
 import numpy as np
 import pytest
-from cases import FLOAT_OPS, OPS, SMALL, Size, finite_args, rng
+from cases import FLOAT_OPS, OPS, SMALL, Size, finite_args, per_primitive, rng
 
 import ferrum_jax
 
 BATCH = 3
-# The packed form of the grouped product is its pair-id form with top_k = 1.
-MAPPED_OPS, MAPPED_FLOAT_OPS = ([op for op in ops if op.name != "grouped_matmul"] for ops in (OPS, FLOAT_OPS))
 
 
-def stacked(op, mapped, axes, seeds=range(BATCH)):
+def stacked(op, mapped, axes):
     """Arguments of which the mapped ones have a batch axis where `axes` says, and the slices to loop over."""
-    slices = [finite_args(op, rng(op, seed), SMALL) for seed in seeds]
+    slices = [finite_args(op, rng(op, seed), SMALL) for seed in range(BATCH)]
     slices = [[s[i] if m else slices[0][i] for i, m in enumerate(mapped)] for s in slices]
     args = [
         np.stack([s[i] for s in slices], axis) if m else slices[0][i]
@@ -29,79 +26,94 @@ def stacked(op, mapped, axes, seeds=range(BATCH)):
 
 
 def subsets(op):
+    """All operands mapped, each alone, each left out; operands of one origin together."""
     count = len(finite_args(op, rng(op), SMALL))
-    products = itertools.product([True, False], repeat=count)
-    return [m for m in products if any(m) and len({m[i] for i in op.tables}) < 2]
+    group = [op.tables if i in op.tables else (i,) for i in range(count)]
+    alone = [tuple(i in g for i in range(count)) for g in group]
+    found = [(True,) * count, *alone, *(tuple(not m for m in mapped) for mapped in alone)]
+    return [m for m in dict.fromkeys(found) if any(m)]
 
 
-def assert_same(got, loop):
+def assert_same(got, loop, what):
     for result, *slices in zip(got, *loop, strict=True):
         want = np.stack([np.asarray(s) for s in slices])
         if np.issubdtype(want.dtype, np.integer):
-            np.testing.assert_array_equal(result, want)
+            np.testing.assert_array_equal(result, want, err_msg=str(what))
         else:
-            np.testing.assert_allclose(result, want, rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(result, want, rtol=1e-5, atol=1e-6, err_msg=str(what))
 
 
-@pytest.mark.parametrize(("op", "mapped"), [(op, m) for op in MAPPED_OPS for m in subsets(op)], ids=str)
-def test_every_subset_and_axis(op, mapped, implementation):
-    f = functools.partial(op.results, size=SMALL, implementation=implementation)
+@pytest.mark.parametrize("op", per_primitive(OPS), ids=str)
+def test_every_subset_and_axis(op, every_implementation):
+    """In one program. With each subset the batch axis stands at another place, and once the results' is the last."""
+    f = functools.partial(op.results, size=SMALL, implementation=every_implementation)
     ranks = [a.ndim for a in finite_args(op, rng(op), SMALL)]
-    for shift in range(max(ranks) + 1):
-        axes = [min(shift, rank) for rank in ranks]
-        args, slices = stacked(op, mapped, axes)
-        in_axes = [axis if m else None for m, axis in zip(mapped, axes, strict=True)]
-        assert_same(jax.jit(jax.vmap(f, in_axes))(*args), [f(*s) for s in slices])
-        last = jax.vmap(f, in_axes, out_axes=-1)(*args)
-        assert_same([jnp.moveaxis(r, -1, 0) for r in last], [f(*s) for s in slices])
+    cases = []
+    for turn, mapped in enumerate(subsets(op)):
+        axes = [min(turn % (max(ranks) + 1), rank) for rank in ranks]
+        cases.append((mapped, [axis if m else None for m, axis in zip(mapped, axes, strict=True)], -(turn % 2)))
+    given = [stacked(op, mapped, [a or 0 for a in in_axes]) for mapped, in_axes, _ in cases]
+    run = jax.jit(
+        lambda batches: [jax.vmap(f, axes, out)(*b) for b, (_, axes, out) in zip(batches, cases, strict=True)]
+    )
+    one = jax.jit(f)
+    for (mapped, _, out), got, (_, slices) in zip(cases, run([args for args, _ in given]), given, strict=True):
+        assert_same([np.moveaxis(r, out, 0) for r in got], [one(*s) for s in slices], mapped)
 
 
-@pytest.mark.parametrize(("op", "mapped"), [(op, m) for op in MAPPED_OPS for m in subsets(op)], ids=str)
-def test_nested(op, mapped, implementation):
-    """The outer map over some operands, the inner one over the others and the first: partly broadcast on both."""
-    f = functools.partial(op.results, size=SMALL, implementation=implementation)
-    outer = mapped
-    inner = [not m or i == 0 for i, m in enumerate(mapped)]
-    args, loops = list(finite_args(op, rng(op), SMALL)), []
+@pytest.mark.parametrize("op", per_primitive(OPS), ids=str)
+def test_nested(op, every_implementation):
+    """The outer map over the first operand, the inner one over all; and over all but the first, and the first."""
+    f = functools.partial(op.results, size=SMALL, implementation=every_implementation)
     grids = [[finite_args(op, rng(op, a, b), SMALL) for b in range(2)] for a in range(BATCH)]
-    pick = lambda i, a, b: grids[a if outer[i] else 0][b if inner[i] else 0][i]  # noqa: E731
-    for i in range(len(args)):
-        grid = np.stack([np.stack([pick(i, a, b) for b in range(2)]) for a in range(BATCH)])
-        args[i] = grid[(slice(None) if outer[i] else 0, slice(None) if inner[i] else 0)]
-    axes = [[0 if m else None for m in which] for which in (outer, inner)]
-    got = jax.vmap(jax.vmap(f, axes[1]), axes[0])(*args)
-    for a in range(BATCH):
-        loops.append(
-            [np.stack(r) for r in zip(*(f(*(pick(i, a, b) for i in range(len(args)))) for b in range(2)), strict=True)]
-        )
-    assert_same(got, loops)
+    count = len(grids[0][0])
+    first, every = [i == 0 for i in range(count)], [True] * count
+    rest = [not m for m in first]
+    one = jax.jit(f)
+    for outer, inner in [(first, every), (rest, first)][: 2 if any(rest) else 1]:
+
+        def pick(i, a, b, outer=outer, inner=inner):
+            return grids[a if outer[i] else 0][b if inner[i] else 0][i]
+
+        args = []
+        for i in range(count):
+            grid = np.stack([np.stack([pick(i, a, b) for b in range(2)]) for a in range(BATCH)])
+            args.append(grid[(slice(None) if outer[i] else 0, slice(None) if inner[i] else 0)])
+        outer_axes, inner_axes = ([0 if m else None for m in which] for which in (outer, inner))
+        got = jax.jit(jax.vmap(jax.vmap(f, inner_axes), outer_axes))(*args)
+        loop = [[one(*(pick(i, a, b) for i in range(count))) for b in range(2)] for a in range(BATCH)]
+        assert_same(got, [[np.stack(r) for r in zip(*row, strict=True)] for row in loop], outer)
 
 
-@pytest.mark.parametrize(("op", "mapped"), [(op, m) for op in MAPPED_FLOAT_OPS for m in subsets(op)], ids=str)
-def test_grad_of_vmap_and_vmap_of_grad(op, mapped, implementation):
-    """An unmapped operand's gradient is the sum over the batch."""
-    args, slices = stacked(op, mapped, [0] * len(mapped))
-    in_axes = [0 if m else None for m in mapped]
+@pytest.mark.parametrize("op", per_primitive(FLOAT_OPS), ids=str)
+def test_grad_of_vmap_and_vmap_of_grad(op, every_implementation):
+    """All operands mapped, the first, all but it. An unmapped operand's gradient is the sum over the batch."""
 
     def loss(*a):
-        results = op.float_results(*a, size=SMALL, implementation=implementation)
+        results = op.float_results(*a, size=SMALL, implementation=every_implementation)
         return sum(jnp.sum(jnp.sin(r)) for r in results)
 
-    loop = [jax.grad(loss, op.floats)(*s) for s in slices]
-    assert_same(jax.vmap(jax.grad(loss, op.floats), in_axes)(*args), loop)
-    whole = jax.grad(lambda *a: jnp.sum(jax.vmap(loss, in_axes)(*a)), op.floats)(*args)
-    for i, got, *parts in zip(op.floats, whole, *loop, strict=True):
-        np.testing.assert_allclose(got, np.stack(parts) if mapped[i] else sum(parts), rtol=1e-4, atol=1e-5)
+    every = subsets(op)
+    first = tuple(i == 0 for i in range(len(every[0])))
+    cases = [m for m in dict.fromkeys((every[0], first, tuple(not m for m in first))) if any(m)]
+    given = [stacked(op, mapped, [0] * len(mapped)) for mapped in cases]
 
+    @jax.jit
+    def run(batches):
+        out = []
+        for args, mapped in zip(batches, cases, strict=True):
+            in_axes = [0 if m else None for m in mapped]
+            whole = jax.grad(lambda *a, axes=in_axes: jnp.sum(jax.vmap(loss, axes)(*a)), op.floats)
+            out.append((jax.vmap(jax.grad(loss, op.floats), in_axes)(*args), whole(*args)))
+        return out
 
-@pytest.mark.parametrize("op", OPS, ids=str)
-def test_leading_axes_broadcast_from_one(op, implementation):
-    """The public functions take leading axes, and those of size 1 broadcast."""
-    f = functools.partial(op.results, size=SMALL, implementation=implementation)
-    mapped = [i == 0 for i in range(len(finite_args(op, rng(op), SMALL)))]
-    args, slices = stacked(op, mapped, [0] * len(mapped))
-    wide = [a[:, None] if m else a[None, None] for a, m in zip(args, mapped, strict=True)]
-    assert_same([r[:, 0] for r in f(*wide)], [f(*s) for s in slices])
+    one = jax.jit(jax.grad(loss, op.floats))
+    for mapped, (by_slice, whole), (_, slices) in zip(cases, run([a for a, _ in given]), given, strict=True):
+        loop = [[np.asarray(g) for g in one(*s)] for s in slices]
+        assert_same(by_slice, loop, mapped)
+        for i, got, *parts in zip(op.floats, whole, *loop, strict=True):
+            want = np.stack(parts) if mapped[i] else sum(parts)
+            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5, err_msg=str(mapped))
 
 
 def test_unmapped_rows_are_not_copied():
@@ -115,17 +127,21 @@ def test_unmapped_rows_are_not_copied():
 
 
 def test_empty_batch():
-    ids, weights = jax.vmap(lambda x: ferrum_jax.route_topk_softmax(x, 2))(jnp.zeros((0, 4, 6)))
+    ids, weights = jax.vmap(lambda x: ferrum_jax.route_topk_softmax(x, 2))(np.zeros((0, 4, 6), np.float32))
     assert ids.shape == weights.shape == (0, 4, 2)
 
 
-def test_whole_layer(implementation):
+def test_whole_layer(every_implementation):
     size = Size(5, 4, 2, 3)
-    args = [layer.init(jax.random.key(i), size) for i in range(BATCH)]
-    run = functools.partial(layer.packed, top_k=2, implementation=implementation)
-    loss = lambda *a: jnp.sum(jnp.sin(run(*a)))  # noqa: E731
-    got = jax.vmap(jax.grad(loss, (0, 1, 2)), in_axes=(0, 0, None, None))(
-        jnp.stack([a[0] for a in args]), jnp.stack([a[1] for a in args]), *args[0][2:]
+    args = [layer.init(i, size) for i in range(BATCH)]
+    run = functools.partial(layer.packed, top_k=2, implementation=every_implementation)
+
+    def loss(*a):
+        return jnp.sum(jnp.sin(run(*a)))
+
+    gradient = jax.grad(loss, (0, 1, 2))
+    got = jax.jit(jax.vmap(gradient, in_axes=(0, 0, None, None)))(
+        np.stack([a[0] for a in args]), np.stack([a[1] for a in args]), *args[0][2:]
     )
-    loop = [jax.grad(loss, (0, 1, 2))(*a[:2], *args[0][2:]) for a in args]
-    assert_same(got, loop)
+    one = jax.jit(gradient)
+    assert_same(got, [one(*a[:2], *args[0][2:]) for a in args], "layer")
