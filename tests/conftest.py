@@ -22,6 +22,8 @@ def pytest_configure(config):
     if not on_gpu(config):
         os.environ["JAX_PLATFORMS"] = "cpu"
         jax.config.update("jax_platforms", "cpu")
+        # XLA's passes run as ever; LLVM takes less time over programs that run for microseconds.
+        jax.config.update("jax_disable_most_optimizations", True)
     # Most of the time is XLA's compilation. Its results are kept from run to run beside pytest's own, for all workers.
     if hasattr(config, "cache"):
         jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir(f"xla-{jax.__version__}")))

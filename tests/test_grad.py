@@ -23,6 +23,7 @@ from cases import (
     rng,
     weighted_sum_args,
 )
+from derivatives import check_derivatives, inner
 
 import ferrum_jax
 
@@ -43,35 +44,10 @@ def normal(*seed, like):
     return [rng(*seed, i).normal(size=x.shape).astype(np.float32).astype(x.dtype) for i, x in enumerate(like)]
 
 
-def inner(xs, ys):
-    return sum(float(np.vdot(x, y)) for x, y in zip(xs, ys, strict=True))
-
-
 @pytest.mark.parametrize("op", per_primitive(FLOAT_OPS), ids=str)
 def test_both_modes_to_second_order(op, every_implementation):
-    """Along one direction: jvp, grad, forward over reverse and reverse over reverse, against finite differences."""
     f, floats = as_function_of_floats(op, finite_args(op, rng(op), SMALL), SMALL, every_implementation)
-    direction, step = normal(op, "along", like=floats), np.float32(1e-2)
-    gradient = jax.grad(lambda *xs: sum(jnp.sum(jnp.sin(r)) for r in f(*xs)), tuple(range(len(floats))))
-
-    def slope(*xs):
-        return sum(jnp.vdot(g, v) for g, v in zip(gradient(*xs), direction, strict=True))
-
-    @jax.jit
-    def run(*xs):
-        sides = [[x + s * step * v for x, v in zip(xs, direction, strict=True)] for s in (1, -1)]
-        out, tangent = jax.jvp(f, xs, tuple(direction))
-        first, forward = jax.jvp(gradient, xs, tuple(direction))
-        reverse = jax.grad(slope, tuple(range(len(xs))))(*xs)
-        return out, tangent, first, forward, reverse, [(f(*side), gradient(*side)) for side in sides]
-
-    out, tangent, first, forward, reverse, ((above, g_above), (below, g_below)) = run(*floats)
-    for got, high, low in zip([*tangent, *forward], [*above, *g_above], [*below, *g_below], strict=True):
-        difference = (np.asarray(high) - np.asarray(low)) / (2 * step)
-        np.testing.assert_allclose(got, difference, rtol=1e-2, atol=1e-2 * max(1, np.abs(difference).max(initial=0)))
-    np.testing.assert_allclose(inner(first, direction), inner(map(np.cos, out), tangent), rtol=1e-4, atol=1e-4)
-    for a, b in zip(forward, reverse, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * max(1, np.abs(b).max(initial=0)))
+    check_derivatives(f, floats, seed=0)
 
 
 @pytest.mark.parametrize("op", per_primitive(FLOAT_OPS), ids=str)

@@ -53,7 +53,14 @@ def programs(model, tokens, implementation):
 
 
 @needs_plugin
-@pytest.mark.parametrize(("model", "tokens"), [*((m, 8192) for m in MODELS), ("qwen3", 128), ("wide", 128)])
+@pytest.mark.parametrize(
+    ("model", "tokens"),
+    [
+        ("qwen3", 128),
+        *(pytest.param(m, 8192, marks=pytest.mark.compiled) for m in MODELS),
+        pytest.param("wide", 128, marks=pytest.mark.compiled),
+    ],
+)
 def test_triton_compiles_for_an_h200_without_spills(model, tokens):
     for name, (f, args, launches, wide) in programs(model, tokens, "triton").items():
         program = for_h200(f, *args)
@@ -65,7 +72,14 @@ def test_triton_compiles_for_an_h200_without_spills(model, tokens):
 
 
 @needs_plugin
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize(
+    "op",
+    [
+        pytest.param(op, marks=[] if op.name in ("moe_plan", "moe_combine", "grouped_matmul") else [pytest.mark.compiled])
+        for op in OPS
+    ],
+    ids=str,
+)
 def test_the_asked_implementation_is_what_is_lowered(op):
     args = op.args(rng(op), SMALL, "bfloat16")
     launches = {
@@ -138,6 +152,7 @@ def test_ids_and_tables_equal_xla_bit_for_bit(seed):
         np.testing.assert_array_equal(g, w)
 
 
+@pytest.mark.interpreted
 def test_three_launches_equal_one(monkeypatch):
     """Of many pairs the counts come through memory: here in tiles of 32 pairs, so that there are many, ranked by 16."""
     from ferrum_jax.kernels import triton
@@ -152,6 +167,7 @@ def test_three_launches_equal_one(monkeypatch):
             np.testing.assert_array_equal(g, w)
 
 
+@pytest.mark.interpreted
 def test_experts_are_counted_in_portions(monkeypatch):
     """More experts than a program counts at a time: here 16, in one launch and in three."""
     from ferrum_jax.kernels import triton
@@ -167,6 +183,7 @@ def test_experts_are_counted_in_portions(monkeypatch):
                 np.testing.assert_array_equal(g, w)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize(
     ("router", "step"),
     [
@@ -203,6 +220,7 @@ def test_programs_of_one_launch_write_the_same(router, step, monkeypatch):
         np.testing.assert_array_equal(g, w)
 
 
+@pytest.mark.interpreted
 def test_devices_share_the_interpreter():
     """JAX calls back from a thread per device, and Triton's interpreter has one state."""
     x = rng("threads").normal(size=(4, 16, 8)).astype(np.float32)
@@ -219,6 +237,7 @@ def test_devices_share_the_interpreter():
 
 
 @needs_pjrt
+@pytest.mark.compiled
 def test_xla_computes_an_index_once():
     """What makes an index stays out of the loop over a row's elements, which would compute it for each of them."""
 

@@ -30,6 +30,7 @@ def test_import_is_light_and_starts_no_backend():
     assert loaded == "[] False"
 
 
+@pytest.mark.slow
 def test_import_adds_less_than_100_ms_to_jax():
     # Of the processor's time: what other processes do meanwhile does not count. Nor does compiling to bytecode, which
     # the first import of an installed package does for all others, unless the environment forbids it.
@@ -53,6 +54,7 @@ def test_only_primitive_touches_jax_internals():
             assert not re.search(r"jax\.(extend|interpreters)", text), path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL))
 def test_readme_code_runs(block):
     run(block)

@@ -23,6 +23,11 @@ of = jax.ShapeDtypeStruct
 OPS = [op for op in FLOAT_OPS if op.has_kernel("pallas") and not op.name.startswith("grouped")]
 
 
+def by_marks(ops, usual):
+    """All interpreted on request; in every run the usual ones."""
+    return [pytest.param(op, marks=[] if op.name in usual else [pytest.mark.interpreted]) for op in ops]
+
+
 @pytest.fixture
 def interpreting():
     with ferrum_jax.interpret_kernels():
@@ -31,10 +36,16 @@ def interpreting():
 
 @pytest.mark.parametrize(
     ("size", "dtype"),
-    [(SMALL, "float32"), (Size(7, 3, 3, 130), "bfloat16"), (Size(3, 40, 17, 300), "float16")],
+    [
+        (SMALL, "float32"),
+        *(
+            pytest.param(*case, marks=pytest.mark.interpreted)
+            for case in ((Size(7, 3, 3, 130), "bfloat16"), (Size(3, 40, 17, 300), "float16"))
+        ),
+    ],
     ids=str,
 )
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("op", by_marks(OPS, {"route_topk_softmax", "moe_combine"}), ids=str)
 @pytest.mark.usefixtures("interpreting")
 def test_values(op, size, dtype):
     args = op.args(rng(op, size), size, dtype)
@@ -42,7 +53,7 @@ def test_values(op, size, dtype):
     oracle.assert_matches(got, op.oracle(*args, size=size))
 
 
-@pytest.mark.parametrize("op", OPS[1:], ids=str)
+@pytest.mark.parametrize("op", by_marks(OPS[1:], ()), ids=str)
 @pytest.mark.usefixtures("interpreting")
 def test_gradients(op):
     args = finite_args(op, rng(op), SMALL)
@@ -61,6 +72,7 @@ def _filled(op, args, floats):
     return [given.get(i, x) for i, x in enumerate(args)]
 
 
+@pytest.mark.interpreted
 @pytest.mark.usefixtures("interpreting", "x64")
 @pytest.mark.parametrize("op", [OPS[0], OPS[4]], ids=str)
 def test_x64_changes_nothing(op):
@@ -68,6 +80,7 @@ def test_x64_changes_nothing(op):
     oracle.assert_matches(op.results(*args, size=SMALL, implementation="pallas"), op.oracle(*args, size=SMALL))
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize(("experts", "top_k"), [(1, 1), (8, 8), (33, 5), (1100, 3)])
 def test_ids_equal_xla_for_any_bits(experts, top_k):
     """Of four tokens a block and of the ones left over; ties, infinities, NaN of either sign, subnormals, -0."""
@@ -92,6 +105,7 @@ def test_no_tokens():
     )
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("axes", [(None, 0, 0), (0, None, 0), (0, 0, None)])
 @pytest.mark.usefixtures("interpreting")
 def test_vmap_of_some_operands(axes):
@@ -130,6 +144,7 @@ def test_the_interpreter_catches_a_row_out_of_bounds():
     np.testing.assert_array_equal(got, rows[:1])
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("barrier", [True, False])
 def test_the_interpreter_catches_a_missing_barrier(barrier):
     """A row handed from one warpgroup of a block to another. Blocks run in turn: it sees no races between them."""
@@ -228,6 +243,7 @@ REGISTERS = {
 
 @needs_plugin
 @needs_pjrt
+@pytest.mark.compiled
 def test_compiles_for_an_h200_without_spills():
     # All models in one test: what is the same in two of them, JAX 0.12 compiles once in a process.
     kernels = [k for model in MODELS for f, args in programs(model) for k in whole_program_for_h200(f, *args)[1]]
@@ -247,6 +263,7 @@ def test_compiles_for_an_h200_without_spills():
 
 @needs_plugin
 @needs_pjrt
+@pytest.mark.compiled
 def test_rows_are_addressed_in_64_bits():
     """R * H = 2^32: the byte offset of a row is a 64-bit product of its 32-bit index."""
     rows, ids = of((2**20, 4096), jnp.bfloat16), of((8, 2), jnp.int32)
@@ -269,6 +286,7 @@ def routed_layer(logits, x, *, implementation):
 
 @needs_plugin
 @needs_pjrt
+@pytest.mark.compiled
 @pytest.mark.parametrize(("tokens", "launched"), [(128, 4), (8192, 6)])
 def test_launches_of_a_routed_layer(tokens, launched):
     args = of((tokens, 128), jnp.bfloat16), of((tokens, 2048), jnp.bfloat16)

@@ -33,7 +33,7 @@ def interpreting():
     ("size", "dtype", "pair_ids"),
     [
         (Size(9, 3, 2, 70, 8), "bfloat16", False),  # runs of rows from anywhere, rows and columns no whole tiles
-        (Size(7, 3, 3, 20, 2), "float16", True),  # gathered rows, blocks below the least tile
+        pytest.param(Size(7, 3, 3, 20, 2), "float16", True, marks=pytest.mark.interpreted),  # gathered, small blocks
     ],
     ids=str,
 )
@@ -41,6 +41,7 @@ def test_values_and_gradients(size, dtype, pair_ids):
     check(grouped_args(rng("w", size), size, dtype, pair_ids), size.K if pair_ids else 1, "pallas")
 
 
+@pytest.mark.interpreted
 @pytest.mark.usefixtures("interpreting")
 @pytest.mark.parametrize("choice", grouped.TILES.values(), ids=str)
 def test_blocks_beyond_a_tile_many_columns_and_float32_results(choice, monkeypatch):
@@ -55,6 +56,7 @@ def test_blocks_beyond_a_tile_many_columns_and_float32_results(choice, monkeypat
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.interpreted
 @pytest.mark.usefixtures("interpreting")
 def test_a_batch_and_tables_made_by_hand():
     """Runs, a run that is cut, scattered slots, a dead block, and rows that nobody names, over mapped slices."""
@@ -77,11 +79,12 @@ def test_a_batch_and_tables_made_by_hand():
 EPILOGUES = [
     ("silu", False, True, "bfloat16"),
     ("swiglu_oai", True, False, "float16"),
-    *(pytest.param(a, True, True, "bfloat16", marks=pytest.mark.interpreted) for a in grouped.ACTIVATIONS),
-    pytest.param(None, False, True, "float16", marks=pytest.mark.interpreted),
+    *((a, True, True, "bfloat16") for a in grouped.ACTIVATIONS),
+    (None, False, True, "float16"),
 ]
 
 
+@pytest.mark.interpreted
 @pytest.mark.usefixtures("interpreting")
 @pytest.mark.parametrize(("activation", "pair_ids", "weighted", "dtype"), EPILOGUES)
 def test_epilogues(activation, pair_ids, weighted, dtype):
@@ -97,8 +100,8 @@ def test_epilogues(activation, pair_ids, weighted, dtype):
     if activation:
         oracle.assert_matches([got], oracle.grouped_matmul_activated(*args, **settings))
     else:
-        ((want, magnitude),) = oracle.grouped_matmul(lhs, rhs, *routing[3:], top_k=top_k)
-        oracle.assert_matches([got], [(want * args[2][:, None], magnitude * abs(args[2][:, None]))])
+        (want,) = oracle.grouped_matmul(lhs, rhs, *routing[3:], top_k=top_k)
+        oracle.assert_matches([got], [(want.value * args[2][:, None], want.size * abs(args[2][:, None]), 71)])
 
 
 def loss(f, *args):
@@ -152,6 +155,7 @@ TRANSFORMATIONS = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("where", [pytest.param(w, marks=getattr(pytest.mark, w)) for w in ("interpreted", "gpu")])
 @pytest.mark.parametrize("activation", [None, "silu"])
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
@@ -358,6 +362,7 @@ def test_an_epilogue_that_pallas_lacks_is_left_to_the_parts():
 
 @needs_plugin
 @needs_pjrt
+@pytest.mark.compiled
 @pytest.mark.parametrize(
     ("model", "tokens", "block", "dtype", "pair_ids", "gradients"),
     [
@@ -400,6 +405,7 @@ def test_code_for_an_h200(model, tokens, block, dtype, pair_ids, gradients):
 
 @needs_plugin
 @needs_pjrt
+@pytest.mark.compiled
 @pytest.mark.parametrize(
     ("tokens", "block", "activation", "weighted", "dtype"),
     [

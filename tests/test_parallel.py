@@ -127,6 +127,7 @@ def test_sixteen_bits(exchange):
     close(got, [w.astype("float32") for w in unsharded()(ids, x, weights, *rest)], "bfloat16")
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     """Four devices of two processes, which talk over the loopback address."""
     with socket.socket() as free:
@@ -339,6 +340,7 @@ def test_choice_by_shapes_and_platform():
 
 
 @needs_pjrt
+@pytest.mark.compiled
 def test_ragged_layer_compiles_for_two_gpus():
     # In a process of its own: after many other programs in one, XLA's compiler has crashed on this one.
     code = "import sys; sys.path.insert(0, 'tests'); import conftest, test_parallel as t; print(t.ragged_program())"

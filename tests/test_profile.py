@@ -162,6 +162,7 @@ threads = [threading.Thread(target=write, args=(t,)) for t in range(8)]
 """
 
 
+@pytest.mark.slow
 def test_eight_threads_of_four_processes_break_no_line(file):
     root = Path(__file__).parent.parent
     writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(p)], cwd=root) for p in range(4)]

@@ -1,0 +1,43 @@
+"""Derivatives of first and second order along one direction, in every mode, against finite differences."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def check_derivatives(f, floats, seed, bound=1e-2):
+    """f takes the arrays `floats` to a sequence of arrays. One compiled program makes everything that is compared.
+
+    `bound` is that of the finite differences, relative to the largest entry of a derivative, or to 1.
+    """
+    r, step = np.random.default_rng(seed), np.float32(1e-2)
+    every = tuple(range(len(floats)))
+    direction = tuple(r.normal(size=x.shape).astype(x.dtype) for x in floats)
+    gradient = jax.grad(lambda *xs: sum(jnp.sum(jnp.sin(y)) for y in f(*xs)), every)
+
+    def slope(*xs):
+        return sum(jnp.vdot(g, v) for g, v in zip(gradient(*xs), direction, strict=True))
+
+    @jax.jit
+    def run(*xs):
+        sides = [[x + s * step * v for x, v in zip(xs, direction, strict=True)] for s in (1, -1)]
+        out, tangent = jax.jvp(lambda *xs: tuple(f(*xs)), xs, direction)
+        first, forward = jax.jvp(gradient, xs, direction)
+        reverse = jax.grad(slope, every)(*xs)
+        return out, tangent, first, forward, reverse, [(f(*side), gradient(*side)) for side in sides]
+
+    out, tangent, first, forward, reverse, (above, below) = run(*floats)
+    for got, high, low in zip((*tangent, *forward), (*above[0], *above[1]), (*below[0], *below[1]), strict=True):
+        difference = (np.asarray(high) - np.asarray(low)) / (2 * step)
+        np.testing.assert_allclose(got, difference, rtol=bound, atol=bound * most(difference))
+    np.testing.assert_allclose(inner(first, direction), inner(map(np.cos, out), tangent), rtol=1e-4, atol=1e-4)
+    for a, b in zip(forward, reverse, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * most(b))
+
+
+def most(x):
+    return max(1, np.abs(x).max(initial=0))
+
+
+def inner(xs, ys):
+    return sum(float(np.vdot(x, y)) for x, y in zip(xs, ys, strict=True))
