@@ -374,11 +374,12 @@ def per_primitive(ops):
 
 def values():
     """Parameters (op, dtype, size) of a test of values. All sizes and dtypes together: in a full run."""
+    found = []
     for op in OPS:
         for dtype in DTYPES if op.floats else ["int32"]:
             usual = USUAL if dtype in ("float32", "int32") else USUAL[-1:]
-            for size in SIZES:
-                yield pytest.param(op, dtype, size, marks=[] if size in usual else [pytest.mark.full])
+            found += [pytest.param(op, dtype, s, marks=[] if s in usual else [pytest.mark.full]) for s in SIZES]
+    return found
 
 
 def finite_args(op, r, size, dtype="float32"):

@@ -24,7 +24,7 @@ E, K, BLOCK, PAIRS = 4, 2, 2, 8
 
 def make(kind, ids, num_experts, block_size, pair_ids=False):
     """The tables by the oracle, as host arrays."""
-    plan = [x for x, _ in oracle.moe_plan(ids, num_experts=num_experts, block_size=block_size, pair_ids=pair_ids)]
+    plan = [x.value for x in oracle.moe_plan(ids, num_experts=num_experts, block_size=block_size, pair_ids=pair_ids)]
     parts = {fj.TokenPairs: plan[:3], fj.MoeRouting: plan[3:], fj.MoePlan: plan}
     return kind(*parts[kind])
 

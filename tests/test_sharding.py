@@ -1,13 +1,14 @@
 """Meshes: shard_map with check_vma, Explicit and Auto axes; values and gradients equal the unsharded ones."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import layer
 import numpy as np
 import pytest
-from cases import FLOAT_OPS, OPS, SMALL, VARIANTS, Size, finite_args, rng
+from cases import FLOAT_OPS, OPS, SMALL, VARIANTS, Size, finite_args, per_primitive, rng
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -26,10 +27,11 @@ def mesh_of(kind):
 
 def on_each_mesh(ops):
     """Every primitive with Explicit axes, and one a family with Auto ones; in a full run every op with both."""
-    for op in ops:
-        for kind in KINDS:
-            usual = op.name in ONE_A_FAMILY or (kind == AxisType.Explicit and op.name not in VARIANTS)
-            yield pytest.param(op, kind, marks=[] if usual else [pytest.mark.full])
+    found = []
+    for op, kind in itertools.product(ops, KINDS):
+        usual = op.name in ONE_A_FAMILY or (kind == AxisType.Explicit and op.name not in VARIANTS)
+        found.append(pytest.param(op, kind, marks=[] if usual else [pytest.mark.full]))
+    return found
 
 
 def place(mesh, specs, args):
@@ -73,9 +75,7 @@ def test_gradient_through_shard_map(op, kind, every_implementation):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "op", [pytest.param(op, marks=[pytest.mark.full] if op.name in VARIANTS else []) for op in OPS], ids=str
-)
+@pytest.mark.parametrize("op", per_primitive(OPS), ids=str)
 def test_explicit_mesh(op, every_implementation):
     """Any operand axis sharded: the same values, under jit in set_mesh, and of the first axis eagerly without."""
     mesh = jax.make_mesh((DEVICES,), ("d",))
@@ -111,9 +111,7 @@ def test_explicit_mesh_propagates_shardings():
         assert jax.typeof(ferrum_jax.moe_combine(both, pairs, weights)).sharding.spec == P("t", None)
 
 
-@pytest.mark.parametrize(
-    "op", [pytest.param(op, marks=[pytest.mark.full] if op.name in VARIANTS else []) for op in FLOAT_OPS], ids=str
-)
+@pytest.mark.parametrize("op", per_primitive(FLOAT_OPS), ids=str)
 @pytest.mark.parametrize("axis", [0, 1])
 def test_gradient_in_an_explicit_mesh(op, axis, every_implementation):
     mesh = jax.make_mesh((DEVICES,), ("d",))
