@@ -140,6 +140,14 @@ def _dtype(op: str, preferred: Any, default: Any) -> str:
     return dtype.name
 
 
+def unfinished(dtype: str) -> str:
+    """The dtype of a product before its bias and its activation, where these give rows of `dtype`.
+
+    Keep float16 products in float32: they may overflow float16 before the activation brings them back into its range.
+    """
+    return "bfloat16" if dtype == "bfloat16" else "float32"
+
+
 # ---- meanings, over any leading axes: a batch of products is one product with more blocks
 
 
@@ -191,9 +199,7 @@ def _activated_meaning(
             rows = ACTIVATIONS[activation](*jnp.split(rows, 2, axis=-1))
         return (rows if weights is None else rows * jnp.expand_dims(weights, -1)).astype(dtype)
 
-    # What overflows float16 may come out of the activation within its range.
-    made = "bfloat16" if dtype == "bfloat16" else "float32"
-    rows = _matmul(lhs, rhs, slots, blocks, total, dtype=made, implementation=implementation, **settings)
+    rows = _matmul(lhs, rhs, slots, blocks, total, dtype=unfinished(dtype), implementation=implementation, **settings)
     if row_weights is not None:
         row_weights = _masked(row_weights, slots, blocks, total, num_experts=rhs.shape[-3])
     return finish(rows, row_weights)

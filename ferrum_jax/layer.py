@@ -10,7 +10,7 @@ from jax.sharding import AxisType, PartitionSpec
 from . import _signature
 from ._signature import as_int, one_of
 from .combine import moe_combine, moe_dispatch, weighted_sum_batched
-from .grouped import ACTIVATIONS, grouped_matmul
+from .grouped import ACTIVATIONS, grouped_matmul, unfinished
 from .routing import RouterOutput, as_pair, route_topk_softmax
 from .tables import expert_of_row, moe_align_block_size_pair_ids, moe_plan
 
@@ -40,9 +40,10 @@ def moe_mlp(
 
     out[t] = sum over k of weight[t,k] * (act(gate, up) @ w_down[e] + b_down[e]), where e = id[t,k], and gate and up are
     the halves of x[t] @ w_gate_up[e] + b_gate_up[e]. Products and sums are in float32, rows between them in x's dtype;
-    the activation is in float32, and is computed again for the gradient instead of stored. Gradients to x, the router's
-    logits or weights, matrices and biases are exact, with the ids held constant; an expert without tokens gets 0.
-    Memory grows with T*K rows, never with T*K*E or with a copy of matrices.
+    but a float16 product stays float32 until it is activated. The activation is in float32, and is computed again for
+    the gradient instead of stored. Gradients to x, the router's logits or weights, matrices and biases are exact, with
+    the ids held constant; an expert without tokens gets 0. Memory grows with T*K rows, never with T*K*E or with a copy
+    of matrices.
 
     Args:
       x: [..., T, H] float16, bfloat16 or float32. Leading axes are more tokens: the matrices serve all.
@@ -120,7 +121,7 @@ def moe_mlp(
         hidden = act(gate, up)
         if jnp.shape(hidden) != gate.shape:
             raise ValueError(f"{_OP}: activation must give an array of shape {gate.shape}; got {jnp.shape(hidden)}")
-        return hidden.astype(rows.dtype)
+        return hidden.astype(x.dtype)
 
     def bias_rows(bias: jax.Array | None) -> jax.Array | None:
         if bias is None:
@@ -132,7 +133,8 @@ def moe_mlp(
     if b_gate_up is None and not callable(activation):
         rows = grouped_matmul(rows, w_gate_up, routing, top_k=choices, activation=activation, **product)
     else:
-        rows = grouped_matmul(rows, w_gate_up, routing, top_k=choices, **product)
+        wide = unfinished(x.dtype.name)
+        rows = grouped_matmul(rows, w_gate_up, routing, top_k=choices, preferred_element_type=wide, **product)
         rows = activate(rows, bias_rows(b_gate_up))
     rows = grouped_matmul(rows, w_down, routing, **product)
     if b_down is not None:

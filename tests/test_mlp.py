@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -141,6 +142,54 @@ def test_gradients_equal_the_dense_layers(size, flow, biased, implementation):
     want = jax.grad(loss(functools.partial(reference, top_k=size.K)), operands)(*args)
     for g, w in zip(got, want, strict=True):  # sums that cancel: their terms' size is that of the largest
         np.testing.assert_allclose(g, w, rtol=0, atol=np.finfo(np.float32).eps ** (2 / 3) * np.max(np.abs(w)) + 1e-6)
+
+
+def beyond_float16():
+    """Two tokens and one expert, float16, gates of 75,000 and -75,000: rounded to float16 they are infinite."""
+    x = np.zeros((2, 4), np.float16)
+    x[:, 0] = 250, -250
+    w_gate_up, w_down = np.zeros((1, 4, 4), np.float16), np.full((1, 2, 4), 2.0**-4, np.float16)
+    w_gate_up[0, 0] = 300, 300, 2.0**-18, 2.0**-18
+    return x, w_gate_up, w_down, np.zeros((1, 4), np.float16)
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+def test_what_float16_cannot_hold_goes_through_every_activation(flow, implementation):
+    """Fused, with biases of zero, and as a function: one result, and gradients that are finite and the same."""
+    x, w_gate_up, w_down, zeros = beyond_float16()
+    routed = ferrum_jax.RouterOutput(np.zeros((2, 1), np.int32), np.ones((2, 1), np.float32))
+
+    def function(gate, up):
+        assert gate.dtype == up.dtype == jnp.float32
+        return jax.nn.silu(gate) * up
+
+    def run(x, w_gate_up, w_down, b_gate_up, biased, activation):
+        fixed = {"router_output": routed, "flow": flow, "implementation": implementation, "activation": activation}
+        return moe_mlp(x, None, w_gate_up, w_down, b_gate_up=b_gate_up if biased else None, **fixed)
+
+    @jax.jit
+    def every(*args):
+        out = []
+        for biased, activation in ((False, "silu"), (True, "silu"), (False, function), (True, function)):
+            y, vjp = jax.vjp(functools.partial(run, biased=biased, activation=activation), *args)
+            out.append((y, *vjp(jnp.full_like(y, 1e-3))[: 4 if biased else 3]))
+        return out
+
+    fused, *others = every(x, w_gate_up, w_down, zeros)
+    np.testing.assert_allclose(f64(fused[0])[:, 0], [75000 * 250 / 2**18 / 8, 0], rtol=2e-3)
+    for got in others:
+        assert all(np.isfinite(a).all() for a in got)
+        for g, w in zip(got, fused, strict=False):
+            np.testing.assert_allclose(f64(g), f64(w), rtol=2e-3)
+
+
+def test_sixteen_bits_before_the_activation():
+    """float16 products are float32 until they are activated; bfloat16 ones, which reach as far, stay as they are."""
+    for dtype, made in (("float16", "float32"), ("bfloat16", "bfloat16")):
+        (x, logits, *matrices), biases = arguments(dtype=dtype)
+        run = functools.partial(moe_mlp, top_k=2, **biases)
+        jaxpr = str(jax.make_jaxpr(run)(x, logits, *matrices))
+        assert re.findall(r"ferrum_grouped_matmul\[\s*dtype=(\w+)", jaxpr) == [made, dtype]
 
 
 @pytest.mark.parametrize("flow", FLOWS)
