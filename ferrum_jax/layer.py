@@ -10,7 +10,7 @@ from jax.sharding import AxisType, PartitionSpec
 from . import _signature
 from ._signature import as_int, one_of
 from .combine import moe_combine, moe_dispatch, weighted_sum_batched
-from .grouped import ACTIVATIONS, grouped_matmul, unfinished
+from .grouped import ACTIVATIONS, as_precision, grouped_matmul, unfinished
 from .routing import RouterOutput, as_pair, route_topk_softmax
 from .tables import expert_of_row, moe_align_block_size_pair_ids, moe_plan
 
@@ -34,6 +34,7 @@ def moe_mlp(
     b_down: jax.Array | None = None,
     flow: str | None = None,
     block_size: int | None = None,
+    precision: str | jax.lax.Precision | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """A Mixture-of-Experts layer: each token through its experts' gated MLPs, weighted and added.
@@ -63,6 +64,8 @@ def moe_mlp(
         once per tile costs little and the K-fold copy is saved; above, "packed", whose rows come in order.
       block_size: rows of a block of one expert; None: the power of two in [16, 128] that holds P/E rows, those of an
         average expert, so that most experts' matrices are read once.
+      precision: of float32 products with the matrices and of their gradients, as in `grouped_matmul`: "tensorfloat32"
+        allows TF32; None is what `jax.default_matmul_precision` says, and full float32 if that is not set.
       implementation: None, "xla" or "triton", of each op; Pallas has no kernel of tables, and None takes its products
         where they were measured faster.
 
@@ -72,7 +75,7 @@ def moe_mlp(
     Raises:
       TypeError: an argument of another dtype, a size that is no int.
       ValueError: ranks or shapes that do not fit, sizes out of range, both or neither of `router_logits` and
-        `router_output`, an unknown `activation`, `flow` or `implementation`.
+        `router_output`, an unknown `activation`, `flow`, `precision` or `implementation`.
       NotImplementedError: the implementation asked for cannot run here; the message says why.
 
     The layer is that of Shazeer et al., https://arxiv.org/abs/1701.06538, dropless as in MegaBlocks,
@@ -129,7 +132,8 @@ def moe_mlp(
         owner = expert_of_row(plan.packed_token_idx, plan.expert_offsets) if plan else ids.reshape(-1)
         return moe_dispatch(bias, owner, **run)
 
-    product: dict[str, Any] = {"packed_rows": flow == "packed", **run}
+    precision = as_precision(_OP, precision, x.dtype)
+    product: dict[str, Any] = {"packed_rows": flow == "packed", "precision": precision, **run}
     if b_gate_up is None and not callable(activation):
         rows = grouped_matmul(rows, w_gate_up, routing, top_k=choices, activation=activation, **product)
     else:

@@ -192,6 +192,25 @@ def test_sixteen_bits_before_the_activation():
         assert re.findall(r"ferrum_grouped_matmul\[\s*dtype=(\w+)", jaxpr) == [made, dtype]
 
 
+@pytest.mark.parametrize("options", [{}, {"b_gate_up": np.zeros((5, 2 * F), np.float32)}], ids=["fused", "biased"])
+def test_precision_reaches_every_product(options):
+    """By argument or by context, which the argument overrules; also in gradients that are taken outside."""
+    (x, logits, *matrices), _ = arguments()
+
+    def found(context, **given):
+        def loss(x, *matrices):
+            with jax.default_matmul_precision(context):
+                return jnp.sum(jnp.sin(moe_mlp(x, logits, *matrices, top_k=2, **options, **given)))
+
+        text = str(jax.make_jaxpr(jax.grad(loss, range(3)))(x, *matrices))
+        products = re.findall(r"ferrum_grouped_(?:matmul|outer)\w*\[[^\]]*?precision=(\w+)", text)
+        assert len(products) == 6
+        return set(products)
+
+    assert found(None) == found("high") == found("tensorfloat32", precision="highest") == {"highest"}
+    assert found("tensorfloat32") == found(None, precision="tensorfloat32") == {"default"}
+
+
 @pytest.mark.parametrize("flow", FLOWS)
 def test_no_tokens(flow, implementation):
     (x, logits, *matrices), biases = arguments(Size(0, 5, 2, 4))
@@ -309,6 +328,7 @@ WRONG = {
     "its shape": ({"activation": lambda gate, up: gate[:, :1]}, ValueError, ["activation", "(14, 3)", "(14, 1)"]),
     "flow": ({"flow": "pairs"}, ValueError, ["flow", "'packed'", "'pairs'"]),
     "block": ({"block_size": 0}, ValueError, ["block_size", "got 0"]),
+    "precision": ({"precision": "tf32"}, ValueError, ["moe_mlp", "precision", "'tensorfloat32'", "'tf32'"]),
     "implementation": ({"implementation": "cuda"}, ValueError, ["implementation", "'cuda'"]),
     "x rank": ({"x": ONES(4)}, ValueError, ["x", "[..., T, H]", "(4,)"]),
     "x dtype": ({"x": ONES((7, 4), int)}, TypeError, ["x", "int32"]),

@@ -420,6 +420,27 @@ def test_how_it_is_run_is_passed_on():
     assert "implementation=xla" not in lowered()
 
 
+def test_precision_is_that_of_experts_and_shared_mlp():
+    """The router's product stays in full float32; so is every product without an argument and a context."""
+    x = jax.ShapeDtypeStruct((T, H), jnp.float32)
+
+    def found(context, precision=None, dtype="float32"):
+        module = make(SMALL["qwen3_next"], precision=precision, dtype=dtype)
+        with jax.default_matmul_precision(context):
+            equations = jax.make_jaxpr(module)(x).eqns
+        router, *shared = (e.params["precision"] for e in equations if e.primitive.name == "dot_general")
+        assert router == (jax.lax.Precision.HIGHEST,) * 2
+        assert len(shared) == 3  # with that of the shared gate
+        experts = {e.params["precision"] for e in equations if e.primitive.name.startswith("ferrum_grouped")}
+        return experts, set(shared)
+
+    full = {"highest"}, {(jax.lax.Precision.HIGHEST,) * 2}
+    rounded = {"default"}, {(jax.lax.Precision.DEFAULT,) * 2}
+    assert found(None) == found("high") == found("tensorfloat32", "highest") == full
+    assert found("tensorfloat32") == found(None, "tensorfloat32") == found(None, jax.lax.Precision.DEFAULT) == rounded
+    assert found(None, "tensorfloat32", "bfloat16") == ({"highest"}, {None})
+
+
 ERRORS = {
     "a missing setting": (lambda: MoE(H, F, top_k=2, rngs=nnx.Rngs(0)), TypeError, "num_experts must be given"),
     "an unknown setting": (lambda: make(topk=3), TypeError, "top_k.*topk"),
@@ -428,6 +449,7 @@ ERRORS = {
     "a dtype": (lambda: make(param_dtype=jnp.int32), TypeError, "param_dtype.*int32"),
     "a partition": (lambda: make(partition={"experts": "d"}), ValueError, "partition.*'E'.*experts"),
     "a normalization": (lambda: make(normalization="hf"), ValueError, "normalization.*'switch'.*'hf'"),
+    "a precision": (lambda: make(precision="tf32"), ValueError, "precision.*'tensorfloat32'.*'tf32'"),
     "a gate of nothing": (lambda: make(shared_gate=True), ValueError, "shared_experts"),
     "x's width": (lambda: make()(tokens(T, 5)), ValueError, r"H = 8.*\(6, 5\)"),
     "x's dtype": (lambda: make()(jnp.ones((T, H), int)), TypeError, "x must be.*int32"),

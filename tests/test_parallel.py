@@ -145,6 +145,24 @@ def test_what_float16_cannot_hold_goes_through_the_activation(exchange):
     np.testing.assert_allclose(np.asarray(out, np.float32)[:, 0], [75000 * 250 / 2**18 / 8, 0], rtol=2e-3)
 
 
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_precision_reaches_every_product(exchange):
+    x, logits, _, gate_up, down, *_ = arguments()
+
+    def found(context, **given):
+        run = functools.partial(moe_mlp, axis_name="d", top_k=SIZE.K, exchange=exchange, **given)
+
+        def loss(*args):
+            with jax.default_matmul_precision(context):
+                return jnp.sum(jax.shard_map(run, mesh=mesh_of(2), in_specs=P("d"), out_specs=P("d"))(*args))
+
+        text = str(jax.make_jaxpr(jax.grad(loss, (0, 2, 3)))(x, logits, gate_up, down))
+        return set(re.findall(r"ferrum_grouped_(?:matmul|outer)\w*\[[^\]]*?precision=(\w+)", text))
+
+    assert found(None) == found("tensorfloat32", precision="highest") == {"highest"}
+    assert found("tensorfloat32") == found(None, precision="tensorfloat32") == {"default"}
+
+
 def test_two_processes_equal_one(tmp_path):
     """Four devices of two processes, which talk over the loopback address."""
     with socket.socket() as free:
@@ -382,6 +400,7 @@ WRONG = {
     "E": ({"experts": 6}, ["router_logits", "4 devices", "2 experts", "(6, 8)", "(6, 6)"]),
     "top_k": ({"top_k": 9}, ["top_k", "[1, 8]", "got 9"]),
     "neither": ({"router_logits": None}, ["router_logits", "neither"]),
+    "precision": ({"precision": "tf32"}, ["parallel.moe_mlp", "precision", "'tensorfloat32'", "'tf32'"]),
     "of a device": ({"activation": "swish"}, ["activation", "'swish'"]),
 }
 
