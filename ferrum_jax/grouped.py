@@ -34,6 +34,12 @@ ACTIVATIONS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "swiglu_oai": _swiglu_oai,
 }
 
+# JAX's names of precisions; `jax.default_matmul_precision` also takes names of algorithms, which count as "highest".
+PRECISIONS = {
+    **dict.fromkeys(("default", "fastest", "bfloat16", "tensorfloat32"), "default"),
+    **dict.fromkeys(("high", "bfloat16_3x", "highest", "float32"), "highest"),
+}
+
 
 def grouped_matmul(
     lhs: jax.Array,
@@ -45,6 +51,7 @@ def grouped_matmul(
     row_weights: jax.Array | None = None,
     packed_rows: bool = False,
     preferred_element_type: Any = None,
+    precision: str | lax.Precision | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """Multiply each row by its expert's matrix: out[s] = lhs[s // top_k] @ rhs[e] for the slots s of expert e's blocks.
@@ -71,6 +78,11 @@ def grouped_matmul(
         result; None may then take a kernel that is the fastest for such rows and slow for others.
       preferred_element_type: the result's dtype, float16, bfloat16 or float32; default: lhs's. A cotangent is cast to
         lhs's dtype.
+      precision: of float32 operands, in this product and its gradients. "highest" and "high": full float32.
+        "tensorfloat32" and "default": operands may be rounded, on NVIDIA GPUs that have it to TF32 with its 10 bits of
+        mantissa, on others as XLA does by default. JAX's other names and `jax.lax.Precision` mean the same. None: what
+        `jax.default_matmul_precision` says around the call; float32 if that is not set, or names an algorithm. Operands
+        of 16 bits are never rounded.
       implementation: None (see `which`), "xla", "triton" or "pallas".
 
     Returns:
@@ -79,7 +91,7 @@ def grouped_matmul(
     Raises:
       TypeError: an argument of another dtype, a `routing` that is no table, a `top_k` that is no int.
       ValueError: ranks or shapes that do not fit, `top_k` < 1, P past int32, an odd N with an `activation`, an unknown
-        `activation` or `implementation`.
+        `activation`, `precision` or `implementation`.
       NotImplementedError: the implementation asked for cannot run here; the message says why.
 
     Blocks of one expert as units of work are from MegaBlocks, https://arxiv.org/abs/2211.15841; gathering rows inside
@@ -116,6 +128,7 @@ def grouped_matmul(
         "top_k": top_k,
         "dtype": _dtype(op, preferred_element_type, lhs.dtype),
         "packed_rows": packed_rows and top_k == 1,
+        "precision": as_precision(op, precision, lhs.dtype),
         "implementation": implementation,
     }
     if activation is None and row_weights is None:
@@ -140,6 +153,23 @@ def _dtype(op: str, preferred: Any, default: Any) -> str:
     return dtype.name
 
 
+def as_precision(op: str, precision: Any, dtype: Any) -> str:
+    """The parameter of all products: "default" where float32 operands may be rounded to TF32, else "highest"."""
+    name = precision.name.lower() if isinstance(precision, lax.Precision) else precision
+    one_of(op, "precision", name, (None, *PRECISIONS))
+    if dtype != jnp.float32:
+        return "highest"
+    return PRECISIONS.get(jax.config.jax_default_matmul_precision if name is None else name, "highest")
+
+
+def unfinished(dtype: str) -> str:
+    """The dtype of a product before its bias and its activation, where these give rows of `dtype`.
+
+    Keep float16 products in float32: they may overflow float16 before the activation brings them back into its range.
+    """
+    return "bfloat16" if dtype == "bfloat16" else "float32"
+
+
 # ---- meanings, over any leading axes: a batch of products is one product with more blocks
 
 
@@ -153,8 +183,9 @@ def _matmul_meaning(
     top_k: int,
     dtype: str,
     packed_rows: bool,
+    precision: str,
 ) -> jax.Array:
-    return _products(lhs, rhs, (slots, blocks, total), top_k, dtype, False)
+    return _products(lhs, rhs, (slots, blocks, total), top_k, dtype, precision, False)
 
 
 def _transposed_meaning(
@@ -166,8 +197,9 @@ def _transposed_meaning(
     *,
     dtype: str,
     packed_rows: bool,
+    precision: str,
 ) -> jax.Array:
-    return _products(g, rhs, (slots, blocks, total), 1, dtype, True)
+    return _products(g, rhs, (slots, blocks, total), 1, dtype, precision, True)
 
 
 def _activated_meaning(
@@ -191,9 +223,7 @@ def _activated_meaning(
             rows = ACTIVATIONS[activation](*jnp.split(rows, 2, axis=-1))
         return (rows if weights is None else rows * jnp.expand_dims(weights, -1)).astype(dtype)
 
-    # What overflows float16 may come out of the activation within its range.
-    made = "bfloat16" if dtype == "bfloat16" else "float32"
-    rows = _matmul(lhs, rhs, slots, blocks, total, dtype=made, implementation=implementation, **settings)
+    rows = _matmul(lhs, rhs, slots, blocks, total, dtype=unfinished(dtype), implementation=implementation, **settings)
     if row_weights is not None:
         row_weights = _masked(row_weights, slots, blocks, total, num_experts=rhs.shape[-3])
     return finish(rows, row_weights)
@@ -209,7 +239,13 @@ def _masked_meaning(
 
 
 def _products(
-    lhs: jax.Array, rhs: jax.Array, tables: tuple[jax.Array, ...], top_k: int, dtype: str, transposed: bool
+    lhs: jax.Array,
+    rhs: jax.Array,
+    tables: tuple[jax.Array, ...],
+    top_k: int,
+    dtype: str,
+    precision: str,
+    transposed: bool,
 ) -> jax.Array:
     lead, (num_rows, _) = lead_axes((lhs, 2), (rhs, 3), *_with_ranks(tables)), lhs.shape[-2:]
     num_pairs, width = num_rows * top_k, rhs.shape[-2 if transposed else -1]
@@ -223,9 +259,8 @@ def _products(
         slice_id, expert, slot = live(i)
         zero = jnp.zeros_like(expert)
         matrix = lax.dynamic_slice(rhs, (_of(rhs, slice_id), expert, zero, zero), (1, 1, *rhs.shape[2:]))[0, 0]
-        rows = lax.dot_general(
-            _rows(lhs, slice_id, slot, top_k, num_pairs), matrix, contract, "highest", preferred_element_type="float32"
-        )
+        rows = _rows(lhs, slice_id, slot, top_k, num_pairs)
+        rows = lax.dot_general(rows, matrix, contract, precision, preferred_element_type="float32")
         row = jnp.where((slot >= 0) & (slot < num_pairs), slot, num_pairs)
         return out.at[slice_id, row].set(rows.astype(dtype), mode="drop")
 
@@ -243,6 +278,7 @@ def _outer_meaning(
     top_k: int,
     num_experts: int,
     packed_rows: bool,
+    precision: str,
 ) -> jax.Array:
     tables = slots, blocks, total
     lead, num_pairs = lead_axes((lhs, 2), (g, 2), *_with_ranks(tables)), g.shape[-2]
@@ -255,7 +291,7 @@ def _outer_meaning(
     def step(i: jax.Array, out: jax.Array) -> jax.Array:
         slice_id, expert, slot = live(i)
         rows, columns = (_rows(x, slice_id, slot, k, num_pairs) for x, k in ((lhs, top_k), (g, 1)))
-        term = lax.dot_general(rows, columns, (((0,), (0,)), ((), ())), "highest", preferred_element_type="float32")
+        term = lax.dot_general(rows, columns, (((0,), (0,)), ((), ())), precision, preferred_element_type="float32")
         return out.at[slice_id, expert].add(term, mode="promise_in_bounds")
 
     out, _ = equally_varying([jnp.zeros((_size(lead), *shape), jnp.float32), lhs])

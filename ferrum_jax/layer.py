@@ -10,7 +10,7 @@ from jax.sharding import AxisType, PartitionSpec
 from . import _signature
 from ._signature import as_int, one_of
 from .combine import moe_combine, moe_dispatch, weighted_sum_batched
-from .grouped import ACTIVATIONS, grouped_matmul
+from .grouped import ACTIVATIONS, as_precision, grouped_matmul, unfinished
 from .routing import RouterOutput, as_pair, route_topk_softmax
 from .tables import expert_of_row, moe_align_block_size_pair_ids, moe_plan
 
@@ -34,15 +34,17 @@ def moe_mlp(
     b_down: jax.Array | None = None,
     flow: str | None = None,
     block_size: int | None = None,
+    precision: str | jax.lax.Precision | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """A Mixture-of-Experts layer: each token through its experts' gated MLPs, weighted and added.
 
     out[t] = sum over k of weight[t,k] * (act(gate, up) @ w_down[e] + b_down[e]), where e = id[t,k], and gate and up are
     the halves of x[t] @ w_gate_up[e] + b_gate_up[e]. Products and sums are in float32, rows between them in x's dtype;
-    the activation is in float32, and is computed again for the gradient instead of stored. Gradients to x, the router's
-    logits or weights, matrices and biases are exact, with the ids held constant; an expert without tokens gets 0.
-    Memory grows with T*K rows, never with T*K*E or with a copy of matrices.
+    but a float16 product stays float32 until it is activated. The activation is in float32, and is computed again for
+    the gradient instead of stored. Gradients to x, the router's logits or weights, matrices and biases are exact, with
+    the ids held constant; an expert without tokens gets 0. Memory grows with T*K rows, never with T*K*E or with a copy
+    of matrices.
 
     Args:
       x: [..., T, H] float16, bfloat16 or float32. Leading axes are more tokens: the matrices serve all.
@@ -62,6 +64,8 @@ def moe_mlp(
         once per tile costs little and the K-fold copy is saved; above, "packed", whose rows come in order.
       block_size: rows of a block of one expert; None: the power of two in [16, 128] that holds P/E rows, those of an
         average expert, so that most experts' matrices are read once.
+      precision: of float32 products with the matrices and of their gradients, as in `grouped_matmul`: "tensorfloat32"
+        allows TF32; None is what `jax.default_matmul_precision` says, and full float32 if that is not set.
       implementation: None, "xla" or "triton", of each op; Pallas has no kernel of tables, and None takes its products
         where they were measured faster.
 
@@ -71,7 +75,7 @@ def moe_mlp(
     Raises:
       TypeError: an argument of another dtype, a size that is no int.
       ValueError: ranks or shapes that do not fit, sizes out of range, both or neither of `router_logits` and
-        `router_output`, an unknown `activation`, `flow` or `implementation`.
+        `router_output`, an unknown `activation`, `flow`, `precision` or `implementation`.
       NotImplementedError: the implementation asked for cannot run here; the message says why.
 
     The layer is that of Shazeer et al., https://arxiv.org/abs/1701.06538, dropless as in MegaBlocks,
@@ -120,7 +124,7 @@ def moe_mlp(
         hidden = act(gate, up)
         if jnp.shape(hidden) != gate.shape:
             raise ValueError(f"{_OP}: activation must give an array of shape {gate.shape}; got {jnp.shape(hidden)}")
-        return hidden.astype(rows.dtype)
+        return hidden.astype(x.dtype)
 
     def bias_rows(bias: jax.Array | None) -> jax.Array | None:
         if bias is None:
@@ -128,11 +132,13 @@ def moe_mlp(
         owner = expert_of_row(plan.packed_token_idx, plan.expert_offsets) if plan else ids.reshape(-1)
         return moe_dispatch(bias, owner, **run)
 
-    product: dict[str, Any] = {"packed_rows": flow == "packed", **run}
+    precision = as_precision(_OP, precision, x.dtype)
+    product: dict[str, Any] = {"packed_rows": flow == "packed", "precision": precision, **run}
     if b_gate_up is None and not callable(activation):
         rows = grouped_matmul(rows, w_gate_up, routing, top_k=choices, activation=activation, **product)
     else:
-        rows = grouped_matmul(rows, w_gate_up, routing, top_k=choices, **product)
+        wide = unfinished(x.dtype.name)
+        rows = grouped_matmul(rows, w_gate_up, routing, top_k=choices, preferred_element_type=wide, **product)
         rows = activate(rows, bias_rows(b_gate_up))
     rows = grouped_matmul(rows, w_down, routing, **product)
     if b_down is not None:

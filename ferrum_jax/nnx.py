@@ -23,7 +23,8 @@ except ImportError as error:
 
 from ._signature import ROW_DTYPES, as_int, one_of
 from .checkpoint import MoEParams
-from .layer import ACTIVATIONS, moe_mlp
+from .grouped import ACTIVATIONS, as_precision
+from .layer import moe_mlp
 from .losses import NORMALIZATIONS, expert_counts, load_balancing_loss, router_z_loss, update_routing_bias
 from .presets import Preset
 from .routing import RouterOutput, route_topk
@@ -93,14 +94,16 @@ class MoE(nnx.Module):
         layer's `scoring` is that, else by softmax. For "deepseek" x is [..., T, H], leading axes are sequences, and the
         experts counted are those chosen without the score bias.
       flow, block_size, implementation: as in `moe_mlp`.
+      precision: of float32 products of the experts and of the shared MLP, as in `moe_mlp`; the router's product is
+        always in full float32.
       rngs: its stream `params` makes the parameters.
       **settings: fields of `Preset`: num_experts, top_k, scoring, norm_topk_prob, activation, shared_experts,
         router_bias, expert_bias, score_bias and the others.
 
     Raises:
       TypeError: an unknown setting, one that is missing, or a dtype that is none of the three.
-      ValueError: a size < 1, an unknown axis in `partition`, an unknown `normalization`, a shared gate without shared
-        experts.
+      ValueError: a size < 1, an unknown axis in `partition`, an unknown `normalization` or `precision`, a shared gate
+        without shared experts.
 
     >>> from flax import nnx
     >>> from ferrum_jax import presets
@@ -136,6 +139,7 @@ class MoE(nnx.Module):
         normalization: str = "huggingface",
         flow: str | None = None,
         block_size: int | None = None,
+        precision: str | jax.lax.Precision | None = None,
         implementation: str | None = None,
         rngs: nnx.Rngs,
         **settings: Any,
@@ -144,6 +148,8 @@ class MoE(nnx.Module):
         self.dtype = None if dtype is None else _dtype("dtype", dtype)
         self.normalization = normalization
         self.flow, self.block_size, self.implementation = flow, block_size, implementation
+        as_precision("MoE", precision, jnp.float32)
+        self.precision = precision
         size = {
             "1": 1,
             "H": as_int("MoE", "hidden_width", hidden_width),
@@ -314,6 +320,7 @@ class MoE(nnx.Module):
             "activation": self.preset.activation,
             "flow": self.flow,
             "block_size": self.block_size,
+            "precision": self.precision,
             "implementation": self.implementation,
         }
         if not self.preset.weight_on_input:
@@ -327,11 +334,12 @@ class MoE(nnx.Module):
     def _shared(self, x: jax.Array) -> jax.Array:
         name: Any = self.preset.activation
         act: Any = name if callable(name) else ACTIVATIONS[name]
-        gate, up = jnp.split(_product(x, _cast(self.shared_w_gate_up, x.dtype)), 2, axis=-1)
-        out = _product(act(gate, up).astype(x.dtype), _cast(self.shared_w_down, x.dtype))
+        precision = as_precision("MoE", self.precision, x.dtype) if x.dtype == jnp.float32 else None
+        gate, up = jnp.split(_product(x, _cast(self.shared_w_gate_up, x.dtype), precision), 2, axis=-1)
+        out = _product(act(gate, up).astype(x.dtype), _cast(self.shared_w_down, x.dtype), precision)
         if self.shared_gate is None:
             return out
-        return out * jax.nn.sigmoid(_product(x, _cast(self.shared_gate, x.dtype)))
+        return out * jax.nn.sigmoid(_product(x, _cast(self.shared_gate, x.dtype), precision))
 
     def _sow(self, logits: jax.Array, ids: jax.Array, token_mask: jax.Array | None) -> None:
         num_experts = logits.shape[-1]

@@ -18,6 +18,7 @@ from . import layer
 from ._primitive import equally_varying, in_auto_mesh
 from ._signature import INT32_MAX, as_int, canonical, one_of, parse
 from .combine import moe_combine, moe_dispatch
+from .grouped import as_precision
 from .routing import RouterOutput, route_topk_softmax
 from .tables import moe_build_pairs_by_token
 
@@ -121,6 +122,7 @@ def moe_mlp(
     capacity: int | None = None,
     return_dropped: bool = False,
     block_size: int | None = None,
+    precision: str | lax.Precision | None = None,
     implementation: str | None = None,
     **options: Any,
 ) -> Any:
@@ -150,6 +152,7 @@ def moe_mlp(
         which may name an expert twice). "gather" has no such rows, and drops nothing.
       return_dropped: also return how many pairs of this device's tokens were dropped, exactly.
       block_size: as in `ferrum_jax.moe_mlp`; None: for the rows of an average expert, as if routing were balanced.
+      precision: as in `ferrum_jax.moe_mlp`.
       implementation: None, "xla" or "triton", of each op; Pallas has no kernel of tables, and None takes its products
         where they were measured faster.
       options: `activation`, `flow`, and `b_gate_up`[E/D, 2F] and `b_down`[E/D, H] of this device's experts, as in
@@ -209,6 +212,7 @@ def moe_mlp(
     if top_k is not None and top_k != ids.shape[-1]:
         raise ValueError(f"{_OP}: top_k must be that of router_output, {ids.shape[-1]}; got {top_k}")
     given, experts = jax.typeof(x), w_gate_up.shape[0]
+    precision = as_precision(_OP, precision, x.dtype)
     x, ids, weights = (layer.tokens_of(a, whole=True) for a in (x, ids, weights))
     x, ids, weights, _ = equally_varying([x, ids, weights, lax.axis_index(axis_name)])
     if block_size is None:
@@ -222,6 +226,7 @@ def moe_mlp(
             w_down,
             router_output=RouterOutput(ids, weights),
             block_size=block_size,
+            precision=precision,
             implementation=implementation,
             **options,
         )

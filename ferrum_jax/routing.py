@@ -199,7 +199,11 @@ def moe_route_plan(
         `forced_ids`, `token_mask`, `expert_map`, as in `route_topk`: a preset, for one.
 
     Returns:
-      (RouterOutput, MoePlan), bit for bit those of the two functions. Gradients are those of `route_topk`.
+      (RouterOutput, MoePlan), those of the two functions. The ids are the same bits, and the tables are bit for bit
+      those of the ids; with "softmax" scores and a bias or groups, ids agree where `route_topk` says that
+      implementations agree. A weight may differ by the rounding of the sum that it was divided by, since one launch
+      may add in another order: K terms, or all E without `norm_topk_prob` or with zero_sum="eps". Gradients are those
+      of `route_topk`.
 
     Raises:
       As `route_topk` and `moe_plan`; ValueError also for logits with fewer than two axes.

@@ -133,6 +133,12 @@ CASES = {
         ValueError,
         ["activation", "'silu'", "'tanh'"],
     ),
+    "precision": (
+        lambda x, w, i: fj.grouped_matmul(x, w, fj.moe_plan(i, 3, 2), precision="tf32"),
+        [f32(6, 4), f32(3, 4, 5), i32(6, 1)],
+        ValueError,
+        ["precision", "'tensorfloat32'", "'highest'", "'tf32'"],
+    ),
     "gate and up": (
         lambda x, w, i: fj.grouped_matmul(x, w, fj.moe_plan(i, 3, 2), activation="silu"),
         [f32(6, 4), f32(3, 4, 5), i32(6, 1)],

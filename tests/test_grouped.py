@@ -120,8 +120,8 @@ def test_packed_rows_change_nothing(implementation):
         np.testing.assert_array_equal(got, want)
 
 
-def backward(lhs, rhs, *tables):
-    out, vjp = jax.vjp(lambda *a: grouped_matmul(*a, *tables, top_k=3), lhs, rhs)
+def backward(lhs, rhs, *tables, top_k=2, **kwargs):
+    out, vjp = jax.vjp(lambda *a: grouped_matmul(*a, *tables, top_k=top_k, **kwargs), lhs, rhs)
     return vjp(out)
 
 
@@ -132,7 +132,7 @@ def test_kernels_interpreted_over_a_batch():
     stacked = [np.nan_to_num(np.stack(a), nan=1) for a in zip(*slices, strict=True)]
     for mapped in [(0, None, 0, 0, 0), (None, 0, None, None, None), (0, 0, 0, 0, 0)]:
         args = [a if m == 0 else a[0] for a, m in zip(stacked, mapped, strict=True)]
-        both = jax.vmap(backward, mapped)
+        both = jax.vmap(functools.partial(backward, top_k=size.K), mapped)
         want = both(*args)
         with ferrum_jax.interpret_kernels():
             for got, w in zip(both(*args), want, strict=True):
@@ -215,6 +215,109 @@ def test_work_does_not_grow_with_experts():
         assert re.findall(r"dot_general.*: \((.*?)\) ->", text) == ["tensor<16x8xf32>, tensor<8x12xf32>"]
 
 
+# ---- precision of float32 operands
+
+HIGHEST, TF32 = "highest", "default"
+PRECISIONS = [  # the argument, `jax.default_matmul_precision` around it, and the equation's
+    *((name, None, TF32) for name in ("default", "tensorfloat32", "fastest", "bfloat16", jax.lax.Precision.DEFAULT)),
+    *((name, None, HIGHEST) for name in ("high", "highest", "bfloat16_3x", "float32", jax.lax.Precision.HIGH)),
+    *((None, name, TF32) for name in ("default", "tensorfloat32", "bfloat16")),
+    *((None, name, HIGHEST) for name in (None, "high", "highest", "float32", "TF32_TF32_F32", "BF16_BF16_F32")),
+    ("highest", "tensorfloat32", HIGHEST),
+    ("tensorfloat32", "highest", TF32),
+]
+
+
+def precisions(f, *args):
+    """The products' equations in f's jaxpr, in its order: name and precision."""
+    text = str(jax.make_jaxpr(f)(*args))
+    return re.findall(r"ferrum_grouped_(\w+)\[[^\]]*?precision=(\w+)", text)
+
+
+def float_args(dtype="float32"):
+    """An even number of columns, and nothing hostile: lhs, rhs, and the tables of pair ids for top_k=2."""
+    lhs, rhs, *tables = (np.nan_to_num(a) for a in grouped_args(rng("precision"), Size(7, 3, 2, 16), dtype, True))
+    return lhs, rhs[..., : rhs.shape[-1] // 2 * 2], *tables
+
+
+@pytest.mark.parametrize(("argument", "context", "want"), PRECISIONS, ids=str)
+def test_precision_is_read_when_the_op_is_bound(argument, context, want):
+    args = float_args()
+    run = functools.partial(grouped_matmul, top_k=2, precision=argument)
+    with jax.default_matmul_precision(context):
+        assert precisions(run, *args) == [("matmul", want)]
+        assert precisions(functools.partial(run, activation="silu"), *args) == [("matmul_activated", want)]
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_a_gradient_keeps_the_precision_of_its_product(activation):
+    """Taken outside of the context; and a gradient's own gradients, of all three forms."""
+    lhs, rhs, *tables = float_args()
+
+    def value(lhs, rhs):
+        with jax.default_matmul_precision("tensorfloat32"):
+            return jnp.sum(jnp.sin(grouped_matmul(lhs, rhs, *tables, top_k=2, activation=activation)))
+
+    def slope(lhs, rhs):
+        return sum(jnp.sum(g**2) for g in jax.grad(value, (0, 1))(lhs, rhs))
+
+    for f in (value, slope):
+        found = precisions(jax.grad(f, (0, 1)), lhs, rhs)
+        assert {name for name, _ in found} == {"matmul", "matmul_transposed", "outer"}
+        assert {precision for _, precision in found} == {TF32}
+
+
+def test_sixteen_bits_have_one_precision():
+    args = float_args("bfloat16")
+    texts = {
+        str(jax.make_jaxpr(functools.partial(backward, precision=precision))(*args))
+        for precision in ("default", "highest")
+    }
+    assert len(texts) == 1
+    with pytest.raises(ValueError, match=r"precision must be one of .*'tensorfloat32'.*'tf32'"):
+        backward(*args, precision="tf32")
+
+
+def test_precision_of_what_is_lowered():
+    """Of the value and of both gradients; jit traces again where the context is another."""
+    args, f = float_args(), jax.jit(backward)
+
+    def lowered():
+        return re.findall(r"dot_general.*precision = \[(\w+), (\w+)\]", f.lower(*args).as_text())
+
+    for context, want in ((None, "HIGHEST"), ("tensorfloat32", "DEFAULT"), ("highest", "HIGHEST")):
+        with jax.default_matmul_precision(context):
+            assert lowered() == [(want, want)] * 3
+
+
+def test_tensorfloat32_rounds_each_operand_once(implementation):
+    """TF32 holds 10 bits of mantissa: rounded or cut off, an operand is 2^-10 of itself away at most.
+
+    So a term is 2^-9 of itself away. CPUs and the interpreters multiply float32 in full.
+    """
+    args = float_args()
+    run = functools.partial(grouped_matmul, top_k=2, precision="tensorfloat32", implementation=implementation)
+    out, vjp = jax.vjp(lambda *a: run(*a, *args[2:]), *map(jnp.asarray, args[:2]))
+    g = rows(rng("g"), out.shape, out.dtype)
+    wanted = *oracle.grouped_matmul(*args, top_k=2), *oracle.grouped_matmul_grads(*args, g=g, top_k=2)
+    for got, (want, size) in zip((out, *vjp(jnp.asarray(g))), wanted, strict=True):
+        assert np.all(np.abs(oracle.f64(got) - want) <= 1.01 * 2.0**-9 * size)
+
+
+@pytest.mark.parametrize(("gpu", "want"), [("NVIDIA H100", "tf32"), ("NVIDIA A100", "tf32"), ("NVIDIA L4", "ieee")])
+def test_tensorfloat32_where_its_tiles_fit(gpu, want):
+    """An L4 has too little shared memory for them, as a T4 has no TF32."""
+    from ferrum_jax.kernels.triton.grouped import _multiplied
+
+    device = jax.sharding.AbstractDevice(device_kind=gpu, num_cores=None, platform="gpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+        assert _multiplied(jnp.float32, "default") == want
+        assert _multiplied(jnp.float32, "highest") == "ieee"
+        assert _multiplied(jnp.bfloat16, "highest") == "half"
+
+
+# ---- code for an H200
+
 MODELS = {"qwen3": (128, 8, 2048, 1536), "mixtral": (8, 2, 4096, 28672), "deepseek_v3": (256, 8, 7168, 4096)}
 CODE = [
     ("qwen3", 128, 16, "bfloat16", True),
@@ -223,20 +326,38 @@ CODE = [
     ("mixtral", 4096, 128, "bfloat16", True),
     ("deepseek_v3", 4096, 128, "bfloat16", False),
     ("qwen3", 8192, 128, "float32", False),
+    ("qwen3", 128, 16, "tensorfloat32", True),
+    ("mixtral", 4096, 128, "tensorfloat32", False),
 ]
 
 
+def dtype_and_precision(kind):
+    return ("float32", kind) if kind == "tensorfloat32" else (kind, None)
+
+
+def check_code(code, kind):
+    """No spills, and one loop that loads and multiplies: by wgmma, but for float32 in full."""
+    assert code.spilled == 0, (code.name, code.registers)
+    pattern = {"float32": r"\bFFMA\b", "tensorfloat32": r"HGMMA\.\w+\.F32\.TF32"}.get(kind, r"HGMMA\.\w+\.F32")
+    assert any(re.search(pattern, loop) and "LDGSTS" in loop for loop in loops(code.sass)), code.name
+    assert ("HGMMA" in code.sass) is (kind != "float32"), code.name
+    assert ("TF32" in code.sass) is (kind == "tensorfloat32"), code.name
+    assert "HMMA" not in code.sass.replace("HGMMA", ""), code.name
+
+
 @needs_plugin
-@pytest.mark.parametrize(("model", "tokens", "block", "dtype", "pair_ids"), CODE)
-def test_code_for_an_h200(model, tokens, block, dtype, pair_ids):
-    """All three forms: wgmma and asynchronous 16-byte loads in one loop, no spills."""
+@pytest.mark.parametrize(("model", "tokens", "block", "kind", "pair_ids"), CODE)
+def test_code_for_an_h200(model, tokens, block, kind, pair_ids):
+    """All three forms, with asynchronous loads of 16 bytes; TF32's wgmma wants some operands turned, by 4 bytes."""
     experts, k, height, width = MODELS[model]
+    dtype, precision = dtype_and_precision(kind)
     slots = ferrum_jax.max_aligned_rows(tokens * k, experts, block)
     tables = of((slots,), jnp.int32), of((slots // block,), jnp.int32), of((), jnp.int32)
     top_k = k if pair_ids else 1
 
     def forward_and_back(lhs, rhs, g, *tables):
-        out, vjp = jax.vjp(lambda *a: grouped_matmul(*a, *tables, top_k=top_k, implementation="triton"), lhs, rhs)
+        run = functools.partial(grouped_matmul, top_k=top_k, implementation="triton", precision=precision)
+        out, vjp = jax.vjp(lambda *a: run(*a, *tables), lhs, rhs)
         return out, vjp(g)
 
     shapes = (tokens * k // top_k, height), (experts, height, width), (tokens * k, width)
@@ -245,34 +366,35 @@ def test_code_for_an_h200(model, tokens, block, dtype, pair_ids):
     codes = [c for c in program.codes if not c.name.endswith("name_rows")]
     assert [c.name.removeprefix("ferrum_") for c in codes] == ["grouped", "outer", "grouped"]
     for code in codes:
-        assert code.spilled == 0, (code.name, code.registers)
-        assert dtype == "float32" or any("HGMMA" in loop and "LDGSTS" in loop for loop in loops(code.sass)), code.name
-        assert re.search(r"LDGSTS\.E[\w.]*\.128", code.sass), code.name
-        assert "HMMA" not in code.sass.replace("HGMMA", ""), code.name
+        check_code(code, kind)
+        turned = kind == "tensorfloat32" and code.name.endswith("outer")
+        assert turned or re.search(r"LDGSTS\.E[\w.]*\.128", code.sass), code.name
 
 
 @needs_plugin
 @pytest.mark.parametrize(
-    ("tokens", "block", "dtype", "activation", "weighted"),
+    ("tokens", "block", "kind", "activation", "weighted"),
     [
         (16, 16, "bfloat16", "silu", False),
         (1024, 64, "float16", "gelu", True),
         (8192, 128, "bfloat16", "swiglu_oai", True),
         (8192, 128, "float32", "gelu_tanh", False),
+        (16, 16, "tensorfloat32", "silu", False),
+        (8192, 128, "tensorfloat32", "swiglu_oai", True),
     ],
 )
-def test_code_of_an_epilogue(tokens, block, dtype, activation, weighted):
-    """No spills, and still wgmma in one loop."""
+def test_code_of_an_epilogue(tokens, block, kind, activation, weighted):
     experts, k, height, width = MODELS["qwen3"]
+    dtype, precision = dtype_and_precision(kind)
     slots = ferrum_jax.max_aligned_rows(tokens * k, experts, block)
     tables = of((slots,), jnp.int32), of((slots // block,), jnp.int32), of((), jnp.int32)
     weights = [of((tokens * k,), jnp.float32)] if weighted else []
 
     def run(lhs, rhs, slots, blocks, total, *weights):
         settings = {"activation": activation, "row_weights": weights[0] if weights else None}
-        return grouped_matmul(lhs, rhs, slots, blocks, total, implementation="triton", **settings)
+        settings |= {"implementation": "triton", "precision": precision}
+        return grouped_matmul(lhs, rhs, slots, blocks, total, **settings)
 
     program = for_h200(run, of((tokens * k, height), dtype), of((experts, height, width), dtype), *tables, *weights)
     (code,) = (c for c in program.codes if not c.name.endswith("name_rows"))
-    assert code.spilled == 0, code.registers
-    assert dtype == "float32" or any("HGMMA" in loop and "LDGSTS" in loop for loop in loops(code.sass))
+    check_code(code, kind)

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -143,6 +144,73 @@ def test_gradients_equal_the_dense_layers(size, flow, biased, implementation):
         np.testing.assert_allclose(g, w, rtol=0, atol=np.finfo(np.float32).eps ** (2 / 3) * np.max(np.abs(w)) + 1e-6)
 
 
+def beyond_float16():
+    """Two tokens and one expert, float16, gates of 75,000 and -75,000: rounded to float16 they are infinite."""
+    x = np.zeros((2, 4), np.float16)
+    x[:, 0] = 250, -250
+    w_gate_up, w_down = np.zeros((1, 4, 4), np.float16), np.full((1, 2, 4), 2.0**-4, np.float16)
+    w_gate_up[0, 0] = 300, 300, 2.0**-18, 2.0**-18
+    return x, w_gate_up, w_down, np.zeros((1, 4), np.float16)
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+def test_what_float16_cannot_hold_goes_through_every_activation(flow, implementation):
+    """Fused, with biases of zero, and as a function: one result, and gradients that are finite and the same."""
+    x, w_gate_up, w_down, zeros = beyond_float16()
+    routed = ferrum_jax.RouterOutput(np.zeros((2, 1), np.int32), np.ones((2, 1), np.float32))
+
+    def function(gate, up):
+        assert gate.dtype == up.dtype == jnp.float32
+        return jax.nn.silu(gate) * up
+
+    def run(x, w_gate_up, w_down, b_gate_up, biased, activation):
+        fixed = {"router_output": routed, "flow": flow, "implementation": implementation, "activation": activation}
+        return moe_mlp(x, None, w_gate_up, w_down, b_gate_up=b_gate_up if biased else None, **fixed)
+
+    @jax.jit
+    def every(*args):
+        out = []
+        for biased, activation in ((False, "silu"), (True, "silu"), (False, function), (True, function)):
+            y, vjp = jax.vjp(functools.partial(run, biased=biased, activation=activation), *args)
+            out.append((y, *vjp(jnp.full_like(y, 1e-3))[: 4 if biased else 3]))
+        return out
+
+    fused, *others = every(x, w_gate_up, w_down, zeros)
+    np.testing.assert_allclose(f64(fused[0])[:, 0], [75000 * 250 / 2**18 / 8, 0], rtol=2e-3)
+    for got in others:
+        assert all(np.isfinite(a).all() for a in got)
+        for g, w in zip(got, fused, strict=False):
+            np.testing.assert_allclose(f64(g), f64(w), rtol=2e-3)
+
+
+def test_sixteen_bits_before_the_activation():
+    """float16 products are float32 until they are activated; bfloat16 ones, which reach as far, stay as they are."""
+    for dtype, made in (("float16", "float32"), ("bfloat16", "bfloat16")):
+        (x, logits, *matrices), biases = arguments(dtype=dtype)
+        run = functools.partial(moe_mlp, top_k=2, **biases)
+        jaxpr = str(jax.make_jaxpr(run)(x, logits, *matrices))
+        assert re.findall(r"ferrum_grouped_matmul\[\s*dtype=(\w+)", jaxpr) == [made, dtype]
+
+
+@pytest.mark.parametrize("options", [{}, {"b_gate_up": np.zeros((5, 2 * F), np.float32)}], ids=["fused", "biased"])
+def test_precision_reaches_every_product(options):
+    """By argument or by context, which the argument overrules; also in gradients that are taken outside."""
+    (x, logits, *matrices), _ = arguments()
+
+    def found(context, **given):
+        def loss(x, *matrices):
+            with jax.default_matmul_precision(context):
+                return jnp.sum(jnp.sin(moe_mlp(x, logits, *matrices, top_k=2, **options, **given)))
+
+        text = str(jax.make_jaxpr(jax.grad(loss, range(3)))(x, *matrices))
+        products = re.findall(r"ferrum_grouped_(?:matmul|outer)\w*\[[^\]]*?precision=(\w+)", text)
+        assert len(products) == 6
+        return set(products)
+
+    assert found(None) == found("high") == found("tensorfloat32", precision="highest") == {"highest"}
+    assert found("tensorfloat32") == found(None, precision="tensorfloat32") == {"default"}
+
+
 @pytest.mark.parametrize("flow", FLOWS)
 def test_no_tokens(flow, implementation):
     (x, logits, *matrices), biases = arguments(Size(0, 5, 2, 4))
@@ -260,6 +328,7 @@ WRONG = {
     "its shape": ({"activation": lambda gate, up: gate[:, :1]}, ValueError, ["activation", "(14, 3)", "(14, 1)"]),
     "flow": ({"flow": "pairs"}, ValueError, ["flow", "'packed'", "'pairs'"]),
     "block": ({"block_size": 0}, ValueError, ["block_size", "got 0"]),
+    "precision": ({"precision": "tf32"}, ValueError, ["moe_mlp", "precision", "'tensorfloat32'", "'tf32'"]),
     "implementation": ({"implementation": "cuda"}, ValueError, ["implementation", "'cuda'"]),
     "x rank": ({"x": ONES(4)}, ValueError, ["x", "[..., T, H]", "(4,)"]),
     "x dtype": ({"x": ONES((7, 4), int)}, TypeError, ["x", "int32"]),

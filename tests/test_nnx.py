@@ -13,10 +13,12 @@ from cases import rng
 from flax import nnx
 from jax.sharding import AxisType
 from oracle import f64
+from test_mlp import beyond_float16
 from test_package import run
 
 import ferrum_jax
 from ferrum_jax import checkpoint, presets
+from ferrum_jax.checkpoint import MoEParams
 from ferrum_jax.nnx import ExpertCounts, LoadBalancingLoss, MoE, RouterZLoss, ScoreBias
 
 T, H, F, E = 6, 8, 3, 8
@@ -160,6 +162,31 @@ def test_dtypes():
     close(y, want, "bfloat16")
     assert make(SMALL["gpt_oss"], router_dtype="float16").router_bias.dtype == jnp.float16
     assert make(SMALL["deepseek_v3"], param_dtype="float16").score_bias.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("weight_on_input", [False, True])
+def test_what_float16_cannot_hold_goes_through_every_activation(weight_on_input):
+    """Experts and shared MLP, with gates of 75,000 and -75,000: fused, with biases of zero, and as a function."""
+    x, gate_up, down, bias = beyond_float16()
+    params = MoEParams(np.ones((4, 1), np.float16), gate_up, down, shared_w_gate_up=gate_up[0], shared_w_down=down[0])
+    biased = params._replace(b_gate_up=bias, b_down=bias)
+    same = lambda gate, up: jax.nn.silu(gate) * up  # noqa: E731
+    settings = {"top_k": 1, "router_dtype": "float16", "weight_on_input": weight_on_input}
+    modules = [
+        MoE.from_params(p, activation=activation, **settings) for p in (params, biased) for activation in ("silu", same)
+    ]
+
+    @nnx.jit
+    def every(modules):
+        def loss(module, x):
+            y = module(x)
+            return jnp.sum(y.astype(jnp.float32)) * 1e-3, y
+
+        return [nnx.value_and_grad(loss, argnums=(0, 1), has_aux=True)(module, x) for module in modules]
+
+    for (_, y), (gradients, of_x) in every(modules):
+        np.testing.assert_allclose(f64(y)[:, 0], [2 * 75000 * 250 / 2**18 / 8, 0], rtol=2e-3)
+        assert all(np.isfinite(g).all() for g in (of_x, *jax.tree.leaves(gradients)))
 
 
 def test_initial_values():
@@ -393,6 +420,27 @@ def test_how_it_is_run_is_passed_on():
     assert "implementation=xla" not in lowered()
 
 
+def test_precision_is_that_of_experts_and_shared_mlp():
+    """The router's product stays in full float32; so is every product without an argument and a context."""
+    x = jax.ShapeDtypeStruct((T, H), jnp.float32)
+
+    def found(context, precision=None, dtype="float32"):
+        module = make(SMALL["qwen3_next"], precision=precision, dtype=dtype)
+        with jax.default_matmul_precision(context):
+            equations = jax.make_jaxpr(module)(x).eqns
+        router, *shared = (e.params["precision"] for e in equations if e.primitive.name == "dot_general")
+        assert router == (jax.lax.Precision.HIGHEST,) * 2
+        assert len(shared) == 3  # with that of the shared gate
+        experts = {e.params["precision"] for e in equations if e.primitive.name.startswith("ferrum_grouped")}
+        return experts, set(shared)
+
+    full = {"highest"}, {(jax.lax.Precision.HIGHEST,) * 2}
+    rounded = {"default"}, {(jax.lax.Precision.DEFAULT,) * 2}
+    assert found(None) == found("high") == found("tensorfloat32", "highest") == full
+    assert found("tensorfloat32") == found(None, "tensorfloat32") == found(None, jax.lax.Precision.DEFAULT) == rounded
+    assert found(None, "tensorfloat32", "bfloat16") == ({"highest"}, {None})
+
+
 ERRORS = {
     "a missing setting": (lambda: MoE(H, F, top_k=2, rngs=nnx.Rngs(0)), TypeError, "num_experts must be given"),
     "an unknown setting": (lambda: make(topk=3), TypeError, "top_k.*topk"),
@@ -401,6 +449,7 @@ ERRORS = {
     "a dtype": (lambda: make(param_dtype=jnp.int32), TypeError, "param_dtype.*int32"),
     "a partition": (lambda: make(partition={"experts": "d"}), ValueError, "partition.*'E'.*experts"),
     "a normalization": (lambda: make(normalization="hf"), ValueError, "normalization.*'switch'.*'hf'"),
+    "a precision": (lambda: make(precision="tf32"), ValueError, "precision.*'tensorfloat32'.*'tf32'"),
     "a gate of nothing": (lambda: make(shared_gate=True), ValueError, "shared_experts"),
     "x's width": (lambda: make()(tokens(T, 5)), ValueError, r"H = 8.*\(6, 5\)"),
     "x's dtype": (lambda: make()(jnp.ones((T, H), int)), TypeError, "x must be.*int32"),

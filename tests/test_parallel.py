@@ -19,6 +19,7 @@ from jax import lax
 from jax.interpreters import mlir
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from test_mlp import beyond_float16
 
 import ferrum_jax
 from ferrum_jax import parallel
@@ -125,6 +126,41 @@ def test_sixteen_bits(exchange):
     got = f(ids, x, weights, *rest)
     assert [g.dtype for g in got] == [x.dtype, x.dtype, weights.dtype, *[r.dtype for r in rest]]
     close(got, [w.astype("float32") for w in unsharded()(ids, x, weights, *rest)], "bfloat16")
+
+
+@pytest.mark.parametrize("exchange", ["gather", "padded"])
+def test_what_float16_cannot_hold_goes_through_the_activation(exchange):
+    """Of products that float16 would round to infinity, before a bias and a function."""
+    x, gate_up, down, zeros = beyond_float16()
+    matrices = [np.concatenate([a, a]) for a in (gate_up, down)]  # two experts, one a device
+    ids, ones = np.array([[1], [0]], np.int32), np.ones((2, 1), np.float32)
+
+    def run(x, ids, weights, w_gate_up, w_down, b_gate_up):
+        routed = ferrum_jax.RouterOutput(ids, weights)
+        given = {"b_gate_up": b_gate_up, "activation": lambda gate, up: jax.nn.silu(gate) * up}
+        return moe_mlp(x, None, w_gate_up, w_down, axis_name="d", router_output=routed, exchange=exchange, **given)
+
+    f = jax.jit(jax.shard_map(run, mesh=mesh_of(2), in_specs=P("d"), out_specs=P("d")))
+    out = f(x, ids, ones, *matrices, np.concatenate([zeros, zeros]))
+    np.testing.assert_allclose(np.asarray(out, np.float32)[:, 0], [75000 * 250 / 2**18 / 8, 0], rtol=2e-3)
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_precision_reaches_every_product(exchange):
+    x, logits, _, gate_up, down, *_ = arguments()
+
+    def found(context, **given):
+        run = functools.partial(moe_mlp, axis_name="d", top_k=SIZE.K, exchange=exchange, **given)
+
+        def loss(*args):
+            with jax.default_matmul_precision(context):
+                return jnp.sum(jax.shard_map(run, mesh=mesh_of(2), in_specs=P("d"), out_specs=P("d"))(*args))
+
+        text = str(jax.make_jaxpr(jax.grad(loss, (0, 2, 3)))(x, logits, gate_up, down))
+        return set(re.findall(r"ferrum_grouped_(?:matmul|outer)\w*\[[^\]]*?precision=(\w+)", text))
+
+    assert found(None) == found("tensorfloat32", precision="highest") == {"highest"}
+    assert found("tensorfloat32") == found(None, precision="tensorfloat32") == {"default"}
 
 
 @pytest.mark.slow
@@ -366,6 +402,7 @@ WRONG = {
     "E": ({"experts": 6}, ["router_logits", "4 devices", "2 experts", "(6, 8)", "(6, 6)"]),
     "top_k": ({"top_k": 9}, ["top_k", "[1, 8]", "got 9"]),
     "neither": ({"router_logits": None}, ["router_logits", "neither"]),
+    "precision": ({"precision": "tf32"}, ["parallel.moe_mlp", "precision", "'tensorfloat32'", "'tf32'"]),
     "of a device": ({"activation": "swish"}, ["activation", "'swish'"]),
 }
 

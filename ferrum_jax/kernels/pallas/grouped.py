@@ -673,22 +673,25 @@ def refuse(operands, params):
     return None
 
 
-def grouped_matmul(lhs, rhs, *tables, top_k, dtype, packed_rows):
+# The precision is that of float32 operands, which are refused.
+
+
+def grouped_matmul(lhs, rhs, *tables, top_k, dtype, packed_rows, precision):
     return _product(lhs, rhs, tables, top_k, jnp.dtype(dtype))
 
 
 def grouped_matmul_activated(
-    lhs, rhs, slots, blocks, total, row_weights=None, *, top_k, dtype, activation, packed_rows
+    lhs, rhs, slots, blocks, total, row_weights=None, *, top_k, dtype, activation, packed_rows, precision
 ):
     tables = slots, blocks, total
     return _product(lhs, rhs, tables, top_k, jnp.dtype(dtype), row_weights=row_weights, activation=activation)
 
 
-def grouped_matmul_transposed(g, rhs, *tables, dtype, packed_rows):
+def grouped_matmul_transposed(g, rhs, *tables, dtype, packed_rows, precision):
     return _product(g, rhs, tables, 1, jnp.dtype(dtype), transposed=True)
 
 
-def grouped_outer(lhs, g, *tables, top_k, num_experts, packed_rows):
+def grouped_outer(lhs, g, *tables, top_k, num_experts, packed_rows, precision):
     lead = lead_axes((lhs, 2), (g, 2), *zip(tables, (1, 1, 0), strict=True))
     num_slices, height, (num_pairs, width) = math.prod(lead), lhs.shape[-1], g.shape[-2:]
     lhs, lhs_slices = _large(lhs, lead, rows=8)

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from .. import lead_axes as lead_axes
-from .. import target_capability
+from .. import target_capability as target_capability
 
 
 def launch(
@@ -68,7 +68,8 @@ def interpreted(family: str) -> ModuleType:
     with _second_triton():
         if name not in sys.modules:
             package = sys.modules[name] = ModuleType(name)
-            vars(package).update(__path__=__path__, launch=_interpret, lead_axes=lead_axes)
+            shared = {"lead_axes": lead_axes, "target_capability": target_capability}
+            vars(package).update(__path__=__path__, launch=_interpret, **shared)
         module = importlib.import_module(f"{name}.{family}")
         for other in [m for n, m in sys.modules.items() if n.startswith(f"{name}.")]:
             vars(other).update(jnp=np)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from . import launch, lead_axes
+from . import launch, lead_axes, target_capability
 from .combine import first_at_least, large, whole
 
 # Triton's interpreter multiplies the bits of bfloat16 as if they were integers: there, widen first.
@@ -14,10 +14,10 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def dot(a, b, sums):
+def dot(a, b, sums, PRECISION: tl.constexpr):
     if INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, sums, input_precision="ieee")
+    return tl.dot(a, b, sums, input_precision=PRECISION)
 
 
 @triton.jit
@@ -88,7 +88,7 @@ def grouped(
     M: tl.constexpr, H: tl.constexpr, N: tl.constexpr, E: tl.constexpr, S: tl.constexpr, P: tl.constexpr,
     TOP_K: tl.constexpr, BLOCK: tl.constexpr, SHARED_LHS: tl.constexpr, SHARED_RHS: tl.constexpr,
     ACTIVATION: tl.constexpr, WEIGHTED: tl.constexpr, TRANSPOSED: tl.constexpr, SWAPPED: tl.constexpr,
-    PARTS: tl.constexpr, TILES: tl.constexpr,
+    PRECISION: tl.constexpr, PARTS: tl.constexpr, TILES: tl.constexpr,
     PROGRAMS: tl.constexpr, GROUP: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr, TK: tl.constexpr,
 ):  # fmt: skip
     # out[s] = lhs[s // TOP_K] @ rhs[e]: a program owns TM slots of a block by TN columns and walks along H, TK at a
@@ -136,11 +136,11 @@ def grouped(
         inside = k < H - start
         a = tl.load(rows + start, mask=named[:, None] & inside[None, :], other=0.0)
         b = tl.load(matrix + tl.cast(start, tl.int64) * step, mask=inside[:, None] & (col < N)[None, :], other=0.0)
-        sums = dot(b.T, a.T, sums) if SWAPPED else dot(a, b, sums)
+        sums = dot(b.T, a.T, sums, PRECISION) if SWAPPED else dot(a, b, sums, PRECISION)
         if ACTIVATION != "":
             at = matrix + N + tl.cast(start, tl.int64) * step
             b = tl.load(at, mask=inside[:, None] & (col < N)[None, :], other=0.0)
-            up = dot(b.T, a.T, up) if SWAPPED else dot(a, b, up)
+            up = dot(b.T, a.T, up, PRECISION) if SWAPPED else dot(a, b, up, PRECISION)
     if ACTIVATION != "":
         sums = activated(sums, up, ACTIVATION)
     if SWAPPED:
@@ -156,7 +156,7 @@ def outer(
     lhs, g, slots, blocks, total, out,
     M: tl.constexpr, H: tl.constexpr, N: tl.constexpr, E: tl.constexpr, S: tl.constexpr, P: tl.constexpr,
     TOP_K: tl.constexpr, BLOCK: tl.constexpr, SHARED_LHS: tl.constexpr, SHARED_G: tl.constexpr,
-    STEPS: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr, TK: tl.constexpr,
+    STEPS: tl.constexpr, PRECISION: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr, TK: tl.constexpr,
 ):  # fmt: skip
     # out[e] = sum over e's slots s of lhs[s // TOP_K] x g[s]: a program owns TM by TN elements of one expert's matrix,
     # finds the expert's blocks by halving, and walks along their slots, TK at a time. Without blocks it writes zeros.
@@ -181,7 +181,7 @@ def outer(
         pair = tl.where(named, slot, 0).to(tl.int64)
         a = tl.load(lhs + (pair // TOP_K)[:, None] * H, mask=named[:, None] & (row < H)[None, :], other=0.0)
         b = tl.load(g + pair[:, None] * N, mask=named[:, None] & (col < N)[None, :], other=0.0)
-        sums = dot(a.T, b, sums)
+        sums = dot(a.T, b, sums, PRECISION)
     tl.store(out + matrix * H * N + row[:, None].to(tl.int64) * N + col[None, :], sums.to(out.dtype.element_ty),
              mask=(row < H)[:, None] & (col < N)[None, :])  # fmt: skip
 
@@ -190,19 +190,26 @@ def outer(
 
 # Most rows of a row tile -> TM is that or less, TN, TK, warps, stages. Decode: the matrices' bytes are the time, so
 # deep pipelines of them and few rows; middle: both count; prefill: the largest tile that the registers hold, because
-# each byte from L2 then serves the most products. Below 64 rows the product is made transposed.
+# each byte from L2 then serves the most products. Below 64 rows the product is made transposed. Which table: by how
+# operands are multiplied, 16 bits as they are ("half"), float32 rounded to TF32, or float32 in full ("ieee"). TF32's
+# tiles take as many bytes as those of 16 bits; they were compiled for Hopper without spills, and not timed.
 TILES = {
-    16: (128, 64, 4, 4),
-    32: (128, 64, 4, 4),
-    64: (128, 64, 4, 4),
-    128: (256, 64, 8, 3),
+    "half": {16: (128, 64, 4, 4), 32: (128, 64, 4, 4), 64: (128, 64, 4, 4), 128: (256, 64, 8, 3)},
+    "tf32": {16: (128, 32, 4, 4), 32: (128, 32, 4, 4), 64: (128, 32, 4, 4), 128: (256, 32, 8, 3)},
+    "ieee": {16: (64, 32, 4, 3), 32: (64, 32, 4, 3)},  # no tensor cores: registers are the limit
 }
-TILES_F32 = {16: (64, 32, 4, 3), 32: (64, 32, 4, 3)}  # no tensor cores: registers are the limit
-OUTER, OUTER_F32 = (128, 128, 64, 8, 3), (64, 64, 32, 4, 3)  # TM, TN, TK, warps, stages
+OUTER = {"half": (128, 128, 64, 8, 3), "tf32": (128, 128, 32, 8, 3), "ieee": (64, 64, 32, 4, 3)}  # TM and the others
 GROUP = 8
+HAVE_TF32 = 80, 90, 100, 103  # compute capabilities with TF32, and the shared memory for its tiles
 
 
-def _product(lhs, rhs, tables, top_k, dtype, transposed=False, row_weights=None, activation=None):
+def _multiplied(dtype, precision):
+    if dtype != jnp.float32:
+        return "half"
+    return "tf32" if precision == "default" and (target_capability() or 90) in HAVE_TF32 else "ieee"
+
+
+def _product(lhs, rhs, tables, top_k, dtype, precision, transposed=False, row_weights=None, activation=None):
     weights = () if row_weights is None else ((row_weights, 1),)
     lead = lead_axes((lhs, 2), (rhs, 3), *zip(tables, (1, 1, 0), strict=True), *weights)
     slots, blocks, total = (whole(table, lead) for table in tables)
@@ -210,7 +217,8 @@ def _product(lhs, rhs, tables, top_k, dtype, transposed=False, row_weights=None,
     num_rows, width = lhs.shape[-2:]
     num_experts, columns = rhs.shape[-3], rhs.shape[-2 if transposed else -1] // (2 if activation else 1)
     num_pairs, batch = num_rows * top_k, math.prod(lead)
-    table = TILES_F32 if lhs.dtype == jnp.float32 else TILES
+    multiplied = _multiplied(lhs.dtype, precision)
+    table = TILES[multiplied]
     block = slots.shape[-1] // blocks.shape[-1]
     tm = min(max(16, triton.next_power_of_2(block)), max(table))
     tn, tk, warps, stages = table[tm]
@@ -250,7 +258,8 @@ def _product(lhs, rhs, tables, top_k, dtype, transposed=False, row_weights=None,
         SHARED_LHS=shared_lhs,
         SHARED_RHS=shared_rhs,
         TRANSPOSED=transposed,
-        SWAPPED=tm < 64 and lhs.dtype != jnp.float32,
+        SWAPPED=tm < 64 and multiplied != "ieee",
+        PRECISION="tf32" if multiplied == "tf32" else "ieee",
         PARTS=parts,
         TILES=tiles,
         PROGRAMS=programs,
@@ -261,27 +270,28 @@ def _product(lhs, rhs, tables, top_k, dtype, transposed=False, row_weights=None,
     )
 
 
-def grouped_matmul(lhs, rhs, *tables, top_k, dtype, packed_rows):
-    return _product(lhs, rhs, tables, top_k, jnp.dtype(dtype))
+def grouped_matmul(lhs, rhs, *tables, top_k, dtype, packed_rows, precision):
+    return _product(lhs, rhs, tables, top_k, jnp.dtype(dtype), precision)
 
 
 def grouped_matmul_activated(
-    lhs, rhs, slots, blocks, total, row_weights=None, *, top_k, dtype, activation, packed_rows
+    lhs, rhs, slots, blocks, total, row_weights=None, *, top_k, dtype, activation, packed_rows, precision
 ):
-    tables = slots, blocks, total
-    return _product(lhs, rhs, tables, top_k, jnp.dtype(dtype), row_weights=row_weights, activation=activation)
+    made, tables = jnp.dtype(dtype), (slots, blocks, total)
+    return _product(lhs, rhs, tables, top_k, made, precision, row_weights=row_weights, activation=activation)
 
 
-def grouped_matmul_transposed(g, rhs, *tables, dtype, packed_rows):
-    return _product(g, rhs, tables, 1, jnp.dtype(dtype), transposed=True)
+def grouped_matmul_transposed(g, rhs, *tables, dtype, packed_rows, precision):
+    return _product(g, rhs, tables, 1, jnp.dtype(dtype), precision, transposed=True)
 
 
-def grouped_outer(lhs, g, *tables, top_k, num_experts, packed_rows):
+def grouped_outer(lhs, g, *tables, top_k, num_experts, packed_rows, precision):
     lead = lead_axes((lhs, 2), (g, 2), *zip(tables, (1, 1, 0), strict=True))
     slots, blocks, total = (whole(table, lead) for table in tables)
     (lhs, shared_lhs), (g, shared_g) = large(lhs, lead), large(g, lead)
     (num_rows, height), (num_pairs, width) = lhs.shape[-2:], g.shape[-2:]
-    tm, tn, tk, warps, stages = OUTER_F32 if lhs.dtype == jnp.float32 else OUTER
+    multiplied = _multiplied(lhs.dtype, precision)
+    tm, tn, tk, warps, stages = OUTER[multiplied]
     return launch(
         outer,
         *(lhs, g, slots, blocks, total),
@@ -300,6 +310,7 @@ def grouped_outer(lhs, g, *tables, top_k, num_experts, packed_rows):
         SHARED_LHS=shared_lhs,
         SHARED_G=shared_g,
         STEPS=blocks.shape[-1].bit_length() + 1,
+        PRECISION="tf32" if multiplied == "tf32" else "ieee",
         TM=tm,
         TN=tn,
         TK=tk,
