@@ -1,5 +1,6 @@
 """The whole layer: from tokens and router logits to output, over the library's ops."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -99,7 +100,9 @@ def moe_mlp(
             raise ValueError(f"{_OP}: top_k must be that of router_output, {routed[0].shape[-1]}; got {top_k}")
         ids, weights = map(tokens_of, routed)
     one_of(_OP, "flow", flow, (None, *FLOWS))
-    if flow is None:
+    if not ids.shape[-1]:
+        flow = "packed"  # without choices no pair id names a token
+    elif flow is None:
         flow = "pair_ids" if x.size * x.dtype.itemsize <= 2**25 else "packed"
     block_size = (
         usual_block_size(ids.size, num_experts) if block_size is None else as_int(_OP, "block_size", block_size)
@@ -154,7 +157,7 @@ def tokens_of(x: jax.Array, whole: bool = False) -> jax.Array:
     spec = [axes if i in (0, x.ndim - 1) and not whole else None for i, axes in enumerate(sharding.spec)]
     if AxisType.Explicit in sharding.mesh.axis_types and tuple(spec) != tuple(sharding.spec):
         x = jax.sharding.reshard(x, sharding.update(spec=PartitionSpec(*spec)))
-    return x.reshape(-1, x.shape[-1])
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # not -1: what is left over is unknown where a width is 0
 
 
 def as_given(out: jax.Array, given: Any) -> jax.Array:
