@@ -70,7 +70,7 @@ def moe_mlp(
       [..., T, H] in x's dtype.
 
     Raises:
-      TypeError: an argument of another dtype, a size that is no int.
+      TypeError: an argument of another dtype, a size that is no int, `norm_topk_prob` no bool.
       ValueError: ranks or shapes that do not fit, sizes out of range, both or neither of `router_logits` and
         `router_output`, an unknown `activation`, `flow` or `implementation`.
       NotImplementedError: the implementation asked for cannot run here; the message says why.
@@ -96,7 +96,7 @@ def moe_mlp(
             tokens_of(logits), top_k, norm_topk_prob=norm_topk_prob, implementation=implementation
         )
     else:
-        if top_k is not None and top_k != routed[0].shape[-1]:
+        if top_k is not None and as_int(_OP, "top_k", top_k, 0) != routed[0].shape[-1]:
             raise ValueError(f"{_OP}: top_k must be that of router_output, {routed[0].shape[-1]}; got {top_k}")
         ids, weights = map(tokens_of, routed)
     one_of(_OP, "flow", flow, (None, *FLOWS))
