@@ -228,7 +228,7 @@ def moe_route_plan(
     if not (together and few):
         routed = route_topk(logits, top_k, bias=bias, **router, **run)
         return routed, moe_plan(routed.expert_ids, **sizes, pair_ids=pair_ids, **run)
-    settings = _settings(op, experts, top_k, **{k: v for k, v in router.items() if k not in beside})
+    settings = checked_settings(op, experts, top_k, **{k: v for k, v in router.items() if k not in beside})
     given = (logits,) if bias is None else (logits, bias)
     found = _route_plan(*given, **settings, block_size=sizes["block_size"], pair_ids=pair_ids, **run)
     routed, plan = RouterOutput(*found[:2]), MoePlan(*found[2:])
@@ -291,7 +291,7 @@ def _weighing(op: str, scoring: str, norm_topk_prob: bool, scale: Any, zero_sum:
     return {"scoring": scoring, "norm_topk_prob": norm, "scale": float(scale), "zero_sum": zero_sum}
 
 
-def _settings(
+def checked_settings(
     op: str,
     experts: int,
     top_k: int,
@@ -305,6 +305,7 @@ def _settings(
     zero_sum: str = "uniform",
 ) -> dict[str, Any]:
     """All of them, by the names and defaults of `route_topk`."""
+    top_k = as_int(op, "top_k", top_k, 1, experts)
     choice = _choice(op, experts, top_k, num_groups, group_top_k, group_score)
     return {"top_k": top_k, **choice, **_weighing(op, scoring, norm_topk_prob, scale, zero_sum)}
 
