@@ -182,7 +182,7 @@ def load_moe(
     Args:
       tensors: a mapping of names to arrays, NumPy's, JAX's or PyTorch's on the CPU, or to what is read when it is
         indexed and has `shape` (h5py, zarr); or the path of a safetensors file, or of a folder of them, as the hub has
-        them, for which the package `safetensors` must be there: `pip install 'ferrum_jax[checkpoint]'`.
+        them, for which the package `safetensors` must be there: `pip install '.[checkpoint]'` from a clone.
       layout: a name in `LAYOUTS`, such as "mixtral", "qwen3_moe", "olmoe", "deepseek_v3" or "gpt_oss", or a sequence of
         `Tensor` of one's own.
       prefix: what the names of the block's tensors begin with, such as "model.layers.3.mlp.". Other tensors may be
@@ -350,7 +350,7 @@ def _in_files(path: Path, prefix: str) -> dict[str, _Slice]:
         from safetensors import safe_open
     except ImportError as error:
         raise ImportError(
-            "load_moe: a path needs the package safetensors: pip install 'ferrum_jax[checkpoint]'"
+            "load_moe: a path needs the package safetensors: pip install '.[checkpoint]' from a clone"
         ) from error
     if not paths:
         raise FileNotFoundError(f"load_moe: {path} holds no *.safetensors")

@@ -1,4 +1,4 @@
-"""The layer as a Flax NNX module, with its router and its parameters: pip install 'ferrum_jax[nnx]'.
+"""The layer as a Flax NNX module, with its router and its parameters: pip install '.[nnx]' from a clone.
 
     moe = MoE(64, 128, num_experts=8, top_k=2, rngs=nnx.Rngs(0))
     y = moe(x)                                                # [..., 64] to [..., 64]
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 try:
     from flax import nnx
 except ImportError as error:
-    raise ImportError("ferrum_jax.nnx needs flax: pip install 'ferrum_jax[nnx]'") from error
+    raise ImportError("ferrum_jax.nnx needs flax: pip install '.[nnx]' from a clone") from error
 
 from ._signature import ROW_DTYPES, as_bool, as_int, one_of
 from .checkpoint import MoEParams
