@@ -9,7 +9,6 @@ compared with NumPy in float64. `python -m ferrum_jax grouped` times `grouped_ma
 
 import argparse
 import collections
-import contextlib
 import functools
 import importlib.metadata
 import importlib.resources
@@ -305,14 +304,21 @@ def grouped(rows: int = 1024, width: int = 512) -> int:
 
 def parallel(devices: int | None = None) -> int:
     """Run the layer with its experts spread over devices, by every exchange, time it and check it; the exit status."""
-    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        with contextlib.suppress(RuntimeError):  # JAX runs already, with the devices that it has
-            jax.config.update("jax_num_cpu_devices", 4 if devices is None else max(devices, 1))
+    any_number = "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
+    if any_number:
+        wanted = 4 if devices is None else min(max(devices, 1), SMALL.num_experts)
+        try:
+            jax.config.update("jax_num_cpu_devices", wanted)
+        except RuntimeError:  # JAX runs already, with the devices that it has
+            any_number = False
     on_gpu, devices = jax.default_backend() == "gpu", jax.device_count() if devices is None else devices
     layer = QWEN3_30B if on_gpu else SMALL
-    if not 0 < devices <= jax.device_count() or layer.num_experts % devices or layer.tokens % devices:
-        must = f"in [1, {jax.device_count()}] and divide {layer.num_experts} experts and {layer.tokens} tokens"
-        print(f"--devices must be {must}; got {devices}")
+    any_number &= jax.default_backend() == "cpu"
+    most = layer.num_experts if any_number else jax.device_count()
+    possible = [n for n in range(1, most + 1) if not (layer.num_experts % n or layer.tokens % n)]
+    if devices not in possible:
+        what = f"they divide {layer.num_experts} experts and {layer.tokens} tokens"
+        print(f"--devices must be one of {', '.join(map(str, possible))}: {what}; got {devices}")
         return 2
     source, text = _text()
     x, router, *matrices = inputs = _inputs(layer, text)

@@ -53,8 +53,10 @@ def parse(text: str) -> Signature:
 
 
 def as_int(op: str, name: str, value: Any, least: int = 1, most: int = INT32_MAX) -> int:
-    """A static size: a Python int in [least, most]."""
+    """A static size: a Python int in [least, most], and no bool."""
     try:
+        if isinstance(value, bool):
+            raise TypeError
         number = operator.index(value)
     except TypeError:
         raise TypeError(
@@ -63,6 +65,13 @@ def as_int(op: str, name: str, value: Any, least: int = 1, most: int = INT32_MAX
     if not least <= number <= most:
         raise ValueError(f"{op}: {name} must be in [{least}, {most}]; got {number}")
     return number
+
+
+def as_bool(op: str, name: str, value: Any) -> bool:
+    """A static yes or no. What else Python takes for true, "no" among it, is an error."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{op}: {name} must be True or False; got {type(value).__name__}")
+    return bool(value)
 
 
 def one_of(op: str, name: str, value: Any, choices: Sequence[Any]) -> None:

@@ -683,7 +683,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # Where it cannot be drawn or saved, before anything takes long.
     if args.plot and not importlib.util.find_spec("matplotlib"):
-        parser.error("argument --plot: matplotlib is not installed: pip install 'ferrum_jax[viz]'")
+        parser.error("argument --plot: matplotlib is not installed: pip install '.[viz]' from a clone")
     save()
     for i, (name, shape, tokens) in enumerate(todo):
         _bar(i, len(todo), f"{name} {shape} T={tokens}")

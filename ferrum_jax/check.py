@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from ._signature import INT32_MAX, as_int
+from ._signature import INT32_MAX, as_bool, as_int
 from .tables import MoePlan, MoeRouting, TokenPairs
 
 _OP = "check_routing"
@@ -53,7 +53,7 @@ def check_routing(
       are traced.
 
     Raises:
-      TypeError: tables of another type, entries that are no integers, a size that is no int.
+      TypeError: tables of another type, entries that are no integers, a size that is no int, `pair_ids` no bool.
       ValueError: shapes that do not fit each other or the sizes, a size out of range or missing.
 
     >>> import jax.numpy as jnp, ferrum_jax
@@ -66,6 +66,7 @@ def check_routing(
     if not isinstance(tables, TokenPairs | MoeRouting | MoePlan):
         raise TypeError(f"{_OP}: tables must be TokenPairs, MoeRouting or MoePlan; got {type(tables).__name__}")
     num_experts = as_int(_OP, "num_experts", num_experts, most=INT32_MAX - 1)
+    pair_ids = as_bool(_OP, "pair_ids", pair_ids)
     named: dict[str, Any] = dict(tables._asdict())
     if expert_ids is not None:
         named["expert_ids"] = expert_ids
@@ -78,7 +79,7 @@ def check_routing(
     names: list[tuple[str, str]] = []
 
     def slice_rules(arrays: dict[str, Any]) -> list[tuple[Any, Any]]:
-        rules = list(_rules(xp, arrays, pair_ids=bool(pair_ids), **sizes))
+        rules = list(_rules(xp, arrays, pair_ids=pair_ids, **sizes))
         names[:] = [(name, must) for name, _, must, _ in rules]
         return [(ok, got) for _, ok, _, got in rules]
 

@@ -145,10 +145,15 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
     }
 )
 
+_UNQUANTISED = "convert them to bfloat16 first, or take the model's unquantised checkpoint"
+# Dtypes that only quantised checkpoints have, as NumPy, PyTorch and safetensors call them.
+_FEW_BITS = re.compile(r"(torch\.)?float[468]_.*|F[468](_.*)?")
+# Endings that say so behind another tensor's name, as in experts.0.w1.scale. A router's or a norm's scale is its own.
+_SCALES = ("_scale", ".scale")
 # Endings of names that only quantised checkpoints have, what they are, and what makes plain ones of them.
 _QUANTISED = (
     (
-        ("weight_scale_inv",),
+        ("_scale_inv",),
         "fp8 with block scales",
         "convert them to bfloat16 first, with inference/fp8_cast_bf16.py of https://github.com/deepseek-ai/DeepSeek-V3",
     ),
@@ -159,9 +164,9 @@ _QUANTISED = (
         "quantization_config=Mxfp4Config(dequantize=True), and save_pretrained it",
     ),
     (
-        ("weight_packed", "weight_scale", "qweight", "qzeros"),
+        ("weight_packed", "qweight", "qzeros", *_SCALES),
         "packed integers or scaled floats",
-        "convert them to bfloat16 first, or take the model's unquantised checkpoint",
+        _UNQUANTISED,
     ),
 )
 
@@ -177,7 +182,7 @@ def load_moe(
     Args:
       tensors: a mapping of names to arrays, NumPy's, JAX's or PyTorch's on the CPU, or to what is read when it is
         indexed and has `shape` (h5py, zarr); or the path of a safetensors file, or of a folder of them, as the hub has
-        them, for which the package `safetensors` must be there: `pip install 'ferrum_jax[checkpoint]'`.
+        them, for which the package `safetensors` must be there: `pip install '.[checkpoint]'` from a clone.
       layout: a name in `LAYOUTS`, such as "mixtral", "qwen3_moe", "olmoe", "deepseek_v3" or "gpt_oss", or a sequence of
         `Tensor` of one's own.
       prefix: what the names of the block's tensors begin with, such as "model.layers.3.mlp.". Other tensors may be
@@ -190,7 +195,7 @@ def load_moe(
       TypeError: tensors that are no arrays, or not float16, bfloat16 or float32, or of two dtypes in one parameter.
       ValueError: an unknown layout; tensors that are missing, misshapen, or not the layout's: all are named, with the
         shapes that were expected.
-      NotImplementedError: a quantised checkpoint; the message says what to do.
+      NotImplementedError: a quantised checkpoint, or one in GGUF; the message says what to do.
       ImportError: a path, without the package `safetensors`.
 
     >>> import numpy as np
@@ -320,6 +325,7 @@ class _Slice:
     def __init__(self, file: Any, name: str):
         self._slice = file.get_slice(name)
         self.shape = tuple(self._slice.get_shape())
+        self.dtype = self._slice.get_dtype()  # by the file's name for it: NumPy has not all of them
 
     def __getitem__(self, index: Any) -> np.ndarray:
         return self._slice[index]
@@ -334,13 +340,18 @@ def _source(tensors: Any, prefix: str) -> Mapping[str, Any]:
 
 
 def _in_files(path: Path, prefix: str) -> dict[str, _Slice]:
+    paths = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if path.suffix.lower() == ".gguf" or (not paths and any(path.glob("*.gguf"))):
+        raise NotImplementedError(
+            f"load_moe: {path} is in GGUF, which is not read: its tensors are in blocks of quantised numbers; take the "
+            "model's checkpoint in safetensors"
+        )
     try:
         from safetensors import safe_open
     except ImportError as error:
         raise ImportError(
-            "load_moe: a path needs the package safetensors: pip install 'ferrum_jax[checkpoint]'"
+            "load_moe: a path needs the package safetensors: pip install '.[checkpoint]' from a clone"
         ) from error
-    paths = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not paths:
         raise FileNotFoundError(f"load_moe: {path} holds no *.safetensors")
     found: dict[str, _Slice] = {}
@@ -360,6 +371,10 @@ def _shape(name: str, value: Any) -> tuple[int, ...]:
             f"load_moe: {name} must be an array, or have shape and be read when it is indexed; got "
             f"{type(value).__name__}"
         )
+    if _FEW_BITS.fullmatch(dtype := str(getattr(value, "dtype", ""))):
+        raise NotImplementedError(
+            f"load_moe: {name} has dtype {dtype}, so that the tensors are scaled floats of few bits: {_UNQUANTISED}"
+        )
     return tuple(value.shape)
 
 
@@ -371,9 +386,10 @@ def _read(value: Any) -> np.ndarray:
 
 
 def _refuse_quantised(names: list[str], prefix: str) -> None:
+    scaled = {stem for name in names for stem in (name, name.removesuffix(".weight"))}
     for name in names:
         for endings, what, remedy in _QUANTISED:
-            if name.endswith(endings):
+            if name.endswith(endings) and (not name.endswith(_SCALES) or name[: -len("_scale")] in scaled):
                 raise NotImplementedError(f"load_moe: {prefix}{name} says that the tensors are {what}: {remedy}")
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ._primitive import define
+from ._signature import as_bool
 from .tables import counting_sort
 
 
@@ -76,7 +77,7 @@ def moe_combine(
       [..., T, H] in packed_down's dtype.
 
     Raises:
-      TypeError: an argument of another dtype.
+      TypeError: an argument of another dtype, `unique_rows` that is no bool.
       ValueError: ranks or shapes that do not fit, an unknown `implementation`.
       NotImplementedError: the implementation asked for cannot run here; the message says why.
 
@@ -85,9 +86,8 @@ def moe_combine(
     >>> moe_combine(rows, pairs, jnp.array([[0.5, 0.5], [2.0, 9.0]])).tolist()
     [[5.5], [20.0]]
     """
-    return _combine(
-        packed_down, pair_weights, pairs_by_token, unique_rows=bool(unique_rows), implementation=implementation
-    )
+    unique_rows = as_bool("moe_combine", "unique_rows", unique_rows)
+    return _combine(packed_down, pair_weights, pairs_by_token, unique_rows=unique_rows, implementation=implementation)
 
 
 def weighted_sum_batched(slots: jax.Array, weights: jax.Array, *, implementation: str | None = None) -> jax.Array:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ._primitive import define, equally_varying
-from ._signature import INT32_MAX, ROW_DTYPES, as_int, canonical, one_of
+from ._signature import INT32_MAX, ROW_DTYPES, as_bool, as_int, canonical, one_of
 from .kernels import IMPLEMENTATIONS, lead_axes
 from .tables import MoePlan, MoeRouting
 
@@ -89,7 +89,8 @@ def grouped_matmul(
       [..., P, N] with P = M * top_k; with an `activation`, [..., P, N / 2]. Rows that no slot names are 0.
 
     Raises:
-      TypeError: an argument of another dtype, a `routing` that is no table, a `top_k` that is no int.
+      TypeError: an argument of another dtype, a `routing` that is no table, a `top_k` that is no int,
+        `packed_rows` no bool.
       ValueError: ranks or shapes that do not fit, `top_k` < 1, P past int32, an odd N with an `activation`, an unknown
         `activation`, `precision` or `implementation`.
       NotImplementedError: the implementation asked for cannot run here; the message says why.
@@ -116,8 +117,7 @@ def grouped_matmul(
     rows = jnp.shape(lhs)[-2] if jnp.ndim(lhs) > 1 else 0
     if isinstance(rows, int) and rows * top_k > INT32_MAX:
         raise ValueError(f"{op}: lhs has {rows} rows and top_k is {top_k}; int32 ids allow {INT32_MAX}")
-    if not isinstance(packed_rows, bool):
-        raise TypeError(f"{op}: packed_rows must be True or False; got {type(packed_rows).__name__}")
+    packed_rows = as_bool(op, "packed_rows", packed_rows)
     if not isinstance(activation, str | None):
         raise TypeError(f"{op}: activation must be a name; got {type(activation).__name__}")
     one_of(op, "activation", activation, (None, *ACTIVATIONS))

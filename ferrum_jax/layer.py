@@ -1,5 +1,6 @@
 """The whole layer: from tokens and router logits to output, over the library's ops."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -73,7 +74,7 @@ def moe_mlp(
       [..., T, H] in x's dtype.
 
     Raises:
-      TypeError: an argument of another dtype, a size that is no int.
+      TypeError: an argument of another dtype, a size that is no int, `norm_topk_prob` no bool.
       ValueError: ranks or shapes that do not fit, sizes out of range, both or neither of `router_logits` and
         `router_output`, an unknown `activation`, `flow`, `precision` or `implementation`.
       NotImplementedError: the implementation asked for cannot run here; the message says why.
@@ -86,7 +87,7 @@ def moe_mlp(
     >>> moe_mlp(x, logits, jnp.ones((3, 4, 12)), jnp.ones((3, 6, 4)), top_k=2).shape
     (5, 4)
     """
-    act = _chosen(activation)
+    act = checked_settings(activation, flow, block_size)
     x, logits, routed, w_gate_up, w_down, b_gate_up, b_down = checked(
         _OP, x, router_logits, router_output, w_gate_up, w_down, b_gate_up, b_down
     )
@@ -99,15 +100,14 @@ def moe_mlp(
             tokens_of(logits), top_k, norm_topk_prob=norm_topk_prob, implementation=implementation
         )
     else:
-        if top_k is not None and top_k != routed[0].shape[-1]:
+        if top_k is not None and as_int(_OP, "top_k", top_k, 0) != routed[0].shape[-1]:
             raise ValueError(f"{_OP}: top_k must be that of router_output, {routed[0].shape[-1]}; got {top_k}")
         ids, weights = map(tokens_of, routed)
-    one_of(_OP, "flow", flow, (None, *FLOWS))
-    if flow is None:
+    if not ids.shape[-1]:
+        flow = "packed"  # without choices no pair id names a token
+    elif flow is None:
         flow = "pair_ids" if x.size * x.dtype.itemsize <= 2**25 else "packed"
-    block_size = (
-        usual_block_size(ids.size, num_experts) if block_size is None else as_int(_OP, "block_size", block_size)
-    )
+    block_size = usual_block_size(ids.size, num_experts) if block_size is None else block_size
     run: dict[str, Any] = {"implementation": implementation}
     plan = None
     if flow == "packed":
@@ -160,7 +160,7 @@ def tokens_of(x: jax.Array, whole: bool = False) -> jax.Array:
     spec = [axes if i in (0, x.ndim - 1) and not whole else None for i, axes in enumerate(sharding.spec)]
     if AxisType.Explicit in sharding.mesh.axis_types and tuple(spec) != tuple(sharding.spec):
         x = jax.sharding.reshard(x, sharding.update(spec=PartitionSpec(*spec)))
-    return x.reshape(-1, x.shape[-1])
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # not -1: what is left over is unknown where a width is 0
 
 
 def as_given(out: jax.Array, given: Any) -> jax.Array:
@@ -185,13 +185,15 @@ def usual_block_size(num_pairs: int, num_experts: int) -> int:
     return min(max(1 << (average - 1).bit_length() if average else 0, 16), 128)
 
 
-def _chosen(activation: Any) -> Any:
-    if callable(activation):
-        return activation
-    if activation not in ACTIVATIONS:
+def checked_settings(activation: Any, flow: Any, block_size: Any) -> Any:
+    """Those of `moe_mlp` that need no array to be checked. The activation comes back as a function."""
+    if not callable(activation) and activation not in (*ACTIVATIONS,):
         choices = ", ".join(map(repr, ACTIVATIONS))
         raise ValueError(f"{_OP}: activation must be a function or one of {choices}; got {activation!r}")
-    return ACTIVATIONS[activation]
+    one_of(_OP, "flow", flow, (None, *FLOWS))
+    if block_size is not None:
+        as_int(_OP, "block_size", block_size)
+    return activation if callable(activation) else ACTIVATIONS[activation]
 
 
 def checked(

@@ -1,4 +1,4 @@
-"""The layer as a Flax NNX module, with its router and its parameters: pip install 'ferrum_jax[nnx]'.
+"""The layer as a Flax NNX module, with its router and its parameters: pip install '.[nnx]' from a clone.
 
     moe = MoE(64, 128, num_experts=8, top_k=2, rngs=nnx.Rngs(0))
     y = moe(x)                                                # [..., 64] to [..., 64]
@@ -19,15 +19,18 @@ import jax.numpy as jnp
 try:
     from flax import nnx
 except ImportError as error:
-    raise ImportError("ferrum_jax.nnx needs flax: pip install 'ferrum_jax[nnx]'") from error
+    raise ImportError("ferrum_jax.nnx needs flax: pip install '.[nnx]' from a clone") from error
 
-from ._signature import ROW_DTYPES, as_int, one_of
+from ._signature import ROW_DTYPES, as_bool, as_int, one_of
 from .checkpoint import MoEParams
 from .grouped import ACTIVATIONS, as_precision
+from .kernels import IMPLEMENTATIONS
+from .layer import checked_settings as checked_layer
 from .layer import moe_mlp
 from .losses import NORMALIZATIONS, expert_counts, load_balancing_loss, router_z_loss, update_routing_bias
 from .presets import Preset
 from .routing import RouterOutput, route_topk
+from .routing import checked_settings as checked_routing
 
 Initializer = Callable[..., jax.Array]
 _BY_FAN_IN = jax.nn.initializers.lecun_normal()
@@ -101,9 +104,9 @@ class MoE(nnx.Module):
         router_bias, expert_bias, score_bias and the others.
 
     Raises:
-      TypeError: an unknown setting, one that is missing, or a dtype that is none of the three.
-      ValueError: a size < 1, an unknown axis in `partition`, an unknown `normalization` or `precision`, a shared gate
-        without shared experts.
+      TypeError: an unknown setting, one that is missing, one of another type, or a dtype that is none of the three.
+      ValueError: a size < 1, settings that `route_topk` or `moe_mlp` refuses, an unknown axis in `partition`, an
+        unknown `normalization` or `precision`, a shared gate without shared experts.
 
     >>> from flax import nnx
     >>> from ferrum_jax import presets
@@ -150,17 +153,24 @@ class MoE(nnx.Module):
         self.flow, self.block_size, self.implementation = flow, block_size, implementation
         as_precision("MoE", precision, jnp.float32)
         self.precision = precision
+        shared_experts = as_int("MoE", "shared_experts", chosen.shared_experts, least=0)
         size = {
             "1": 1,
             "H": as_int("MoE", "hidden_width", hidden_width),
             "E": as_int("MoE", "num_experts", chosen.num_experts),
             "F": as_int("MoE", "expert_width", expert_width),
-            "S": chosen.shared_experts * expert_width if shared_width is None else shared_width,
+            "S": shared_experts * expert_width if shared_width is None else shared_width,
         }
         size |= {"FF": 2 * size["F"], "SS": 2 * as_int("MoE", "shared_width", size["S"], least=0)}
+        for name in ("shared_gate", "score_bias", "router_bias", "expert_bias", "weight_on_input"):
+            as_bool("MoE", name, getattr(chosen, name))
         if chosen.shared_gate and not size["S"]:
             raise ValueError("MoE: shared_gate needs shared_experts or shared_width >= 1; got 0")
         one_of("MoE", "normalization", normalization, NORMALIZATIONS)
+        # What the layer's calls would say of its settings, they say now.
+        checked_routing("route_topk", size["E"], **chosen)
+        one_of("route_topk", "implementation", implementation, (None, *IMPLEMENTATIONS))
+        checked_layer(chosen.activation, flow, block_size)
         names = dict(partition or {})
         if unknown := names.keys() - set(_PARTITIONED):
             raise ValueError(f"MoE: partition must name axes of {_PARTITIONED}; got {', '.join(sorted(unknown))}")

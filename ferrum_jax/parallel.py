@@ -16,7 +16,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from . import layer
 from ._primitive import equally_varying, in_auto_mesh
-from ._signature import INT32_MAX, as_int, canonical, one_of, parse
+from ._signature import INT32_MAX, as_bool, as_int, canonical, one_of, parse
 from .combine import moe_combine, moe_dispatch
 from .grouped import as_precision
 from .routing import RouterOutput, route_topk_softmax
@@ -163,9 +163,9 @@ def moe_mlp(
       `jax.lax.psum` gives the total.
 
     Raises:
-      TypeError, ValueError, NotImplementedError: as `ferrum_jax.moe_mlp`; and ValueError for an `axis_name` that is no
-        mapped axis around the call, E that is not D times the experts of a device, an unknown `exchange`,
-        a `capacity` < 1 or without `return_dropped`.
+      TypeError, ValueError, NotImplementedError: as `ferrum_jax.moe_mlp`; and TypeError for `return_dropped` that is no
+        bool, ValueError for an `axis_name` that is no mapped axis around the call, E that is not D times the experts of
+        a device, an unknown `exchange`, a `capacity` < 1 or without `return_dropped`.
 
     Other axes of the mesh stay as they are. Tokens that an Explicit one of them shards are gathered along it, and the
     result's are sharded so again.
@@ -188,6 +188,7 @@ def moe_mlp(
     axis_name = tuple(axis_name) if isinstance(axis_name, list) else axis_name
     devices = _axis_size(axis_name)
     one_of(_OP, "exchange", exchange, (None, *EXCHANGES))
+    return_dropped = as_bool(_OP, "return_dropped", return_dropped)
     if capacity is not None:
         capacity = as_int(_OP, "capacity", capacity)
         if not return_dropped:
@@ -209,7 +210,7 @@ def moe_mlp(
         router_logits = None
     biases = options.get("b_gate_up"), options.get("b_down")
     x, _, (ids, weights), *_ = layer.checked(_OP, x, router_logits, router_output, w_gate_up, w_down, *biases)
-    if top_k is not None and top_k != ids.shape[-1]:
+    if top_k is not None and as_int(_OP, "top_k", top_k, 0) != ids.shape[-1]:
         raise ValueError(f"{_OP}: top_k must be that of router_output, {ids.shape[-1]}; got {top_k}")
     given, experts = jax.typeof(x), w_gate_up.shape[0]
     precision = as_precision(_OP, precision, x.dtype)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ._primitive import define
-from ._signature import INT32_MAX, as_int, as_mask, canonical, one_of, parse
+from ._signature import INT32_MAX, as_bool, as_int, as_mask, canonical, one_of, parse
 from .tables import MoePlan, MoeRouting, checked, dump_if_asked, moe_plan, plan_meaning, table_sizes
 
 SCORINGS = ("softmax", "topk_softmax", "sigmoid", "sqrt_softplus")
@@ -85,7 +85,8 @@ def route_topk(
       In rows without NaN or +inf weights and gradients are finite, and a weight that the zero sum made has gradient 0.
 
     Raises:
-      TypeError: dtypes other than these, `top_k`, `num_groups` or `group_top_k` that is no int, `scale` no number.
+      TypeError: dtypes other than these, `top_k`, `num_groups` or `group_top_k` that is no int, `norm_topk_prob` no
+        bool, `scale` no number.
       ValueError: shapes that do not fit logits, sizes out of range, E not divisible by `num_groups`, top_k above
         group_top_k * E / num_groups, one group option without the other, a `scale` neither 0 nor finite and
         normal, an unknown `scoring`, `group_score`, `zero_sum` or `implementation`.
@@ -151,7 +152,7 @@ def route_topk_softmax(
       weights; a row of -inf only has 1/K each if `norm_topk_prob`, else 0, and gradient 0.
 
     Raises:
-      TypeError: logits of another dtype, or `top_k` that is no int.
+      TypeError: logits of another dtype, `top_k` that is no int, `norm_topk_prob` no bool.
       ValueError: `top_k` outside [1, E], logits without axes, an unknown `implementation`.
       NotImplementedError: the implementation asked for cannot run here; the message says why.
 
@@ -220,6 +221,7 @@ def moe_route_plan(
     for name in set(router) - set(route_topk.__kwdefaults__ or ()):
         raise TypeError(f"{op}: got an unexpected keyword argument {name!r}")
     sizes = checked(op, experts if num_experts is None else num_experts, block_size)
+    pair_ids = as_bool(op, "pair_ids", pair_ids)
     bias, beside = router.pop("bias", None), ("forced_ids", "token_mask", "expert_map")
     if bias is not None:
         bias = _bias(op, bias, len(lead))
@@ -230,9 +232,9 @@ def moe_route_plan(
     if not (together and few):
         routed = route_topk(logits, top_k, bias=bias, **router, **run)
         return routed, moe_plan(routed.expert_ids, **sizes, pair_ids=pair_ids, **run)
-    settings = _settings(op, experts, top_k, **{k: v for k, v in router.items() if k not in beside})
+    settings = checked_settings(op, experts, top_k, **{k: v for k, v in router.items() if k not in beside})
     given = (logits,) if bias is None else (logits, bias)
-    found = _route_plan(*given, **settings, block_size=sizes["block_size"], pair_ids=bool(pair_ids), **run)
+    found = _route_plan(*given, **settings, block_size=sizes["block_size"], pair_ids=pair_ids, **run)
     routed, plan = RouterOutput(*found[:2]), MoePlan(*found[2:])
     dump_if_asked(MoeRouting(*plan[-3:]), routed.expert_ids, pair_ids, **sizes)
     return routed, plan
@@ -279,7 +281,7 @@ def _weighing(op: str, scoring: str, norm_topk_prob: bool, scale: Any, zero_sum:
     """How the chosen experts are weighed."""
     one_of(op, "scoring", scoring, SCORINGS)
     one_of(op, "zero_sum", zero_sum, ZERO_SUMS)
-    if not isinstance(scale, numbers.Real):
+    if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
         raise TypeError(
             f"{op}: scale must be a Python number, known when the function is traced; got {type(scale).__name__}"
         )
@@ -289,11 +291,11 @@ def _weighing(op: str, scoring: str, norm_topk_prob: bool, scale: Any, zero_sum:
         number = math.inf
     if number and not float(jnp.finfo(jnp.float32).tiny) <= number <= float(jnp.finfo(jnp.float32).max):
         raise ValueError(f"{op}: scale must be 0, or finite and normal in float32; got {scale}")
-    norm = bool(norm_topk_prob) or scoring == "topk_softmax"
+    norm = as_bool(op, "norm_topk_prob", norm_topk_prob) or scoring == "topk_softmax"
     return {"scoring": scoring, "norm_topk_prob": norm, "scale": float(scale), "zero_sum": zero_sum}
 
 
-def _settings(
+def checked_settings(
     op: str,
     experts: int,
     top_k: int,
@@ -307,6 +309,7 @@ def _settings(
     zero_sum: str = "uniform",
 ) -> dict[str, Any]:
     """All of them, by the names and defaults of `route_topk`."""
+    top_k = as_int(op, "top_k", top_k, 1, experts)
     choice = _choice(op, experts, top_k, num_groups, group_top_k, group_score)
     return {"top_k": top_k, **choice, **_weighing(op, scoring, norm_topk_prob, scale, zero_sum)}
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ._primitive import define
-from ._signature import INT32_MAX, as_int
+from ._signature import INT32_MAX, as_bool, as_int
 
 
 class TokenPairs(NamedTuple):
@@ -175,15 +175,15 @@ def moe_plan(
       MoePlan, int32: the fields of TokenPairs, then those of MoeRouting.
 
     Raises:
-      As `moe_align_block_size`.
+      As `moe_align_block_size`; TypeError also for `pair_ids` that is no bool.
 
     >>> import jax.numpy as jnp
     >>> plan = moe_plan(jnp.array([[1, 0], [1, 2]]), 3, 2)
     >>> plan.expert_offsets.tolist(), int(plan.total_tokens_post_pad)
     ([0, 1, 3, 4], 6)
     """
-    sizes = checked("moe_plan", num_experts, block_size)
-    plan = MoePlan(*_plan(expert_ids, **sizes, pair_ids=bool(pair_ids), implementation=implementation))
+    sizes, pair_ids = checked("moe_plan", num_experts, block_size), as_bool("moe_plan", "pair_ids", pair_ids)
+    plan = MoePlan(*_plan(expert_ids, **sizes, pair_ids=pair_ids, implementation=implementation))
     dump_if_asked(MoeRouting(*plan[-3:]), expert_ids, pair_ids, **sizes)
     return plan
 

@@ -1,4 +1,4 @@
-"""Pictures of a routing, with matplotlib: pip install 'ferrum_jax[viz]'. Each function returns the Axes it drew on.
+"""Pictures of a routing, with matplotlib: pip install '.[viz]' from a clone. Each function returns the Axes it drew on.
 
 Experts have the colours of Okabe and Ito, which the colour-blind can tell apart, https://jfly.uni-koeln.de/color/, in
 turn; loads have matplotlib's cividis. Nothing depends on colour alone.
@@ -226,7 +226,7 @@ def _new_axes(width: float, height: float) -> "Axes":
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
-        raise ImportError("ferrum_jax.viz draws with matplotlib: pip install 'ferrum_jax[viz]'") from error
+        raise ImportError("ferrum_jax.viz draws with matplotlib: pip install '.[viz]' from a clone") from error
     return plt.subplots(figsize=(width, height), layout="constrained")[1]
 
 

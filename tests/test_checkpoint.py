@@ -403,7 +403,7 @@ def test_dtypes():
     message = refused(tensors | {name: tensors[name].astype(np.float16)}, error=TypeError)
     assert message.startswith(f"load_moe: {name} must have the dtype of the other tensors of w_gate_up, float32; got")
     name = PREFIX + "gate.weight"
-    for other in (np.float64, np.int8, jnp.float8_e4m3fn):
+    for other in (np.float64, np.int8):
         message = refused(tensors | {name: tensors[name].astype(other)}, error=TypeError)
         assert f"{name} must be float16, bfloat16 or float32; got {np.dtype(other)}" in message
     assert f"{name} must be an array" in refused(tensors | {name: [[1.0]]}, error=TypeError)
@@ -417,12 +417,39 @@ def test_dtypes():
         ("gpt_oss", "experts.gate_up_proj_blocks", r"MXFP4.*Mxfp4Config\(dequantize=True\)"),
         ("gpt_oss", "experts.down_proj_scales", r"MXFP4.*Mxfp4Config\(dequantize=True\)"),
         ("kimi_k2", "experts.0.up_proj.weight_packed", "unquantised"),
+        ("qwen3_moe", "experts.0.up_proj.weight_scale", "unquantised"),
+        ("llama4", "experts.gate_up_proj_scale", "unquantised"),
+        ("mixtral_fused", "experts.gate_up_proj_scale_inv", "fp8 with block scales"),
+        ("mixtral", "experts.0.w1.scale", "unquantised"),
     ],
 )
 def test_quantised_checkpoints_are_refused_by_name(layout, name, remedy):
     tensors = checkpoint(layout) | {PREFIX + name: np.ones(3, np.uint8)}
     with pytest.raises(NotImplementedError, match=f"{re.escape(PREFIX + name)} .*{remedy}"):
         load_moe(tensors, layout, prefix=PREFIX)
+
+
+def test_a_routers_own_scale_says_nothing_of_quantised_tensors():
+    message = refused(checkpoint("olmoe") | {PREFIX + "router.scale": np.ones(H, np.float32)})
+    assert message.splitlines()[1:] == ["  router.scale, of shape (4,), is not of this layout"]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2], ids=lambda d: np.dtype(d).name)
+def test_floats_of_eight_bits_are_refused_by_dtype(dtype, tmp_path):
+    tensors = checkpoint("mixtral")
+    name = PREFIX + "experts.1.w2.weight"
+    tensors[name] = tensors[name].astype(dtype)
+    for source, called in ((tensors, np.dtype(dtype).name), (saved(tmp_path, tensors), "F8_")):
+        message = refused(source, "mixtral", NotImplementedError)
+        assert f"{name} has dtype {called}" in message
+        assert "convert them to bfloat16" in message
+
+
+def test_gguf_files_are_refused(tmp_path):
+    (tmp_path / "model-Q4_K_M.gguf").write_bytes(b"GGUF")
+    for path in (tmp_path, tmp_path / "model-Q4_K_M.gguf"):
+        with pytest.raises(NotImplementedError, match=r"GGUF.*safetensors"):
+            load_moe(path, "olmoe")
 
 
 def test_to_layout_names_what_does_not_fit():
@@ -441,7 +468,7 @@ def test_a_path_needs_safetensors_and_files(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"holds no \*.safetensors"):
         load_moe(tmp_path, "olmoe")
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    with pytest.raises(ImportError, match=r"pip install 'ferrum_jax\[checkpoint\]'"):
+    with pytest.raises(ImportError, match=r"pip install '\.\[checkpoint\]'"):
         load_moe(tmp_path / "model.safetensors", "olmoe")
 
 

@@ -195,6 +195,75 @@ def test_named_error_at_trace_time(name):
         assert word in str(info.value), str(info.value)
 
 
+X, IDS = np.ones((3, 4), np.float32), np.zeros((3, 2), np.int32)
+ROUTED = fj.RouterOutput(IDS[:, :1], X[:, :1])
+PAIRS = fj.TokenPairs(IDS, IDS.reshape(-1), np.zeros(5, np.int32))
+
+
+def mlp(**kwargs):
+    return fj.moe_mlp(X, None if "router_output" in kwargs else X, np.ones((4, 4, 2)), np.ones((4, 1, 4)), **kwargs)
+
+
+def over_devices(**kwargs):
+    run = lambda *a: fj.parallel.moe_mlp(*a, axis_name="d", **kwargs)  # noqa: E731
+    args = X, X, np.ones((4, 4, 2)), np.ones((4, 1, 4))
+    return jax.shard_map(run, mesh=jax.make_mesh((1,), ("d",)), in_specs=P(), out_specs=P())(*args)
+
+
+SIZES = {
+    "route_topk: top_k": lambda v: fj.route_topk(X, v),
+    "route_topk: num_groups": lambda v: fj.route_topk(X, 1, num_groups=v, group_top_k=1),
+    "route_topk: group_top_k": lambda v: fj.route_topk(X, 1, num_groups=2, group_top_k=v),
+    "route_topk_softmax: top_k": lambda v: fj.route_topk_softmax(X, v),
+    "moe_route_plan: top_k": lambda v: fj.moe_route_plan(X, v, 2),
+    "moe_route_plan: block_size": lambda v: fj.moe_route_plan(X, 1, v),
+    "moe_build_pairs_by_token: num_experts": lambda v: fj.moe_build_pairs_by_token(IDS, v),
+    "moe_plan: num_experts": lambda v: fj.moe_plan(IDS, v, 2),
+    "moe_plan: block_size": lambda v: fj.moe_plan(IDS, 4, v),
+    "max_aligned_rows: num_pairs": lambda v: fj.max_aligned_rows(v, 4, 2),
+    "moe_mlp: block_size": lambda v: mlp(router_output=ROUTED, block_size=v),
+    "moe_mlp: top_k": lambda v: mlp(router_output=ROUTED, top_k=v),
+    "parallel.moe_mlp: capacity": lambda v: over_devices(capacity=v, return_dropped=True),
+    "limit_capacity: capacity": lambda v: fj.limit_capacity(ROUTED, 4, v),
+    "expert_counts: num_experts": lambda v: fj.expert_counts(IDS, v),
+    "routing_stats: block_size": lambda v: fj.routing_stats(ROUTED, 4, block_size=v),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_true_is_no_size(name):
+    with pytest.raises(TypeError, match=f"^{name} must be a Python int.*; got bool"):
+        jax.eval_shape(lambda: SIZES[name](True))
+
+
+FLAGS = {
+    "route_topk: norm_topk_prob": lambda v: fj.route_topk(X, 1, norm_topk_prob=v),
+    "route_topk_softmax: norm_topk_prob": lambda v: mlp(top_k=1, norm_topk_prob=v),
+    "moe_route_plan: norm_topk_prob": lambda v: fj.moe_route_plan(X, 1, 2, norm_topk_prob=v),
+    "moe_route_plan: pair_ids": lambda v: fj.moe_route_plan(X, 1, 2, pair_ids=v),
+    "moe_plan: pair_ids": lambda v: fj.moe_plan(IDS, 4, 2, pair_ids=v),
+    "moe_combine: unique_rows": lambda v: fj.moe_combine(X, IDS, np.ones((3, 2)), unique_rows=v),
+    "grouped_matmul: packed_rows": lambda v: fj.grouped_matmul(
+        f32(6, 4), f32(4, 4, 2), fj.moe_plan(IDS, 4, 2), packed_rows=v
+    ),
+    "check_routing: pair_ids": lambda v: fj.check_routing(PAIRS, 4, pair_ids=v),
+    "parallel.moe_mlp: return_dropped": lambda v: over_devices(top_k=1, return_dropped=v),
+}
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_what_is_no_bool_is_no_flag(name):
+    for wrong, kind in (("no", "str"), (1, "int"), (None, "NoneType")):
+        with pytest.raises(TypeError, match=f"^{name} must be True or False; got {kind}"):
+            jax.eval_shape(lambda wrong=wrong: FLAGS[name](wrong))
+
+
+def test_a_flag_may_be_numpys_and_a_scale_no_flag():
+    assert fj.moe_plan(IDS, 4, 2, pair_ids=np.True_).sorted_token_ids.shape == (10,)
+    with pytest.raises(TypeError, match=r"route_topk: scale must be a Python number.*; got bool"):
+        fj.route_topk(X, 1, scale=True)
+
+
 @pytest.mark.parametrize("op", OPS, ids=str)
 def test_unknown_implementation_lists_the_choices(op):
     function = op.name.partition("-")[0].removesuffix("_activated")

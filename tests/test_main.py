@@ -121,9 +121,19 @@ def test_layer_over_several_devices(monkeypatch):
     assert ended.stdout.endswith("All checks passed.\n")
 
 
-def test_devices_that_are_not_here(capsys):
-    assert program.parallel(7) == 2
-    assert capsys.readouterr().out.startswith("--devices must be in [1, 8] and divide ")
+@pytest.mark.parametrize("devices", [0, 7, 16])
+def test_devices_that_are_not_here(devices, capsys):
+    assert program.parallel(devices) == 2
+    said = f"--devices must be one of 1, 2, 4, 8: they divide 32 experts and 512 tokens; got {devices}\n"
+    assert capsys.readouterr().out == said
+
+
+@pytest.mark.parametrize("devices", ["0", "3", "1000000"])
+def test_a_cpu_has_as_many_devices_as_divide_the_layer(devices, monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    ended = run("-m", "ferrum_jax", "parallel", "--devices", devices)
+    assert ended.returncode == 2, ended.stdout + ended.stderr
+    assert line(ended.stdout, "--devices must be one of 1, 2, 4, 8, 16, 32: they divide").endswith(f"got {devices}")
 
 
 def test_bench_comes_first(capsys):

@@ -221,6 +221,23 @@ def test_no_tokens(flow, implementation):
 
 
 @pytest.mark.parametrize("flow", FLOWS)
+@pytest.mark.parametrize(("hidden", "width", "choices"), [(0, 3, 2), (4, 0, 2), (4, 3, 0)])
+def test_axes_of_no_entries(hidden, width, choices, flow, implementation):
+    """No hidden width, none of the experts, no choices: of the shapes given, and 0 but for the bias of the result."""
+    ids = np.tile(np.int32([0, 4]), (3, 1))[:, :choices]
+    args = [np.ones(s, np.float32) for s in ((3, hidden), ids.shape, (5, hidden, 2 * width), (5, width, hidden))]
+    biases = {name: np.ones((5, n), np.float32) for name, n in (("b_gate_up", 2 * width), ("b_down", hidden))}
+
+    def layer(x, weights, *matrices):
+        routed = ferrum_jax.RouterOutput(ids, weights)
+        return moe_mlp(x, None, *matrices, router_output=routed, flow=flow, implementation=implementation, **biases)
+
+    out, gradients = jax.jit(lambda *a: (layer(*a), jax.grad(lambda *a: jnp.sum(layer(*a)), range(4))(*a)))(*args)
+    np.testing.assert_array_equal(out, np.full((3, hidden), 0 if width else choices))
+    assert [g.shape for g in gradients] == [a.shape for a in args]
+
+
+@pytest.mark.parametrize("flow", FLOWS)
 def test_leading_axes_vmap_and_block_sizes(flow, implementation):
     (x, logits, *matrices), biases = arguments(Size(12, 5, 2, 4))
     run = functools.partial(moe_mlp, top_k=2, flow=flow, implementation=implementation, **biases)

@@ -453,7 +453,8 @@ ERRORS = {
     "a gate of nothing": (lambda: make(shared_gate=True), ValueError, "shared_experts"),
     "x's width": (lambda: make()(tokens(T, 5)), ValueError, r"H = 8.*\(6, 5\)"),
     "x's dtype": (lambda: make()(jnp.ones((T, H), int)), TypeError, "x must be.*int32"),
-    "top_k at the call": (lambda: make(top_k=9)(tokens(T, H)), ValueError, "top_k.*9"),
+    "a flag": (lambda: make(score_bias="no"), TypeError, "MoE: score_bias must be True or False; got str"),
+    "shared experts": (lambda: make(shared_experts=True), TypeError, "MoE: shared_experts must be a Python int.*bool"),
     "no score bias": (lambda: make().update_score_bias(jnp.ones(E, int)), ValueError, "score_bias=True"),
     "params": (
         lambda: make().load(make(expert_bias=True).params()._replace(router=np.ones((H, 5)))),
@@ -470,13 +471,45 @@ def test_named_errors(name):
         call()
 
 
+SETTINGS = {
+    "scoring": "sofmax",
+    "top_k": E + 1,
+    "num_groups": 3,
+    "group_top_k": 2,
+    "group_score": "mean",
+    "zero_sum": "none",
+    "scale": 0.0j,
+    "norm_topk_prob": "no",
+    "activation": "swish",
+    "flow": "pairs",
+    "block_size": 0,
+    "implementation": "cuda",
+}
+
+
+@pytest.mark.parametrize(("name", "wrong"), [*SETTINGS.items(), ("top_k", True), ("block_size", 16.0)])
+def test_the_constructor_refuses_a_setting_as_a_call_would(name, wrong):
+    given = {name: wrong, **({"group_top_k": 1} if name == "num_groups" else {})}
+    with pytest.raises((TypeError, ValueError)) as made:
+        nnx.eval_shape(lambda: MoE(H, F, presets.mixtral, rngs=nnx.Rngs(0), **given))
+    module, p = make(), presets.mixtral
+    if hasattr(p, name):
+        module.preset = dataclasses.replace(p, **given)
+    else:
+        setattr(module, name, wrong)
+    with pytest.raises((TypeError, ValueError)) as called:
+        nnx.eval_shape(lambda m: m(tokens(T, H)), module)
+    assert (made.type, str(made.value)) == (called.type, str(called.value))
+    assert name in str(made.value)
+
+
 def test_flax_is_imported_here_only():
     said = run(
         "import sys; sys.modules['flax'] = None\n"
         "import ferrum_jax\n"
         "try:\n    import ferrum_jax.nnx\nexcept ImportError as error:\n    print(error)"
     )
-    assert "pip install 'ferrum_jax[nnx]'" in said
+    assert "pip install '.[nnx]'" in said
 
 
 @pytest.mark.parametrize("name", ["qwen3_next", "gpt_oss"])

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,18 @@ def test_only_primitive_touches_jax_internals():
         assert "jax._src" not in text, path
         if path.name != "_primitive.py":
             assert not re.search(r"jax\.(extend|interpreters)", text), path
+
+
+def test_install_hints_name_extras_of_a_clone():
+    """The package index has no ferrum_jax."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    hints = [
+        (path.name, hint)
+        for path in (ROOT / "README.md", *(ROOT / "notebooks").glob("*.ipynb"), *(ROOT / "ferrum_jax").rglob("*.py"))
+        for hint in re.findall(r"pip install (?:-e )?'([^']*)'", path.read_text())
+    ]
+    assert {name for name, _ in hints} >= {"README.md", "quickstart.ipynb", "nnx.py"}
+    assert [(name, hint) for name, hint in hints if hint not in {f".[{extra}]" for extra in extras}] == []
 
 
 @pytest.mark.slow

@@ -118,6 +118,17 @@ def test_values_and_gradients_equal_the_unsharded_layers(devices, exchange, kind
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
+def test_no_hidden_width(exchange):
+    args = [np.ones(s, np.float32) for s in ((4, 0), (4, 4), (4, 0, 2 * F), (4, F, 0))]
+    f = functools.partial(moe_mlp, axis_name="d", top_k=2, exchange=exchange)
+    f = jax.shard_map(f, mesh=mesh_of(2), in_specs=P("d"), out_specs=P("d"))
+    out, vjp = jax.eval_shape(lambda *a: jax.vjp(f, *a), *args)
+    gradients = jax.eval_shape(lambda vjp, out: vjp(out), vjp, out)
+    assert out.shape == (4, 0)
+    assert [g.shape for g in gradients] == [a.shape for a in args]
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
 def test_sixteen_bits(exchange):
     x, _, weights, *rest = (a if a.ndim == 2 and a.shape[-1] == SIZE.K else a.astype("bfloat16") for a in arguments())
     f = functools.partial(layer, run=moe_mlp, axis_name="d", exchange=exchange)

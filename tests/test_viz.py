@@ -113,5 +113,5 @@ def test_experts_are_integers():
 
 def test_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    with pytest.raises(ImportError, match=r"pip install 'ferrum_jax\[viz\]'"):
+    with pytest.raises(ImportError, match=r"pip install '\.\[viz\]'"):
         viz.expert_load([1])

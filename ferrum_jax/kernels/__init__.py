@@ -213,7 +213,7 @@ def _refusal(
             try:
                 importlib.import_module(package)
             except Exception as error:  # jax-triton 0.3 fails in its own ways where JAX's CUDA plugin is not installed
-                return f"{package} cannot be imported ({error}): pip install 'ferrum_jax[cuda]'"
+                return f"{package} cannot be imported ({error}): pip install '.[cuda]' from a clone"
     if backend == "pallas":
         reason = importlib.import_module(f"{__name__}.pallas").refuse(device_kind, _interpreting.value, family)
         if reason:
