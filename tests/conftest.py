@@ -3,6 +3,7 @@
 import os
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # workers that all take every core wait for each other
 
 import jax
 import pytest
@@ -19,11 +20,13 @@ def on_gpu(config):
 
 
 def pytest_configure(config):
-    if not on_gpu(config):
+    if on_gpu(config):
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # workers share the GPUs' memory
+    else:
         os.environ["JAX_PLATFORMS"] = "cpu"
         jax.config.update("jax_platforms", "cpu")
-        # XLA's passes run as ever; LLVM takes less time over programs that run for microseconds.
-        jax.config.update("jax_disable_most_optimizations", True)
+    # XLA's passes run as ever; LLVM takes less time over programs that run for microseconds.
+    jax.config.update("jax_disable_most_optimizations", True)
     # Most of the time is XLA's compilation. Its results are kept from run to run beside pytest's own, for all workers.
     if hasattr(config, "cache"):
         jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir(f"xla-{jax.__version__}")))
@@ -60,7 +63,7 @@ def refused(item):
 
 
 def pytest_xdist_auto_num_workers(config):
-    return 0 if on_gpu(config) else None
+    return min(14, os.cpu_count()) if on_gpu(config) else None
 
 
 @pytest.hookimpl(wrapper=True)

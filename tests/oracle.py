@@ -430,6 +430,18 @@ def assert_close(got, want, size, dtype, terms=None, rounded=0.0):
     assert np.all(error <= bound), f"largest error over its bound: {np.max(error / bound)}"
 
 
+def assert_near(got, want, dtype, stored=4):
+    """The bound of whole layers, whose results are sums that cancel: the terms' size is that of the largest entry, or 1.
+
+    A layer of 16 bits stores rows on its way: the experts' inner rows, their results, what goes between devices, and
+    for the gradient the same again. Each of these `stored` roundings counts as one of the largest entry.
+    """
+    want = f64(want)
+    size = max(1.0, float(np.max(np.abs(want), initial=0)))
+    rounded = 0.0 if jnp.dtype(dtype) == jnp.float32 else stored * float(jnp.finfo(dtype).eps) / 2 * size
+    assert_close(got, want, size, dtype, rounded=rounded)
+
+
 def assert_matches(got, wanted):
     """A function's results (arrays) against an oracle's, each a `Sum`; what has no size is int32, and exact."""
     assert len(got) == len(wanted)

@@ -40,7 +40,9 @@ def check(args, top_k, implementation, **kwargs):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("pair_ids", [False, True])
-@pytest.mark.parametrize("size", [Size(7, 8, 2, 130, 16), Size(9, 257, 10, 20, 8)], ids=str)
+@pytest.mark.parametrize(
+    "size", [Size(7, 8, 2, 130, 16), pytest.param(Size(9, 257, 10, 20, 8), marks=pytest.mark.full)], ids=str
+)
 def test_values_and_gradients_with_garbage(size, pair_ids, dtype, implementation):
     check(grouped_args(rng("grouped", size), size, dtype, pair_ids), size.K if pair_ids else 1, implementation)
 
@@ -346,7 +348,10 @@ def check_code(code, kind):
 
 
 @needs_plugin
-@pytest.mark.parametrize(("model", "tokens", "block", "kind", "pair_ids"), CODE)
+@pytest.mark.parametrize(
+    ("model", "tokens", "block", "kind", "pair_ids"),
+    [CODE[0], *(pytest.param(*case, marks=pytest.mark.compiled) for case in CODE[1:])],
+)
 def test_code_for_an_h200(model, tokens, block, kind, pair_ids):
     """All three forms, with asynchronous loads of 16 bytes; TF32's wgmma wants some operands turned, by 4 bytes."""
     experts, k, height, width = MODELS[model]
@@ -372,6 +377,7 @@ def test_code_for_an_h200(model, tokens, block, kind, pair_ids):
 
 
 @needs_plugin
+@pytest.mark.compiled
 @pytest.mark.parametrize(
     ("tokens", "block", "kind", "activation", "weighted"),
     [

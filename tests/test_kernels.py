@@ -75,7 +75,9 @@ def test_triton_compiles_for_an_h200_without_spills(model, tokens):
 @pytest.mark.parametrize(
     "op",
     [
-        pytest.param(op, marks=[] if op.name in ("moe_plan", "moe_combine", "grouped_matmul") else [pytest.mark.compiled])
+        pytest.param(
+            op, marks=[] if op.name in ("moe_plan", "moe_combine", "grouped_matmul") else [pytest.mark.compiled]
+        )
         for op in OPS
     ],
     ids=str,

@@ -45,6 +45,7 @@ def line(output, start):
     return found[0]
 
 
+@pytest.mark.slow
 def test_everything():
     ended = run("-m", "ferrum_jax")
     assert ended.returncode == 0, ended.stdout + ended.stderr
@@ -67,8 +68,13 @@ def test_everything():
     ("op", "factor", "right", "wrong"),
     [
         ("moe_combine", "1.001", "pair ids: layer", "packed rows: layer"),
-        ("moe_combine", "float('nan')", "pair ids: layer", "packed rows: layer"),
-        ("weighted_sum_batched", "1.001", "packed rows: layer", "pair ids: layer"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("moe_combine", "float('nan')", "pair ids: layer", "packed rows: layer"),
+                ("weighted_sum_batched", "1.001", "packed rows: layer", "pair ids: layer"),
+            )
+        ),
     ],
 )
 def test_a_failed_check_is_the_exit_status(op, factor, right, wrong):
@@ -110,6 +116,7 @@ sys.exit(program.main(["parallel", "--devices", "{devices}"]))
 """
 
 
+@pytest.mark.slow
 def test_layer_over_several_devices(monkeypatch):
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     ended = run("-c", SPREAD.format(devices=2))

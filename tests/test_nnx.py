@@ -12,7 +12,7 @@ import pytest
 from cases import rng
 from flax import nnx
 from jax.sharding import AxisType
-from oracle import f64
+from oracle import assert_near, f64
 from test_mlp import beyond_float16
 from test_package import run
 
@@ -109,9 +109,7 @@ def slopes(f, array):
 
 
 def close(got, want, dtype="float32"):
-    """By the size of the largest entry: what is compared are sums that cancel."""
-    largest = max(np.max(np.abs(want)), 1e-3)
-    np.testing.assert_allclose(f64(got), want, rtol=0, atol=float(jnp.finfo(dtype).eps) ** (2 / 3) * largest)
+    assert_near(got, want, dtype)
 
 
 @pytest.mark.parametrize("name", SMALL)

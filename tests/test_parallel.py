@@ -12,6 +12,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 from cases import Size, rng
 from compiled import h200s, needs_pjrt
@@ -91,10 +92,8 @@ def mesh_of(devices, kind=AxisType.Auto):
 
 
 def close(got, want, dtype="float32"):
-    """Terms' size is that of the largest: sums that cancel."""
     for g, w in zip(got, want, strict=True):
-        bound = float(jnp.finfo(dtype).eps) ** (2 / 3) * (1 + np.max(np.abs(w), initial=0))
-        np.testing.assert_allclose(np.asarray(g, np.float32), w, rtol=0, atol=bound)
+        oracle.assert_near(g, w, dtype)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +216,9 @@ def test_axes_of_a_larger_mesh():
     ],
     ids=str,
 )
-@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=lambda t: t.name)
+@pytest.mark.parametrize(
+    "kind", [AxisType.Explicit, pytest.param(AxisType.Auto, marks=pytest.mark.full)], ids=lambda t: t.name
+)
 def test_an_axis_that_is_not_mapped(exchange, tokens, matrices, kind):
     """Experts over one axis by shard_map, while another one shards tokens, width or the experts' own width by types."""
     r, shapes = rng("not mapped"), ((4, 6, 6), (4, 6, 8), (8, 6, 8), (8, 4, 6))

@@ -60,7 +60,9 @@ def combine(rows, weights, pairs):
     return ferrum_jax.moe_combine(rows, pairs, weights)
 
 
-@pytest.mark.parametrize(("num_rows", "shape", "width"), [(7, (6, 3), 4), (0, (2, 2), 3), (3, (5, 1), 1), (4, (2, 0), 2)])
+@pytest.mark.parametrize(
+    ("num_rows", "shape", "width"), [(7, (6, 3), 4), (0, (2, 2), 3), (3, (5, 1), 1), (4, (2, 0), 2)]
+)
 @jobs
 @given(st.data())
 def test_combine_and_its_gradients_skip_by_selection(num_rows, shape, width, data):

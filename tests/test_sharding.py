@@ -139,7 +139,7 @@ def test_gradient_of_sharded_matrices_outside_set_mesh():
     w = rng("w").normal(size=(4, 3, 5)).astype(np.float32)
     (placed,) = place(mesh, [P("d")], [w])
     gradient = jax.jit(jax.grad(loss))(placed)
-    np.testing.assert_allclose(gradient, jax.grad(loss)(w), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(gradient, jax.jit(jax.grad(loss))(w), rtol=1e-5, atol=1e-6)
     assert gradient.sharding.spec == P("d", None, None)
 
 
@@ -152,7 +152,7 @@ def test_vmap_in_an_explicit_mesh(spec):
         placed = jax.device_put(x, spec)
         np.testing.assert_allclose(jax.jit(f)(placed), f(x), rtol=1e-6)
         gradient = jax.jit(jax.grad(lambda x: jnp.sum(f(x)[..., 0])))(placed)
-    np.testing.assert_allclose(gradient, jax.grad(lambda x: jnp.sum(f(x)[..., 0]))(x), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(gradient, jax.jit(jax.grad(lambda x: jnp.sum(f(x)[..., 0])))(x), rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
@@ -196,21 +196,22 @@ def test_partly_manual_mesh():
     """shard_map over one axis while the other stays Explicit or Auto."""
     x = rng("partly").normal(size=(4, 8, 6)).astype(np.float32)
     want = ferrum_jax.route_topk_softmax(x, 2).expert_weights
+    f = lambda x: ferrum_jax.route_topk_softmax(x, 2).expert_weights  # noqa: E731
+
+    def sum_of_squares(x):  # tables, and the backward that sorts
+        ids, weights = ferrum_jax.route_topk_softmax(x, 2)
+        plan = ferrum_jax.moe_plan(ids, 6, 2)
+        rows = ferrum_jax.moe_dispatch(x, plan.packed_token_idx)
+        out = ferrum_jax.moe_combine(rows, plan.pairs_by_token, weights)
+        return jnp.sum(out**2)
+
+    gradient = jax.jit(jax.grad(sum_of_squares))(x)
     for kind in (AxisType.Explicit, AxisType.Auto):
         mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(kind, kind))
-        f = lambda x: ferrum_jax.route_topk_softmax(x, 2).expert_weights  # noqa: E731
-
-        def sum_of_squares(x):  # tables, and the backward that sorts
-            ids, weights = ferrum_jax.route_topk_softmax(x, 2)
-            plan = ferrum_jax.moe_plan(ids, 6, 2)
-            rows = ferrum_jax.moe_dispatch(x, plan.packed_token_idx)
-            out = ferrum_jax.moe_combine(rows, plan.pairs_by_token, weights)
-            return jnp.sum(out**2)
-
         with jax.set_mesh(mesh):
             placed = jax.device_put(x, P("a", "b"))
             part = jax.shard_map(f, in_specs=P("a"), out_specs=P("a"), axis_names={"a"}, check_vma=True)
             np.testing.assert_allclose(jax.jit(part)(placed), want, rtol=1e-6)
             total = lambda x: jax.lax.psum(sum_of_squares(x), "a")  # noqa: E731
             part = jax.shard_map(total, in_specs=P("a"), out_specs=P(), axis_names={"a"}, check_vma=True)
-            np.testing.assert_allclose(jax.jit(jax.grad(part))(placed), jax.grad(sum_of_squares)(x), rtol=1e-5)
+            np.testing.assert_allclose(jax.jit(jax.grad(part))(placed), gradient, rtol=1e-5)
