@@ -431,7 +431,7 @@ def assert_close(got, want, size, dtype, terms=None, rounded=0.0):
 
 
 def assert_near(got, want, dtype, stored=4):
-    """The bound of whole layers, whose results are sums that cancel: the terms' size is that of the largest entry, or 1.
+    """The bound of whole layers. Their results are sums that cancel: the terms' size is the largest entry's, or 1.
 
     A layer of 16 bits stores rows on its way: the experts' inner rows, their results, what goes between devices, and
     for the gradient the same again. Each of these `stored` roundings counts as one of the largest entry.

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from cases import USUAL, SMALL, expert_ids, logits, rng
+from cases import SMALL, USUAL, expert_ids, logits, rng
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 

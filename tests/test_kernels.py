@@ -15,6 +15,7 @@ from shapes import MODELS
 import ferrum_jax
 
 of = jax.ShapeDtypeStruct
+SMOKE = ("moe_plan", "moe_combine", "grouped_matmul")
 
 
 def programs(model, tokens, implementation):

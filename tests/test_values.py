@@ -20,7 +20,7 @@ def test_matches_oracle(op, dtype, size, implementation):
 
 @pytest.mark.parametrize("op", per_primitive(OPS), ids=str)
 def test_leading_axes(op, implementation):
-    """All that a kernel sees of batches: operands have a leading axis of the batch's size, or of one. It is shared then.
+    """All that a kernel sees of batches: operands have a leading axis of the batch's size, or of 1, and are shared.
 
     All operands of the batch, only the first, all but the first.
     """
