@@ -8,7 +8,7 @@ lowering per platform, batching, forward and reverse differentiation, meshes and
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -47,7 +47,7 @@ class Op(NamedTuple):
         return results if len(self.signature.results) > 1 else results[0]
 
 
-# operand index, or a pair of them -> the map that gives its cotangent, or both
+# operand index -> the map that gives its cotangent; a pair of them -> the map that gives both
 Transposes = dict[int | tuple[int, ...], Callable[..., Any]]
 
 _ops: dict[Primitive, Op] = {}
@@ -64,6 +64,7 @@ def define(
     independent: str = "",
     summed: str = "",
     transposes: Transposes | None = None,
+    both_cotangents: Callable[..., Sequence[Any]] | None = None,
     jvp: Callable[..., Sequence[Any]] | None = None,
     export_error: str | None = None,
     made_of_ops: bool = False,
@@ -79,9 +80,13 @@ def define(
         it adds: what shards of a mesh compute by themselves, the latter with one psum of each result without them.
     transposes: for an op linear in each of some operands (bilinear: two): operand index -> the map
         (cotangent, *operands, **params) -> that operand's cotangent; the operand itself comes as its abstract value.
-        A bilinear op may have one more for the key (0, 1), of which the first two operands' cotangents come together.
+        Of an op with several results the cotangents come in a list. A key may be a pair, of operands in which the op
+        is linear together: then both are abstract, and the map gives both cotangents.
+    both_cotangents(cotangent, *operands, **params): of an op bilinear in its first two operands, both cotangents in
+        one go, for a gradient by both.
     jvp(primals, results, tangents, **params): the results' tangents (None: no dependence); `tangents` holds None
-        where an operand does not vary. For an op that is not linear. With neither, the op has no derivative.
+        where an operand does not vary. For an op that is not linear, or has several results. With neither, the op has
+        no derivative.
     made_of_ops: the meaning is made of other ops, and takes `implementation` for them. It is what is differentiated,
         and what runs where no kernel does it in one.
     export_error: why jax.export must not take this op, which then serves debugging and is none of the library's own.
@@ -104,12 +109,12 @@ def define(
     _common_rules(op, transposes)
     mlir.register_lowering(primitive, functools.partial(_lower, op, None))
     mlir.register_lowering(primitive, functools.partial(_lower, op, "cuda"), platform="cuda")
-    tangent = _define_tangent(op, transposes) if transposes and (0, 1) in transposes else None
+    tangent = _define_tangent(op, transposes, both_cotangents) if transposes and both_cotangents else None
     ad.primitive_jvps[primitive] = functools.partial(_jvp, op, transposes or {}, tangent, jvp)
     return op
 
 
-def _define_tangent(op: Op, transposes: Transposes) -> Primitive:
+def _define_tangent(op: Op, transposes: Transposes, both_cotangents: Callable[..., Any]) -> Primitive:
     """`ferrum_<name>_tangent`(x, y, dx, dy, ...) = f(dx, y, ...) + f(x, dy, ...), of a bilinear op f.
 
     JAX transposes equation by equation: for the cotangents of dx and dy to be made together, they are in one. It has no
@@ -128,8 +133,14 @@ def _define_tangent(op: Op, transposes: Transposes) -> Primitive:
     def of_operands(transpose: Callable[..., Any], first: int, second: int) -> Callable[..., Any]:
         return lambda ct, *four, **params: transpose(ct, four[first], four[second], *four[4:], **params)
 
-    moved = {0: (0, 0, 3), 1: (1, 2, 1), 2: (0, 0, 1), 3: (1, 0, 1), (2, 3): ((0, 1), 0, 1)}
-    _common_rules(tangent, {key: of_operands(transposes[old], *places) for key, (old, *places) in moved.items()})
+    def apart(first: int, second: int) -> Callable[..., Any]:
+        return lambda ct, *operands, **params: [rules[i](ct, *operands, **params) for i in (first, second)]
+
+    moved = {0: (0, 0, 3), 1: (1, 2, 1), 2: (0, 0, 1), 3: (1, 0, 1)}
+    rules: Transposes = {new: of_operands(transposes[old], *places) for new, (old, *places) in moved.items()}
+    rules |= {(2, 3): of_operands(both_cotangents, 0, 1)}
+    rules |= {pair: apart(*pair) for pair in ((0, 1), (0, 2), (1, 3))}  # no term holds both of them
+    _common_rules(tangent, rules)
     mlir.register_lowering(primitive, functools.partial(_lower_meaning, meaning))
     ad.primitive_jvps[primitive] = functools.partial(_jvp_of_tangent, primitive)
     return primitive
@@ -140,7 +151,7 @@ def _common_rules(op: Op, transposes: Transposes | None) -> None:
     op.primitive.def_abstract_eval(functools.partial(_abstract, op))
     batching.primitive_batchers[op.primitive] = functools.partial(_batch, op)
     if transposes:
-        ad.primitive_transposes[op.primitive] = functools.partial(_transpose, transposes)
+        ad.primitive_transposes[op.primitive] = functools.partial(_transpose, op, transposes)
 
 
 # ---- eager calls: one jit, and one compilation a shape, for each set of static parameters
@@ -339,7 +350,7 @@ def _jvp(
     varying = [i for i in transposes if isinstance(i, int) and not isinstance(tangents[i], ad.Zero)]
     if tangent and varying == [0, 1]:
         out = tangent.bind(*equally_varying([*primals[:2], *tangents[:2], *primals[2:]]), **params)
-    elif varying:
+    elif varying and not jvp:
         terms = [
             op.primitive.bind(*equally_varying([*primals[:i], tangents[i], *primals[i + 1 :]]), **params)[0]
             for i in varying
@@ -383,20 +394,33 @@ def _jvp_of_tangent(primitive: Primitive, primals: Any, tangents: Any, **params:
     return bind(x, y, dx, dy), [jnp.add(*terms[0], *terms[1])]
 
 
-def _transpose(transposes: Transposes, cotangents: Any, *operands: Any, **params: Any) -> list[Any]:
-    (cotangent,) = cotangents
+def _transpose(op: Op, transposes: Transposes, cotangents: Any, *operands: Any, **params: Any) -> list[Any]:
     out: list[Any] = [None] * len(operands)
     avals = {i: x.aval for i, x in enumerate(operands) if ad.is_undefined_primal(x)}
-    if isinstance(cotangent, ad.Zero):
+    if all(isinstance(ct, ad.Zero) for ct in cotangents):
         found = [ad.Zero(a.to_cotangent_aval() if hasattr(a, "to_cotangent_aval") else a) for a in avals.values()]
     else:
         known = [avals.get(i, x) for i, x in enumerate(operands)]
         both, (first, *_) = len(avals) > 1, avals
-        found = transposes[tuple(avals) if both else first](cotangent, *known, **params)
+        transpose = transposes.get(tuple(avals) if both else first)
+        if not transpose:
+            raise TypeError(_not_linear(op, transposes, avals))
+        cotangents = [ad.instantiate_zeros(ct) for ct in cotangents]
+        found = transpose(cotangents if len(cotangents) > 1 else cotangents[0], *known, **params)
         found = map(_like, found if both else [found], avals.values())
     for i, ct in zip(avals, found, strict=True):
         out[i] = ct
     return out
+
+
+def _not_linear(op: Op, transposes: Transposes, together: Iterable[int]) -> str:
+    def names(operands: Iterable[int]) -> str:
+        *most, last = (op.signature.operands[i].name for i in operands)
+        return f"{', '.join(most)} and {last}" if most else last
+
+    linear, asked = names(i for i in transposes if isinstance(i, int)), names(together)
+    at_once = "both" if linear == asked else asked
+    return f"{op.name}: it is linear in each of {linear}, and not in {at_once} at once: it cannot be transposed so"
 
 
 def _like(cotangent: Array, aval: Any) -> Array:

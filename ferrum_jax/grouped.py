@@ -319,6 +319,24 @@ def _lhs_cotangent(ct: jax.Array, lhs: Any, rhs: jax.Array, *tables: jax.Array, 
     return jnp.sum(choices, axis=-2, dtype=jnp.float32).astype(lhs.dtype)
 
 
+def _activated_cotangent(operand: int) -> Callable[..., jax.Array]:
+    """For jax.linear_transpose alone: a gradient is that of the meaning."""
+
+    def transpose(ct: jax.Array, *operands: Any, activation: str | None, **params: Any) -> jax.Array:
+        if activation and operand < 2:
+            name = _activated.signature.operands[operand].name
+            raise NotImplementedError(f"grouped_matmul: no transpose by {name}, in which an activation is not linear")
+
+        def of_one(x: jax.Array) -> jax.Array:
+            given = [*operands]
+            given[operand] = x
+            return _activated_meaning(*given, activation=activation, **params)
+
+        return jax.linear_transpose(of_one, operands[operand])(ct)[0]
+
+    return transpose
+
+
 _TABLES = "sorted_token_ids: ids[S], block_ids: ids[B], total_tokens_post_pad: ids[]"
 
 _matmul = define(
@@ -345,6 +363,7 @@ _activated = define(
         "F": size["N"] // 2 if activation else size["N"],
     },
     leading_axes=True,
+    transposes={operand: _activated_cotangent(operand) for operand in (0, 1, 5)},
     made_of_ops=True,
 )
 # A row that no slot names is 0, whatever its weight.
