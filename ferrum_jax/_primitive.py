@@ -252,13 +252,18 @@ def _for_partitioning(module_context: Any) -> Any:
     count = axes.num_devices
     prime = next((p for p in range(2, count + 1) if count % p == 0), 1)
     power = round(math.log(count, prime)) if prime > 1 else 0
-    if count == 1 or prime**power != count or not jax.config.jax_use_shardy_partitioner:
+    if count == 1 or prime**power != count or not _shardy():
         return None
     if backend is None or backend.device_count() < count:
         return None
     mesh = AbstractMesh((prime,) * power, tuple(f"{_MESH_AXIS}{i}" for i in range(power)))
     axes = dataclasses.replace(axes, device_assignment=tuple(backend.devices()[:count]), abstract_mesh=mesh)
     return module_context.replace(axis_context=axes)
+
+
+def _shardy() -> bool:
+    """Whether Shardy partitions, as `custom_partitioning` here wants: where it is JAX's only way, JAX has no flag."""
+    return getattr(jax.config, "jax_use_shardy_partitioner", True)
 
 
 def _by_shards(
