@@ -8,7 +8,7 @@ lowering per platform, batching, forward and reverse differentiation, meshes and
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -51,6 +51,7 @@ class Op(NamedTuple):
 Transposes = dict[int | tuple[int, ...], Callable[..., Any]]
 
 _ops: dict[Primitive, Op] = {}
+_tangents: dict[Primitive, Callable[..., list[Array]]] = {}  # what each stands for, in equations of ops
 _MESH_AXIS = "shards"
 
 
@@ -141,6 +142,7 @@ def _define_tangent(op: Op, transposes: Transposes, both_cotangents: Callable[..
     rules |= {(2, 3): of_operands(both_cotangents, 0, 1)}
     rules |= {pair: apart(*pair) for pair in ((0, 1), (0, 2), (1, 3))}  # no term holds both of them
     _common_rules(tangent, rules)
+    _tangents[primitive] = meaning
     mlir.register_lowering(primitive, functools.partial(_lower_meaning, meaning))
     ad.primitive_jvps[primitive] = functools.partial(_jvp_of_tangent, primitive)
     return primitive
@@ -448,26 +450,35 @@ def which(
     platform: str | None = None,
     device_kind: str | None = None,
     **kwargs: Any,
-) -> kernels.Choice:
+) -> kernels.Choice | Any:  # Any is the tuple: so type checkers let a call of one op be used as a Choice
     """The implementation that `implementation=None` takes, and why each other one is passed over.
 
     Args:
-      op_function: a function of this library, such as `moe_combine`.
+      op_function: a function of this library, such as `moe_combine`, or any function that runs some of them.
       *args, **kwargs: its arguments; arrays, also inside tuples, may be `jax.ShapeDtypeStruct`s.
       platform: "cpu", "cuda" (or "gpu"), "tpu", ...; default: that of JAX's default backend.
       device_kind: the GPU's name, such as "NVIDIA H200"; default: the abstract mesh's device, else the live GPU.
         Without any, Triton compiles for compute capability 9.0, and Pallas for nothing.
 
     Returns:
-      Choice(implementation, passed_over): a name, and a dict from every other name to the reason in words.
+      Choice(implementation, passed_over): a name, and a dict from every other name to the reason in words. Of a
+      function that runs several ops, such as `moe_mlp`: a tuple of (op's name, Choice), one for each distinct call,
+      by shapes, dtypes and parameters, in the order in which they first stand in its program. Loops, branches,
+      shard_map and functions with derivatives of their own are looked into. Ops without any kernel are left out where
+      others have some. An op that can be run as others, such as `moe_route_plan`, counts as one, and its "xla" is
+      those others, each of which then chooses for itself.
 
     Raises:
-      ValueError: `op_function` runs no op of this library, or more than one that has kernels.
+      ValueError: `op_function` runs no op of this library.
       NotImplementedError: the call asks for an implementation that cannot run there.
 
     >>> import jax, jax.numpy as jnp, ferrum_jax
-    >>> ferrum_jax.which(ferrum_jax.route_topk_softmax, jnp.zeros((16, 128)), 8, platform="cpu").implementation
+    >>> x = jnp.zeros((16, 128))
+    >>> ferrum_jax.which(ferrum_jax.route_topk_softmax, x, 8, platform="cpu").implementation
     'xla'
+    >>> f = lambda x: ferrum_jax.moe_plan(ferrum_jax.route_topk_softmax(x, 8).expert_ids, 128, 16)
+    >>> [(op, choice.implementation) for op, choice in ferrum_jax.which(f, x, platform="cpu")]
+    [('route_topk', 'xla'), ('moe_plan', 'xla')]
     """
     is_array = lambda x: isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct)  # noqa: E731
     leaves, tree = jax.tree.flatten((args, kwargs))
@@ -477,26 +488,34 @@ def which(
         args, kwargs = jax.tree.unflatten(tree, [next(given) if is_array(x) else x for x in leaves])
         return op_function(*args, **kwargs)
 
-    found = _equations(jax.make_jaxpr(call)(*filter(is_array, leaves)).jaxpr)
-    equations = [e for e in found if kernels.served(_ops[e.primitive].name)] or found[:1]
-    if len(equations) != 1:
-        found = ", ".join(e.primitive.name for e in equations) or "none"
-        name = getattr(op_function, "__name__", op_function)
-        raise ValueError(f"which: {name} must run one op of ferrum_jax; it runs {found}")
-    (equation,) = equations
+    found = list(_equations(jax.make_jaxpr(call)(*filter(is_array, leaves)).jaxpr))
+    if not found:
+        raise ValueError(f"which: {getattr(op_function, '__name__', op_function)} runs no op of ferrum_jax")
     platform = platform or jax.default_backend()
     platform = "cuda" if platform == "gpu" else platform
-    params = dict(equation.params)
-    asked, avals = params.pop("implementation"), [v.aval for v in equation.invars]
-    op = _ops[equation.primitive]
-    return kernels.choose(op.name, asked, avals, params, platform, device_kind, op.made_of_ops)
+    choices: dict[Any, tuple[str, kernels.Choice]] = {}
+    for equation in [e for e in found if kernels.served(_ops[e.primitive].name)] or found:
+        op, avals, params = _ops[equation.primitive], [v.aval for v in equation.invars], dict(equation.params)
+        key = op.name, tuple((a.shape, a.dtype) for a in avals), tuple(sorted(params.items()))
+        asked = params.pop("implementation")
+        if key not in choices:
+            choice = kernels.choose(op.name, asked, avals, params, platform, device_kind, op.made_of_ops)
+            choices[key] = op.name, choice
+    (_, first), *more = several = tuple(choices.values())
+    return several if more else first
 
 
-def _equations(jaxpr: Any) -> list[Any]:
-    """The ops' equations, also those inside jit."""
-    found = []
+def _equations(jaxpr: Any) -> Iterator[Any]:
+    """The ops' equations, also those inside others: of calls, loops, branches, shards."""
     for equation in jaxpr.eqns:
-        inner = [p.jaxpr for p in equation.params.values() if hasattr(p, "jaxpr")]
-        op = _ops.get(equation.primitive)
-        found += [equation] if op and not op.export_error else [e for j in inner for e in _equations(j)]
-    return found
+        op, meaning = _ops.get(equation.primitive), _tangents.get(equation.primitive)
+        if op and not op.export_error:
+            yield equation
+        elif meaning:
+            run = functools.partial(meaning, **equation.params)
+            yield from _equations(jax.make_jaxpr(run)(*(v.aval for v in equation.invars)))
+        else:
+            for value in equation.params.values():
+                for inner in value if isinstance(value, tuple | list) else [value]:
+                    if hasattr(inner, "eqns"):
+                        yield from _equations(inner)

@@ -52,8 +52,91 @@ def test_which_sees_through_jit_and_numpy_scalars():
 
 
 def test_which_of_something_else():
-    with pytest.raises(ValueError, match="one op of ferrum_jax"):
+    with pytest.raises(ValueError, match="sin runs no op of ferrum_jax"):
         ferrum_jax.which(jnp.sin, jnp.ones(3))
+
+
+X = jnp.ones((8, 4))
+
+
+def route(x, top_k=2):
+    return ferrum_jax.route_topk_softmax(x, top_k).expert_weights
+
+
+def pad(x):
+    return jnp.pad(route(x), ((0, 0), (0, 2)))
+
+
+def tables(x):
+    return ferrum_jax.moe_plan(x[:, :2].astype(int), 4, 2).expert_offsets.sum().astype(x.dtype) + x
+
+
+def apart(x):
+    """By custom derivatives."""
+    jvp, vjp = jax.custom_jvp(pad), jax.custom_vjp(tables)
+    jvp.defjvp(lambda primals, tangents: (pad(*primals), *tangents))
+    vjp.defvjp(lambda x: (tables(x), None), lambda _, ct: (ct,))
+    return jvp(vjp(x))
+
+
+def sharded(f):
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("d")
+    return jax.shard_map(f, mesh=mesh, in_specs=spec, out_specs=spec)
+
+
+@pytest.mark.parametrize(
+    ("f", "names"),
+    [
+        (lambda x: jax.lax.scan(lambda c, _: (pad(c), None), x, None, length=2)[0], ["route_topk"]),
+        (lambda x: jax.lax.while_loop(lambda x: route(x).sum() < 9, tables, x), ["route_topk", "moe_plan"]),
+        (lambda x: jax.lax.cond(x.sum() > 0, tables, pad, x), ["route_topk", "moe_plan"]),
+        (lambda x: jax.lax.switch(2, [jnp.sin, jnp.cos, pad], x), ["route_topk"]),
+        (jax.checkpoint(lambda x: tables(pad(x))), ["route_topk", "moe_plan"]),
+        (apart, ["moe_plan", "route_topk"]),
+        (sharded(jax.jit(pad)), ["route_topk"]),
+        (jax.grad(lambda x: jax.checkpoint(route)(x).sum()), ["route_topk"]),
+    ],
+    ids=["scan", "while", "cond", "switch", "checkpoint", "custom", "shard_map", "grad"],
+)
+def test_which_sees_ops_wherever_they_stand(f, names):
+    found = ferrum_jax.which(f, X, platform="cpu")
+    if len(names) == 1:
+        assert found.implementation == "xla"
+    else:
+        assert [name for name, _ in found] == names
+        assert all(choice.implementation == "xla" for _, choice in found)
+
+
+def test_which_says_what_each_op_of_a_layer_takes():
+    """In the order in which they stand; an op twice if its two calls differ, in shapes, dtypes or parameters."""
+    w = jnp.ones((4, 4, 12)), jnp.ones((4, 6, 4))
+    found = ferrum_jax.which(ferrum_jax.moe_mlp, X, X, *w, top_k=2, platform="cpu")
+    names = ["route_topk", "moe_align_block_size", "grouped_matmul_activated", "grouped_matmul", "weighted_sum_batched"]
+    assert [name for name, _ in found] == names
+    bias = {"flow": "packed", "b_gate_up": jnp.ones((4, 12))}  # with expert_of_row, which has no kernel anywhere
+    packed = ferrum_jax.which(ferrum_jax.moe_mlp, X, X, *w, top_k=2, **bias, platform="cpu")
+    products = ["grouped_matmul", "moe_dispatch", "grouped_matmul"]
+    assert [name for name, _ in packed] == ["route_topk", "moe_plan", "moe_dispatch", *products, "moe_combine"]
+    calls = lambda x: [route(x), route(x + 1), route(x, 3), route(x[:4]), route(x.astype("bfloat16")), tables(x)]  # noqa: E731
+    assert [name for name, _ in ferrum_jax.which(calls, X, platform="cpu")] == ["route_topk"] * 4 + ["moe_plan"]
+
+
+def test_which_says_what_each_shard_of_a_layer_takes():
+    layer = functools.partial(ferrum_jax.parallel.moe_mlp, axis_name="d", top_k=2, exchange="gather")
+    w = jnp.ones((4, 4, 12)), jnp.ones((4, 6, 4))
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("d")
+    f = jax.shard_map(layer, mesh=mesh, in_specs=spec, out_specs=spec)
+    found = dict(ferrum_jax.which(f, X, X, *w, platform="cpu"))
+    assert {"route_topk", "grouped_matmul_activated", "weighted_sum_batched"} <= set(found)
+
+
+def test_which_sees_the_two_products_of_a_tangent():
+    rows, pairs, weights = jnp.ones((4, 3)), jnp.array([[0, 1], [2, 3]]), jnp.ones((2, 2))
+    combine = lambda y, w: ferrum_jax.moe_combine(y, pairs, w)  # noqa: E731
+    tangent = lambda *a: jax.jvp(combine, a, a)[1]  # noqa: E731
+    assert ferrum_jax.which(tangent, rows, weights, platform="cpu").implementation == "xla"
 
 
 @pytest.mark.parametrize(
