@@ -457,19 +457,21 @@ def which(
       op_function: a function of this library, such as `moe_combine`, or any function that runs some of them.
       *args, **kwargs: its arguments; arrays, also inside tuples, may be `jax.ShapeDtypeStruct`s.
       platform: "cpu", "cuda" (or "gpu"), "tpu", ...; default: that of JAX's default backend.
-      device_kind: the GPU's name, such as "NVIDIA H200"; default: the abstract mesh's device, else the live GPU.
-        Without any, Triton compiles for compute capability 9.0, and Pallas for nothing.
+      device_kind: the GPU's name, such as "NVIDIA H200", one that is here or whose generation is known by its name;
+        default: the abstract mesh's device, else the live GPU. Without any, Triton compiles for compute capability 9.0,
+        and Pallas for nothing.
 
     Returns:
       Choice(implementation, passed_over): a name, and a dict from every other name to the reason in words. Of a
       function that runs several ops, such as `moe_mlp`: a tuple of (op's name, Choice), one for each distinct call,
       by shapes, dtypes and parameters, in the order in which they first stand in its program. Loops, branches,
       shard_map and functions with derivatives of their own are looked into. Ops without any kernel are left out where
-      others have some. An op that can be run as others, such as `moe_route_plan`, counts as one, and its "xla" is
-      those others, each of which then chooses for itself.
+      others have some; where none has, the first stands for all. An op that can be run as others, such as
+      `moe_route_plan`, counts as one, and its "xla" is those others, each of which then chooses for itself.
 
     Raises:
-      ValueError: `op_function` runs no op of this library.
+      ValueError: `op_function` runs no op of this library; the GPU is not here, and its name not among the known ones,
+        which the message lists.
       NotImplementedError: the call asks for an implementation that cannot run there.
 
     >>> import jax, jax.numpy as jnp, ferrum_jax
@@ -494,7 +496,7 @@ def which(
     platform = platform or jax.default_backend()
     platform = "cuda" if platform == "gpu" else platform
     choices: dict[Any, tuple[str, kernels.Choice]] = {}
-    for equation in [e for e in found if kernels.served(_ops[e.primitive].name)] or found:
+    for equation in [e for e in found if kernels.served(_ops[e.primitive].name)] or found[:1]:
         op, avals, params = _ops[equation.primitive], [v.aval for v in equation.invars], dict(equation.params)
         key = op.name, tuple((a.shape, a.dtype) for a in avals), tuple(sorted(params.items()))
         asked = params.pop("implementation")

@@ -274,3 +274,37 @@ def test_code_of_an_epilogue(tokens, block, dtype, activation, weighted):
     (code,) = (c for c in program.codes if not c.name.endswith("name_rows"))
     assert code.spilled == 0, code.registers
     assert dtype == "float32" or any("HGMMA" in loop and "LDGSTS" in loop for loop in loops(code.sass))
+
+
+@needs_plugin
+@pytest.mark.parametrize(
+    ("gpu", "block", "kib"),
+    [
+        ("Tesla T4", 128, 64),
+        ("NVIDIA A100", 16, 163),
+        ("NVIDIA A100", 128, 163),
+        ("NVIDIA GeForce RTX 3090", 64, 99),
+        ("NVIDIA GeForce RTX 5090", 128, 99),
+    ],
+)
+def test_code_for_other_gpus(gpu, block, kib):
+    """Tiles fit into the shared memory that a program has there, and into registers. Triton multiplies by tensor cores
+    from an A100 on.
+    """
+    slots = ferrum_jax.max_aligned_rows(4096, 8, block)
+    tables = of((slots,), jnp.int32), of((slots // block,), jnp.int32), of((), jnp.int32)
+    run = functools.partial(grouped_matmul, implementation="triton")
+
+    def layer(x, w, down, g, *tables):
+        rows = run(x, w, *tables, activation="silu")
+        out, vjp = jax.vjp(lambda *a: run(*a, *tables), rows, down)
+        return out, vjp(g)
+
+    shapes = (4096, 512), (8, 512, 1536), (8, 768, 512), (4096, 512)
+    program = for_h200(layer, *(of(s, jnp.bfloat16) for s in shapes), *tables, gpu=gpu)
+    codes = [c for c in program.codes if not c.name.endswith("name_rows")]
+    assert len(codes) == 4  # with the activation, without, transposed, and the outer product
+    for code in codes:
+        assert code.spilled == 0, (code.name, code.registers)
+        assert code.shared <= kib * 1024, code.name
+        assert ("HMMA" in code.sass) == (gpu != "Tesla T4"), code.name

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import OPS, SMALL, rng
-from compiled import needs_plugin
+from compiled import needs_plugin, on_h200
 
 import ferrum_jax
+from ferrum_jax.kernels import targets
 
 
 @pytest.mark.parametrize("op", OPS, ids=str)
@@ -142,17 +143,82 @@ def test_which_sees_the_two_products_of_a_tangent():
 @pytest.mark.parametrize(
     ("gpu", "capability"),
     [
-        ("NVIDIA H200", 90),
-        ("NVIDIA GB200", 100),
-        ("NVIDIA RTX 5000 Ada Generation", 89),
-        ("NVIDIA GeForce RTX 4090", 89),
-        ("NVIDIA GeForce RTX 5090", 120),
+        ("Tesla V100-SXM2-32GB", 70),
+        ("NVIDIA TITAN V", 70),
+        ("Tesla T4", 75),
         ("Quadro RTX 5000", 75),
-        ("a GPU of the future", 90),
+        ("NVIDIA GeForce RTX 2080 Ti", 75),
+        ("NVIDIA A100-SXM4-80GB", 80),
+        ("NVIDIA A30", 80),
+        ("NVIDIA A10G", 86),
+        ("NVIDIA A40", 86),
+        ("NVIDIA RTX A3000 Laptop GPU", 86),
+        ("NVIDIA RTX A6000", 86),
+        ("NVIDIA GeForce RTX 3090", 86),
+        ("NVIDIA GeForce RTX 3050 A Laptop GPU", 89),
+        ("NVIDIA L40S", 89),
+        ("NVIDIA RTX 5000 Ada Generation", 89),
+        ("NVIDIA RTX 4000 SFF Ada Generation", 89),
+        ("NVIDIA GeForce RTX 4090", 89),
+        ("NVIDIA H100 80GB HBM3", 90),
+        ("NVIDIA H20-3e", 90),
+        ("NVIDIA GH200 480GB", 90),
+        ("h200", 90),
+        ("NVIDIA B100", 100),
+        ("NVIDIA GB200", 100),
+        ("NVIDIA B300 SXM6 AC", 103),
+        ("NVIDIA GeForce RTX 5090", 120),
+        ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 120),
+        ("NVIDIA GB10", 121),
     ],
 )
 def test_capability_by_name(gpu, capability):
     assert ferrum_jax.kernels.target_capability(gpu) == capability
+
+
+def test_the_longest_known_name_counts_wherever_it_stands():
+    for names in (targets.GPUS, dict(reversed(targets.GPUS.items()))):
+        assert targets.capability_by_name("NVIDIA GeForce RTX 3050 A Laptop GPU", names) == 89
+        assert all(targets.capability_by_name(f"NVIDIA {name}-80GB", names) == names[name] for name in names)
+
+
+@pytest.mark.parametrize("gpu", ["Nonsense GPU", "NVIDIA A3000", "NVIDIA T400", "RTX", "H1000", "TITAN X"])
+def test_a_name_that_is_not_known_is_an_error(gpu):
+    """Not another GPU, of which it holds the name as a part of a word."""
+    for name in (None, "triton", "xla"):
+        with pytest.raises(ValueError, match=f"device_kind .*{gpu!r}; known are V100, .* RTX 3090,.* GB10"):
+            ferrum_jax.which(ferrum_jax.route_topk_softmax, X, 2, platform="cuda", device_kind=gpu, implementation=name)
+
+
+@needs_plugin
+def test_a_mesh_whose_gpu_is_not_known():
+    """xla runs on any; a kernel has to know."""
+    with on_h200("Nonsense GPU"):
+        run = lambda name: (  # noqa: E731
+            jax.jit(lambda x: ferrum_jax.route_topk_softmax(x, 2, implementation=name).expert_ids)
+            .trace(X)
+            .lower(lowering_platforms=("cuda",))
+        )
+        run("xla")
+        with pytest.raises(ValueError, match="Nonsense GPU"):
+            run(None)
+
+
+@needs_plugin
+def test_a_gpu_that_is_here_is_asked(monkeypatch):
+    """Whatever its name."""
+
+    class Device:
+        device_kind, compute_capability = "Nonsense GPU", "8.6"
+
+    monkeypatch.setattr(jax, "local_devices", lambda backend: [Device])
+    pairs = jax.ShapeDtypeStruct((64, 8), jnp.int32)
+    args = jax.ShapeDtypeStruct((512, 16), jnp.bfloat16), pairs, jax.ShapeDtypeStruct((64, 8), jnp.float32)
+    for kind in (None, "Nonsense GPU"):
+        assert ferrum_jax.kernels.target_capability(kind) == 86
+        choice = ferrum_jax.which(ferrum_jax.moe_combine, *args, platform="cuda", device_kind=kind)
+        assert (choice.implementation, choice.passed_over["xla"]) == ("triton", "triton comes first")
+    assert ferrum_jax.kernels.target_capability("NVIDIA H200") == 90
 
 
 def test_an_older_jax_than_pallas_needs_is_refused_by_version(monkeypatch):
@@ -202,7 +268,7 @@ def test_the_gradient_of_dispatch_by_its_size(tokens, taken):
     )
     choose = functools.partial(ferrum_jax.kernels.choose, "moe_collect", None, (g, slots, pairs), {}, "cuda")
     assert choose("NVIDIA H100 80GB HBM3").implementation == taken
-    assert choose("NVIDIA A100-SXM4-80GB").implementation == ("triton" if taken == "pallas" else taken)
+    assert choose("NVIDIA A100-SXM4-80GB").implementation == "triton"  # of which nothing was measured
 
 
 @needs_plugin
@@ -212,12 +278,10 @@ def test_the_weighted_sum_by_its_size(pairs, taken):
     choice = chosen(ferrum_jax.weighted_sum_batched, (*pairs, 16), pairs)
     assert choice.implementation == taken
     assert "T*K" in choice.passed_over["triton"]
-    # A GPU without that kernel takes the next: no word of a measurement then.
-    old = chosen(ferrum_jax.weighted_sum_batched, (*pairs, 16), pairs, device_kind="NVIDIA A100-SXM4-80GB")
-    assert old.implementation == ("xla" if taken == "xla" else "triton")
-    if taken == "pallas":
-        assert old.passed_over["xla"] == "triton comes first"
-        assert "compute capability" in old.passed_over["pallas"]
+    # What was measured on one GPU says nothing of another: no word of a measurement then.
+    for gpu in ("NVIDIA A100-SXM4-80GB", "NVIDIA B200"):
+        other = chosen(ferrum_jax.weighted_sum_batched, (*pairs, 16), pairs, device_kind=gpu)
+        assert (other.implementation, other.passed_over["xla"]) == ("triton", "triton comes first")
 
 
 @needs_plugin
@@ -271,7 +335,7 @@ def test_the_grouped_product_by_the_rows_of_an_expert(rows, packed, activation, 
         return ferrum_jax.which(product, *operands, *tables, platform="cuda", device_kind=gpu).implementation
 
     assert which("bfloat16", "NVIDIA H200") == taken
-    assert which("bfloat16", "NVIDIA B200") == ("triton" if taken == "pallas" else taken)
+    assert which("bfloat16", "NVIDIA B200") == "triton"
     assert which("float32", "NVIDIA H200") == ("triton" if taken == "pallas" else taken)
 
 

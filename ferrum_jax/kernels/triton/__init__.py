@@ -19,6 +19,11 @@ from .. import lead_axes as lead_axes
 from .. import target_capability
 
 
+def capability() -> int:
+    """The compute capability that is compiled for: Hopper's where nothing names another."""
+    return target_capability() or 90
+
+
 def launch(
     kernel: Any,
     *operands: Any,
@@ -47,7 +52,7 @@ def launch(
             name=f"ferrum_{kernel.__name__}",
             grid=(grid,),
             num_warps=num_warps,
-            compute_capability=target_capability() or 90,
+            compute_capability=capability(),
             **options,
             **constants,
         )
@@ -68,7 +73,7 @@ def interpreted(family: str) -> ModuleType:
     with _second_triton():
         if name not in sys.modules:
             package = sys.modules[name] = ModuleType(name)
-            vars(package).update(__path__=__path__, launch=_interpret, lead_axes=lead_axes)
+            vars(package).update(__path__=__path__, launch=_interpret, lead_axes=lead_axes, capability=capability)
         module = importlib.import_module(f"{name}.{family}")
         for other in [m for n, m in sys.modules.items() if n.startswith(f"{name}.")]:
             vars(other).update(jnp=np)

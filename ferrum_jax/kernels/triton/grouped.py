@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from . import launch, lead_axes
+from . import capability, launch, lead_axes
 from .combine import first_at_least, large, whole
 
 # Triton's interpreter multiplies the bits of bfloat16 as if they were integers: there, widen first.
@@ -197,9 +197,20 @@ TILES = {
     64: (128, 64, 4, 4),
     128: (256, 64, 8, 3),
 }
-TILES_F32 = {16: (64, 32, 4, 3), 32: (64, 32, 4, 3)}  # no tensor cores: registers are the limit
-OUTER, OUTER_F32 = (128, 128, 64, 8, 3), (64, 64, 32, 4, 3)  # TM, TN, TK, warps, stages
+# Where a warp multiplies by itself, operands take registers, and there may be 99 KiB of shared memory. Not measured.
+TILES_OF_WARPS = {16: (64, 64, 4, 4), 32: (64, 64, 4, 4), 64: (128, 64, 4, 4), 128: (128, 64, 8, 3)}
+TILES_OF_THREADS = {16: (64, 32, 4, 3), 32: (64, 32, 4, 3)}  # no tensor cores: registers are the limit
+OUTER = 128, 128, 64, 8, 3  # TM, TN, TK, warps, stages
+OUTER_OF_THREADS = {4: (64, 64, 32, 4, 3), 2: (64, 64, 16, 4, 3)}  # by the bytes of an element: 2 are widened first
+WARPGROUPS = (90, 100, 103)  # the compute capabilities whose tensor cores read both operands from shared memory
 GROUP = 8
+
+
+def _multipliers(dtype):
+    """Who multiplies: "threads" float32, and all where Triton has no tensor cores; else "warps" or "warpgroups"."""
+    if dtype == jnp.float32 or capability() < 80:
+        return "threads"
+    return "warpgroups" if capability() in WARPGROUPS else "warps"
 
 
 def _product(lhs, rhs, tables, top_k, dtype, transposed=False, row_weights=None, activation=None):
@@ -210,7 +221,8 @@ def _product(lhs, rhs, tables, top_k, dtype, transposed=False, row_weights=None,
     num_rows, width = lhs.shape[-2:]
     num_experts, columns = rhs.shape[-3], rhs.shape[-2 if transposed else -1] // (2 if activation else 1)
     num_pairs, batch = num_rows * top_k, math.prod(lead)
-    table = TILES_F32 if lhs.dtype == jnp.float32 else TILES
+    who = _multipliers(lhs.dtype)
+    table = {"threads": TILES_OF_THREADS, "warps": TILES_OF_WARPS, "warpgroups": TILES}[who]
     block = slots.shape[-1] // blocks.shape[-1]
     tm = min(max(16, triton.next_power_of_2(block)), max(table))
     tn, tk, warps, stages = table[tm]
@@ -250,7 +262,7 @@ def _product(lhs, rhs, tables, top_k, dtype, transposed=False, row_weights=None,
         SHARED_LHS=shared_lhs,
         SHARED_RHS=shared_rhs,
         TRANSPOSED=transposed,
-        SWAPPED=tm < 64 and lhs.dtype != jnp.float32,
+        SWAPPED=tm < 64 and who != "threads",
         PARTS=parts,
         TILES=tiles,
         PROGRAMS=programs,
@@ -281,7 +293,8 @@ def grouped_outer(lhs, g, *tables, top_k, num_experts, packed_rows):
     slots, blocks, total = (whole(table, lead) for table in tables)
     (lhs, shared_lhs), (g, shared_g) = large(lhs, lead), large(g, lead)
     (num_rows, height), (num_pairs, width) = lhs.shape[-2:], g.shape[-2:]
-    tm, tn, tk, warps, stages = OUTER_F32 if lhs.dtype == jnp.float32 else OUTER
+    threads = _multipliers(lhs.dtype) == "threads"
+    tm, tn, tk, warps, stages = OUTER_OF_THREADS[lhs.dtype.itemsize] if threads else OUTER
     return launch(
         outer,
         *(lhs, g, slots, blocks, total),
