@@ -219,6 +219,10 @@ def test_a_gpu_that_is_here_is_asked(monkeypatch):
         choice = ferrum_jax.which(ferrum_jax.moe_combine, *args, platform="cuda", device_kind=kind)
         assert (choice.implementation, choice.passed_over["xla"]) == ("triton", "triton comes first")
     assert ferrum_jax.kernels.target_capability("NVIDIA H200") == 90
+    monkeypatch.setattr(Device, "compute_capability", "6.1")
+    choice = ferrum_jax.which(ferrum_jax.moe_combine, *args, platform="cuda")
+    assert choice.implementation == "xla"
+    assert "6.1" in choice.passed_over["triton"]
 
 
 def test_an_older_jax_than_pallas_needs_is_refused_by_version(monkeypatch):

@@ -223,6 +223,8 @@ def _refusal(
     if _symbolic(operands, params):
         return "a kernel's grid and blocks are made for sizes that are numbers, and there are symbolic ones"
     if backend == "triton":
+        if capability is not None and capability < 70:
+            return f"it needs a Volta GPU or a newer one; the target's compute capability is {capability / 10}"
         for package in ["triton"] if _interpreting.value else ["triton", "jax_triton"]:
             try:
                 importlib.import_module(package)
