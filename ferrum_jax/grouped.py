@@ -58,9 +58,10 @@ def grouped_matmul(
       lhs: [..., M, H] float16, bfloat16 or float32.
       rhs: [..., E, H, N] of lhs's dtype. A leading axis of size 1 is shared by the batch, not copied.
       routing: of either kind, [...]; block_size is S / number of blocks. A block counts if it starts before
-        `total_tokens_post_pad` and its expert is in [0, E); a slot in it counts if it is in [0, P). Blocks of one
-        expert stand side by side, experts ascend, and no two slots name one row: what the tables of this library keep.
-        Of other tables the values are unspecified.
+        `total_tokens_post_pad` and its expert is in [0, E); a slot in it counts if it is in [0, P). What does not count
+        is passed over, wherever it stands and whatever it holds. From one block that counts to the next the expert is
+        the same or a higher one, and no two slots that count name one row: so are the tables of this library. Of
+        others the values are unspecified.
       top_k: rows of the result per row of lhs, >= 1.
       activation: makes the product's halves, gate and up, one row of half the width: "silu", "gelu" (exact),
         "gelu_tanh", "relu", "relu2" (squared), each times up; "swiglu_oai", that of gpt-oss: (up + 1) * gate *

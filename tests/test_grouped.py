@@ -153,6 +153,34 @@ def test_no_rows(implementation):
     assert not np.any(vjp(out)[1])
 
 
+# Blocks of four slots, of no expert where it is negative or 3 and more: after those that count, between them, and in
+# the last row before them and among those of one expert.
+DEAD = [1, 2, -1], [0, -1, 2], [0, 1, 3], [-1, 0, 9, 0, -1, 1, 1, 2, -(2**31)]
+
+
+def dead_args(blocks, again):
+    """What a dead block names is its own, or again what the block before it names, or the last."""
+    r, count = rng("dead", blocks), len(blocks)
+    slots = np.arange(4 * count, dtype=np.int32).reshape(count, 4)
+    dead = np.array([not 0 <= e < 3 for e in blocks])
+    if again:
+        slots[dead] = np.roll(slots, 4)[dead]
+    args = rows(r, (4 * count, 16), "bfloat16"), rows(r, (3, 16, 8), "bfloat16")
+    return *args, slots.reshape(-1), np.array(blocks, np.int32), np.int32(4 * count)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16"])
+@pytest.mark.parametrize(("blocks", "again"), [*((blocks, True) for blocks in DEAD), (DEAD[-1], False)], ids=str)
+def test_blocks_of_no_expert(blocks, again, dtype, implementation):
+    check(dead_args(blocks, again), 1, implementation)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_blocks_of_no_expert_interpreted(again):
+    with ferrum_jax.interpret_kernels():
+        check(dead_args(DEAD[-1], again), 1, "triton")
+
+
 hostile = st.one_of(st.integers(-2, 8), st.sampled_from([2**31 - 1, -(2**31)]))
 
 
@@ -164,11 +192,10 @@ hostile = st.one_of(st.integers(-2, 8), st.sampled_from([2**31 - 1, -(2**31)]))
     st.booleans(),
 )
 def test_hostile_tables(slots, blocks, total, kernels):
-    """Any values: nothing out of bounds is read or written. Slots are unique, and experts ascend."""
-    experts = np.sort(blocks[(blocks >= 0) & (blocks < 5)])
-    blocks = np.where(np.arange(4) < len(experts), np.resize(experts, 4) if len(experts) else blocks, -1).astype(
-        np.int32
-    )
+    """Any values: nothing out of bounds is read or written. Slots are unique, and the experts that count ascend."""
+    counts = (blocks >= 0) & (blocks < 5)
+    blocks = blocks.copy()
+    blocks[counts] = np.sort(blocks[counts])
     r = rng("hostile")
     args = rows(r, (3, 2), "float32"), rows(r, (5, 2, 3), "float32"), slots.reshape(-1), blocks, np.int32(total)
     if kernels and total % 4 == 0:  # interpretation is slow: some will do

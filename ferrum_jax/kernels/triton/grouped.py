@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from . import capability, launch, lead_axes
-from .combine import first_at_least, large, whole
+from .combine import large, whole
 
 # Triton's interpreter multiplies the bits of bfloat16 as if they were integers: there, widen first.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -54,12 +54,19 @@ def activated(gate, up, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def name_rows(slots, owner, S: tl.constexpr, P: tl.constexpr, TOTAL: tl.constexpr, TILE: tl.constexpr):
-    # The slot that names each row. A program reads 4 bytes of each of TILE slots and writes 4 where the slot's row is.
-    # A row that no slot names keeps whatever the memory held: who reads it asks that slot whether it names the row.
+def name_rows(
+    slots, blocks, total, owner,
+    S: tl.constexpr, BLOCK: tl.constexpr, E: tl.constexpr, P: tl.constexpr, TOTAL: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    # The slot that names each row, of those that count: another that holds the same row must not stand in its place. A
+    # program reads 4 bytes of each of TILE slots and of their blocks, and writes 4 where the slot's row is. A row that
+    # no slot names keeps whatever the memory held: who reads it asks that slot whether it names the row.
     slot = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     row = tl.load(slots + slot, mask=slot < TOTAL, other=-1)
-    tl.store(owner + slot // S * P + row, (slot % S).to(tl.int32), mask=(row >= 0) & (row < P))
+    expert = tl.load(blocks + slot // BLOCK, mask=slot < TOTAL, other=-1)
+    live_slots = tl.load(total + slot // S, mask=slot < TOTAL, other=0)
+    counts = (expert >= 0) & (expert < E) & (slot % S // BLOCK * BLOCK < live_slots)
+    tl.store(owner + slot // S * P + row, (slot % S).to(tl.int32), mask=counts & (row >= 0) & (row < P))
 
 
 @triton.jit
@@ -156,19 +163,27 @@ def outer(
     lhs, g, slots, blocks, total, out,
     M: tl.constexpr, H: tl.constexpr, N: tl.constexpr, E: tl.constexpr, S: tl.constexpr, P: tl.constexpr,
     TOP_K: tl.constexpr, BLOCK: tl.constexpr, SHARED_LHS: tl.constexpr, SHARED_G: tl.constexpr,
-    STEPS: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr, TK: tl.constexpr,
+    SEEN: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr, TK: tl.constexpr,
 ):  # fmt: skip
     # out[e] = sum over e's slots s of lhs[s // TOP_K] x g[s]: a program owns TM by TN elements of one expert's matrix,
-    # finds the expert's blocks by halving, and walks along their slots, TK at a time. Without blocks it writes zeros.
+    # finds the expert's first and last block, and walks along the slots from one to the other, TK at a time. Without
+    # blocks it writes zeros. To find them it looks at every block, SEEN at a time: blocks of no expert may stand
+    # anywhere, so that there is no order to halve. Nor would halving be faster: its loads wait for each other.
     rows: tl.constexpr = (H + TM - 1) // TM
     columns: tl.constexpr = (N + TN - 1) // TN
     matrix = tl.program_id(0).to(tl.int64) // (rows * columns)
     tile = tl.program_id(0) % (rows * columns)
     slice_id, expert = matrix // E, (matrix % E).to(tl.int32)
     slots, blocks = slots + slice_id * S, blocks + slice_id * (S // BLOCK)
-    live = tl.minimum(tl.cdiv(tl.maximum(tl.load(total + slice_id), 0), BLOCK), S // BLOCK)
-    begin = first_at_least(blocks, expert, live, STEPS) * BLOCK
-    end = first_at_least(blocks, expert + 1, live, STEPS) * BLOCK
+    live_slots = tl.load(total + slice_id)
+    begins, ends = tl.full([SEEN], S, tl.int32), tl.zeros([SEEN], tl.int32)
+    for start in range(0, S // BLOCK, SEEN):
+        block = start + tl.arange(0, SEEN)
+        inside = (block < S // BLOCK) & (block * BLOCK < live_slots)
+        own = tl.load(blocks + block, mask=inside, other=-1) == expert
+        begins = tl.where(own, tl.minimum(begins, block * BLOCK), begins)
+        ends = tl.where(own, (block + 1) * BLOCK, ends)
+    begin, end = tl.min(begins, 0), tl.max(ends, 0)
     row, col = tile // columns * TM + tl.arange(0, TM), tile % columns * TN + tl.arange(0, TN)
     lhs += (0 if SHARED_LHS else slice_id * M * H) + row[None, :]
     g += (0 if SHARED_G else slice_id * P * N) + col[None, :]
@@ -229,11 +244,13 @@ def _product(lhs, rhs, tables, top_k, dtype, transposed=False, row_weights=None,
     tn = tn // 2 if activation else tn
     (owner,) = launch(
         name_rows,
-        slots,
+        *(slots, blocks, total),
         out=[((*lead, num_pairs), jnp.int32)],
         grid=triton.cdiv(math.prod(slots.shape), 1024),
         num_warps=4,
         S=slots.shape[-1],
+        BLOCK=block,
+        E=num_experts,
         P=num_pairs,
         TOTAL=math.prod(slots.shape),
         TILE=1024,
@@ -288,9 +305,22 @@ def grouped_matmul_transposed(g, rhs, *tables, dtype, packed_rows):
     return _product(g, rhs, tables, 1, jnp.dtype(dtype), transposed=True)
 
 
+def _counting(slots, blocks, total, num_experts):
+    """The slots, -1 in blocks that do not count: of these there may be some between an expert's others.
+
+    Done once here, it is not done in the loop of every program.
+    """
+    by_block = jnp.reshape(slots, (*blocks.shape, -1))
+    starts = jnp.arange(blocks.shape[-1], dtype=jnp.int32) * by_block.shape[-1]
+    starts = jnp.broadcast_to(jnp.reshape(starts, (*(1 for _ in total.shape), -1)), blocks.shape)
+    counts = (blocks >= 0) & (blocks < num_experts) & (starts < total[..., None])
+    return jnp.reshape(jnp.where(counts[..., None], by_block, -1), slots.shape)
+
+
 def grouped_outer(lhs, g, *tables, top_k, num_experts, packed_rows):
     lead = lead_axes((lhs, 2), (g, 2), *zip(tables, (1, 1, 0), strict=True))
     slots, blocks, total = (whole(table, lead) for table in tables)
+    slots = _counting(slots, blocks, total, num_experts)
     (lhs, shared_lhs), (g, shared_g) = large(lhs, lead), large(g, lead)
     (num_rows, height), (num_pairs, width) = lhs.shape[-2:], g.shape[-2:]
     threads = _multipliers(lhs.dtype) == "threads"
@@ -312,7 +342,7 @@ def grouped_outer(lhs, g, *tables, top_k, num_experts, packed_rows):
         BLOCK=slots.shape[-1] // blocks.shape[-1],
         SHARED_LHS=shared_lhs,
         SHARED_G=shared_g,
-        STEPS=blocks.shape[-1].bit_length() + 1,
+        SEEN=min(triton.next_power_of_2(blocks.shape[-1]), 4096),
         TM=tm,
         TN=tn,
         TK=tk,
