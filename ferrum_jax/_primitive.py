@@ -8,7 +8,7 @@ lowering per platform, batching, forward and reverse differentiation, meshes and
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -47,10 +47,11 @@ class Op(NamedTuple):
         return results if len(self.signature.results) > 1 else results[0]
 
 
-# operand index, or a pair of them -> the map that gives its cotangent, or both
+# operand index -> the map that gives its cotangent; a pair of them -> the map that gives both
 Transposes = dict[int | tuple[int, ...], Callable[..., Any]]
 
 _ops: dict[Primitive, Op] = {}
+_tangents: dict[Primitive, Callable[..., list[Array]]] = {}  # what each stands for, in equations of ops
 _MESH_AXIS = "shards"
 
 
@@ -64,6 +65,7 @@ def define(
     independent: str = "",
     summed: str = "",
     transposes: Transposes | None = None,
+    both_cotangents: Callable[..., Sequence[Any]] | None = None,
     jvp: Callable[..., Sequence[Any]] | None = None,
     export_error: str | None = None,
     made_of_ops: bool = False,
@@ -79,9 +81,13 @@ def define(
         it adds: what shards of a mesh compute by themselves, the latter with one psum of each result without them.
     transposes: for an op linear in each of some operands (bilinear: two): operand index -> the map
         (cotangent, *operands, **params) -> that operand's cotangent; the operand itself comes as its abstract value.
-        A bilinear op may have one more for the key (0, 1), of which the first two operands' cotangents come together.
+        Of an op with several results the cotangents come in a list. A key may be a pair, of operands in which the op
+        is linear together: then both are abstract, and the map gives both cotangents.
+    both_cotangents(cotangent, *operands, **params): of an op bilinear in its first two operands, both cotangents in
+        one go, for a gradient by both.
     jvp(primals, results, tangents, **params): the results' tangents (None: no dependence); `tangents` holds None
-        where an operand does not vary. For an op that is not linear. With neither, the op has no derivative.
+        where an operand does not vary. For an op that is not linear, or has several results. With neither, the op has
+        no derivative.
     made_of_ops: the meaning is made of other ops, and takes `implementation` for them. It is what is differentiated,
         and what runs where no kernel does it in one.
     export_error: why jax.export must not take this op, which then serves debugging and is none of the library's own.
@@ -104,12 +110,12 @@ def define(
     _common_rules(op, transposes)
     mlir.register_lowering(primitive, functools.partial(_lower, op, None))
     mlir.register_lowering(primitive, functools.partial(_lower, op, "cuda"), platform="cuda")
-    tangent = _define_tangent(op, transposes) if transposes and (0, 1) in transposes else None
+    tangent = _define_tangent(op, transposes, both_cotangents) if transposes and both_cotangents else None
     ad.primitive_jvps[primitive] = functools.partial(_jvp, op, transposes or {}, tangent, jvp)
     return op
 
 
-def _define_tangent(op: Op, transposes: Transposes) -> Primitive:
+def _define_tangent(op: Op, transposes: Transposes, both_cotangents: Callable[..., Any]) -> Primitive:
     """`ferrum_<name>_tangent`(x, y, dx, dy, ...) = f(dx, y, ...) + f(x, dy, ...), of a bilinear op f.
 
     JAX transposes equation by equation: for the cotangents of dx and dy to be made together, they are in one. It has no
@@ -128,8 +134,15 @@ def _define_tangent(op: Op, transposes: Transposes) -> Primitive:
     def of_operands(transpose: Callable[..., Any], first: int, second: int) -> Callable[..., Any]:
         return lambda ct, *four, **params: transpose(ct, four[first], four[second], *four[4:], **params)
 
-    moved = {0: (0, 0, 3), 1: (1, 2, 1), 2: (0, 0, 1), 3: (1, 0, 1), (2, 3): ((0, 1), 0, 1)}
-    _common_rules(tangent, {key: of_operands(transposes[old], *places) for key, (old, *places) in moved.items()})
+    def apart(first: int, second: int) -> Callable[..., Any]:
+        return lambda ct, *operands, **params: [rules[i](ct, *operands, **params) for i in (first, second)]
+
+    moved = {0: (0, 0, 3), 1: (1, 2, 1), 2: (0, 0, 1), 3: (1, 0, 1)}
+    rules: Transposes = {new: of_operands(transposes[old], *places) for new, (old, *places) in moved.items()}
+    rules |= {(2, 3): of_operands(both_cotangents, 0, 1)}
+    rules |= {pair: apart(*pair) for pair in ((0, 1), (0, 2), (1, 3))}  # no term holds both of them
+    _common_rules(tangent, rules)
+    _tangents[primitive] = meaning
     mlir.register_lowering(primitive, functools.partial(_lower_meaning, meaning))
     ad.primitive_jvps[primitive] = functools.partial(_jvp_of_tangent, primitive)
     return primitive
@@ -140,7 +153,7 @@ def _common_rules(op: Op, transposes: Transposes | None) -> None:
     op.primitive.def_abstract_eval(functools.partial(_abstract, op))
     batching.primitive_batchers[op.primitive] = functools.partial(_batch, op)
     if transposes:
-        ad.primitive_transposes[op.primitive] = functools.partial(_transpose, transposes)
+        ad.primitive_transposes[op.primitive] = functools.partial(_transpose, op, transposes)
 
 
 # ---- eager calls: one jit, and one compilation a shape, for each set of static parameters
@@ -241,13 +254,18 @@ def _for_partitioning(module_context: Any) -> Any:
     count = axes.num_devices
     prime = next((p for p in range(2, count + 1) if count % p == 0), 1)
     power = round(math.log(count, prime)) if prime > 1 else 0
-    if count == 1 or prime**power != count or not jax.config.jax_use_shardy_partitioner:
+    if count == 1 or prime**power != count or not _shardy():
         return None
     if backend is None or backend.device_count() < count:
         return None
     mesh = AbstractMesh((prime,) * power, tuple(f"{_MESH_AXIS}{i}" for i in range(power)))
     axes = dataclasses.replace(axes, device_assignment=tuple(backend.devices()[:count]), abstract_mesh=mesh)
     return module_context.replace(axis_context=axes)
+
+
+def _shardy() -> bool:
+    """Whether Shardy partitions, as `custom_partitioning` here wants: where it is JAX's only way, JAX has no flag."""
+    return getattr(jax.config, "jax_use_shardy_partitioner", True)
 
 
 def _by_shards(
@@ -339,7 +357,7 @@ def _jvp(
     varying = [i for i in transposes if isinstance(i, int) and not isinstance(tangents[i], ad.Zero)]
     if tangent and varying == [0, 1]:
         out = tangent.bind(*equally_varying([*primals[:2], *tangents[:2], *primals[2:]]), **params)
-    elif varying:
+    elif varying and not jvp:
         terms = [
             op.primitive.bind(*equally_varying([*primals[:i], tangents[i], *primals[i + 1 :]]), **params)[0]
             for i in varying
@@ -383,20 +401,33 @@ def _jvp_of_tangent(primitive: Primitive, primals: Any, tangents: Any, **params:
     return bind(x, y, dx, dy), [jnp.add(*terms[0], *terms[1])]
 
 
-def _transpose(transposes: Transposes, cotangents: Any, *operands: Any, **params: Any) -> list[Any]:
-    (cotangent,) = cotangents
+def _transpose(op: Op, transposes: Transposes, cotangents: Any, *operands: Any, **params: Any) -> list[Any]:
     out: list[Any] = [None] * len(operands)
     avals = {i: x.aval for i, x in enumerate(operands) if ad.is_undefined_primal(x)}
-    if isinstance(cotangent, ad.Zero):
+    if all(isinstance(ct, ad.Zero) for ct in cotangents):
         found = [ad.Zero(a.to_cotangent_aval() if hasattr(a, "to_cotangent_aval") else a) for a in avals.values()]
     else:
         known = [avals.get(i, x) for i, x in enumerate(operands)]
         both, (first, *_) = len(avals) > 1, avals
-        found = transposes[tuple(avals) if both else first](cotangent, *known, **params)
+        transpose = transposes.get(tuple(avals) if both else first)
+        if not transpose:
+            raise TypeError(_not_linear(op, transposes, avals))
+        cotangents = [ad.instantiate_zeros(ct) for ct in cotangents]
+        found = transpose(cotangents if len(cotangents) > 1 else cotangents[0], *known, **params)
         found = map(_like, found if both else [found], avals.values())
     for i, ct in zip(avals, found, strict=True):
         out[i] = ct
     return out
+
+
+def _not_linear(op: Op, transposes: Transposes, together: Iterable[int]) -> str:
+    def names(operands: Iterable[int]) -> str:
+        *most, last = (op.signature.operands[i].name for i in operands)
+        return f"{', '.join(most)} and {last}" if most else last
+
+    linear, asked = names(i for i in transposes if isinstance(i, int)), names(together)
+    at_once = "both" if linear == asked else asked
+    return f"{op.name}: it is linear in each of {linear}, and not in {at_once} at once: it cannot be transposed so"
 
 
 def _like(cotangent: Array, aval: Any) -> Array:
@@ -419,26 +450,37 @@ def which(
     platform: str | None = None,
     device_kind: str | None = None,
     **kwargs: Any,
-) -> kernels.Choice:
+) -> kernels.Choice | Any:  # Any is the tuple: so type checkers let a call of one op be used as a Choice
     """The implementation that `implementation=None` takes, and why each other one is passed over.
 
     Args:
-      op_function: a function of this library, such as `moe_combine`.
+      op_function: a function of this library, such as `moe_combine`, or any function that runs some of them.
       *args, **kwargs: its arguments; arrays, also inside tuples, may be `jax.ShapeDtypeStruct`s.
       platform: "cpu", "cuda" (or "gpu"), "tpu", ...; default: that of JAX's default backend.
-      device_kind: the GPU's name, such as "NVIDIA H200"; default: the abstract mesh's device, else the live GPU.
-        Without any, Triton compiles for compute capability 9.0, and Pallas for nothing.
+      device_kind: the GPU's name, such as "NVIDIA H200", one that is here or whose generation is known by its name;
+        default: the abstract mesh's device, else the live GPU. Without any, Triton compiles for compute capability 9.0,
+        and Pallas for nothing.
 
     Returns:
-      Choice(implementation, passed_over): a name, and a dict from every other name to the reason in words.
+      Choice(implementation, passed_over): a name, and a dict from every other name to the reason in words. Of a
+      function that runs several ops, such as `moe_mlp`: a tuple of (op's name, Choice), one for each distinct call,
+      by shapes, dtypes and parameters, in the order in which they first stand in its program. Loops, branches,
+      shard_map and functions with derivatives of their own are looked into. Ops without any kernel are left out where
+      others have some; where none has, the first stands for all. An op that can be run as others, such as
+      `moe_route_plan`, counts as one, and its "xla" is those others, each of which then chooses for itself.
 
     Raises:
-      ValueError: `op_function` runs no op of this library, or more than one that has kernels.
+      ValueError: `op_function` runs no op of this library; the GPU is not here, and its name not among the known ones,
+        which the message lists.
       NotImplementedError: the call asks for an implementation that cannot run there.
 
     >>> import jax, jax.numpy as jnp, ferrum_jax
-    >>> ferrum_jax.which(ferrum_jax.route_topk_softmax, jnp.zeros((16, 128)), 8, platform="cpu").implementation
+    >>> x = jnp.zeros((16, 128))
+    >>> ferrum_jax.which(ferrum_jax.route_topk_softmax, x, 8, platform="cpu").implementation
     'xla'
+    >>> f = lambda x: ferrum_jax.moe_plan(ferrum_jax.route_topk_softmax(x, 8).expert_ids, 128, 16)
+    >>> [(op, choice.implementation) for op, choice in ferrum_jax.which(f, x, platform="cpu")]
+    [('route_topk', 'xla'), ('moe_plan', 'xla')]
     """
     is_array = lambda x: isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct)  # noqa: E731
     leaves, tree = jax.tree.flatten((args, kwargs))
@@ -448,26 +490,34 @@ def which(
         args, kwargs = jax.tree.unflatten(tree, [next(given) if is_array(x) else x for x in leaves])
         return op_function(*args, **kwargs)
 
-    found = _equations(jax.make_jaxpr(call)(*filter(is_array, leaves)).jaxpr)
-    equations = [e for e in found if kernels.served(_ops[e.primitive].name)] or found[:1]
-    if len(equations) != 1:
-        found = ", ".join(e.primitive.name for e in equations) or "none"
-        name = getattr(op_function, "__name__", op_function)
-        raise ValueError(f"which: {name} must run one op of ferrum_jax; it runs {found}")
-    (equation,) = equations
+    found = list(_equations(jax.make_jaxpr(call)(*filter(is_array, leaves)).jaxpr))
+    if not found:
+        raise ValueError(f"which: {getattr(op_function, '__name__', op_function)} runs no op of ferrum_jax")
     platform = platform or jax.default_backend()
     platform = "cuda" if platform == "gpu" else platform
-    params = dict(equation.params)
-    asked, avals = params.pop("implementation"), [v.aval for v in equation.invars]
-    op = _ops[equation.primitive]
-    return kernels.choose(op.name, asked, avals, params, platform, device_kind, op.made_of_ops)
+    choices: dict[Any, tuple[str, kernels.Choice]] = {}
+    for equation in [e for e in found if kernels.served(_ops[e.primitive].name)] or found[:1]:
+        op, avals, params = _ops[equation.primitive], [v.aval for v in equation.invars], dict(equation.params)
+        key = op.name, tuple((a.shape, a.dtype) for a in avals), tuple(sorted(params.items()))
+        asked = params.pop("implementation")
+        if key not in choices:
+            choice = kernels.choose(op.name, asked, avals, params, platform, device_kind, op.made_of_ops)
+            choices[key] = op.name, choice
+    (_, first), *more = several = tuple(choices.values())
+    return several if more else first
 
 
-def _equations(jaxpr: Any) -> list[Any]:
-    """The ops' equations, also those inside jit."""
-    found = []
+def _equations(jaxpr: Any) -> Iterator[Any]:
+    """The ops' equations, also those inside others: of calls, loops, branches, shards."""
     for equation in jaxpr.eqns:
-        inner = [p.jaxpr for p in equation.params.values() if hasattr(p, "jaxpr")]
-        op = _ops.get(equation.primitive)
-        found += [equation] if op and not op.export_error else [e for j in inner for e in _equations(j)]
-    return found
+        op, meaning = _ops.get(equation.primitive), _tangents.get(equation.primitive)
+        if op and not op.export_error:
+            yield equation
+        elif meaning:
+            run = functools.partial(meaning, **equation.params)
+            yield from _equations(jax.make_jaxpr(run)(*(v.aval for v in equation.invars)))
+        else:
+            for value in equation.params.values():
+                for inner in value if isinstance(value, tuple | list) else [value]:
+                    if hasattr(inner, "eqns"):
+                        yield from _equations(inner)

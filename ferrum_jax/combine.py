@@ -218,6 +218,16 @@ def _both_cotangents(
     return _spread(ct, weights, pairs, num_rows=rows.shape[-2], **params), _row_dot(rows, ct, pairs, **params)
 
 
+def _cotangent_of_rows(cts: Any, g: jax.Array, rows: Any, weights: Any, pairs: jax.Array, **params: Any) -> jax.Array:
+    return _spread(g, cts[1], pairs, num_rows=rows.shape[-2], unique_rows=True, **params)
+
+
+def _cotangent_of_weights(
+    cts: Any, g: jax.Array, rows: Any, weights: Any, pairs: jax.Array, **params: Any
+) -> jax.Array:
+    return _row_dot(cts[0], g, pairs, unique_rows=True, **params)
+
+
 def _cotangents_jvp(primals: Any, results: Any, tangents: Any, **params: Any) -> list[jax.Array | None]:
     (g, rows, weights, pairs), (dg, drows, dweights, _) = primals, tangents
     params["unique_rows"] = True
@@ -256,8 +266,8 @@ _combine = define(
     transposes={
         0: lambda ct, rows, weights, pairs, **params: _spread(ct, weights, pairs, num_rows=rows.shape[-2], **params),
         1: lambda ct, rows, weights, pairs, **params: _row_dot(rows, ct, pairs, **params),
-        (0, 1): lambda ct, *operands, **params: _both_cotangents(ct, *operands, **params),
     },
+    both_cotangents=_both_cotangents,
 )
 _spread = define(
     "moe_spread",
@@ -287,6 +297,15 @@ _cotangents = define(
     " -> rows[R,H], weights[T,K]",
     _cotangents_meaning,
     summed="H",
+    transposes={
+        0: lambda cts, g, rows, weights, pairs, **params: jnp.add(
+            _combine(cts[0], weights, pairs, unique_rows=True, **params),
+            _combine(rows, cts[1], pairs, unique_rows=True, **params),
+        ),
+        1: _cotangent_of_rows,
+        2: _cotangent_of_weights,
+        (1, 2): lambda *args, **params: [f(*args, **params) for f in (_cotangent_of_rows, _cotangent_of_weights)],
+    },
     jvp=_cotangents_jvp,
 )
 _weighted_sum = define(

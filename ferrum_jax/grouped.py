@@ -65,9 +65,10 @@ def grouped_matmul(
       lhs: [..., M, H] float16, bfloat16 or float32.
       rhs: [..., E, H, N] of lhs's dtype. A leading axis of size 1 is shared by the batch, not copied.
       routing: of either kind, [...]; block_size is S / number of blocks. A block counts if it starts before
-        `total_tokens_post_pad` and its expert is in [0, E); a slot in it counts if it is in [0, P). Blocks of one
-        expert stand side by side, experts ascend, and no two slots name one row: what the tables of this library keep.
-        Of other tables the values are unspecified.
+        `total_tokens_post_pad` and its expert is in [0, E); a slot in it counts if it is in [0, P). What does not count
+        is passed over, wherever it stands and whatever it holds. From one block that counts to the next the expert is
+        the same or a higher one, and no two slots that count name one row: so are the tables of this library. Of
+        others the values are unspecified.
       top_k: rows of the result per row of lhs, >= 1.
       activation: makes the product's halves, gate and up, one row of half the width: "silu", "gelu" (exact),
         "gelu_tanh", "relu", "relu2" (squared), each times up; "swiglu_oai", that of gpt-oss: (up + 1) * gate *
@@ -355,6 +356,24 @@ def _lhs_cotangent(ct: jax.Array, lhs: Any, rhs: jax.Array, *tables: jax.Array, 
     return jnp.sum(choices, axis=-2, dtype=jnp.float32).astype(lhs.dtype)
 
 
+def _activated_cotangent(operand: int) -> Callable[..., jax.Array]:
+    """For jax.linear_transpose alone: a gradient is that of the meaning."""
+
+    def transpose(ct: jax.Array, *operands: Any, activation: str | None, **params: Any) -> jax.Array:
+        if activation and operand < 2:
+            name = _activated.signature.operands[operand].name
+            raise NotImplementedError(f"grouped_matmul: no transpose by {name}, in which an activation is not linear")
+
+        def of_one(x: jax.Array) -> jax.Array:
+            given = [*operands]
+            given[operand] = x
+            return _activated_meaning(*given, activation=activation, **params)
+
+        return jax.linear_transpose(of_one, operands[operand])(ct)[0]
+
+    return transpose
+
+
 _TABLES = "sorted_token_ids: ids[S], block_ids: ids[B], total_tokens_post_pad: ids[]"
 
 _matmul = define(
@@ -381,6 +400,7 @@ _activated = define(
         "F": size["N"] // 2 if activation else size["N"],
     },
     leading_axes=True,
+    transposes={operand: _activated_cotangent(operand) for operand in (0, 1, 5)},
     made_of_ops=True,
 )
 # A row that no slot names is 0, whatever its weight.

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import jax
 import pytest
 
+from ferrum_jax.kernels import target_capability
+
 TOOLS = pathlib.Path(importlib.util.find_spec("triton").origin).parent / "backends/nvidia/bin"
 
 
@@ -20,6 +22,7 @@ class Code(NamedTuple):
     name: str
     registers: int
     spilled: int
+    shared: int
     sass: str
 
 
@@ -37,42 +40,46 @@ needs_plugin = pytest.mark.skipif(
 
 
 @functools.cache
-def assemble(ptx):
-    ptx = re.sub(r"\.target sm_90a?\b.*", ".target sm_90a", ptx)
+def assemble(ptx, capability=90, shared=0):
+    target = f"sm_{capability}" + "a" * (capability >= 90)
+    ptx = re.sub(r"\.target sm_\d+a?\b.*", f".target {target}", ptx)
     with tempfile.TemporaryDirectory() as folder:
         source, cubin = pathlib.Path(folder, "a.ptx"), pathlib.Path(folder, "a.cubin")
         source.write_text(ptx)
         # Of the two assemblers in the package the second is the newer one: it knows every PTX that jax-triton writes.
-        command = [TOOLS / "ptxas-blackwell", "-v", "--gpu-name=sm_90a", source, "-o", cubin]
+        command = [TOOLS / "ptxas-blackwell", "-v", f"--gpu-name={target}", source, "-o", cubin]
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
         sass = subprocess.run([TOOLS / "cuobjdump", "--dump-sass", cubin], capture_output=True, text=True, check=True)
     (name,) = re.findall(r"\.visible \.entry (\w+)", ptx)
     number = lambda pattern: sum(map(int, re.findall(pattern, log)))  # noqa: E731
-    return Code(name, number(r"Used (\d+) registers"), number(r"(\d+) bytes spill"), sass.stdout)
+    return Code(name, number(r"Used (\d+) registers"), number(r"(\d+) bytes spill"), shared, sass.stdout)
 
 
-def on_h200():
-    """In this context, as far as a lowering asks, the GPU is an H200."""
-    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
+def on_h200(gpu="NVIDIA H200"):
+    """In this context, as far as a lowering asks, the GPU is an H200, or the other one that is named."""
+    device = jax.sharding.AbstractDevice(device_kind=gpu, num_cores=None, platform="gpu")
     return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
 
 
-def for_h200(f, *args):
-    """What `f` launches on an H200: the kernels' custom calls in its program, and each Triton kernel's machine code."""
+def for_h200(f, *args, gpu="NVIDIA H200"):
+    """What `f` launches on an H200: the kernels' custom calls in its program, and each Triton kernel's machine code.
+
+    Or on another GPU.
+    """
     from triton.backends.nvidia.compiler import CUDABackend
 
-    kernels, make_ptx = [], CUDABackend.make_ptx
+    kernels, make_ptx, capability = [], CUDABackend.make_ptx, target_capability(gpu)
 
-    def listen(self, *args, **kwargs):
-        ptx = make_ptx(self, *args, **kwargs)
-        kernels.append(ptx if isinstance(ptx, str) else ptx.decode())
+    def listen(self, source, metadata, *args, **kwargs):
+        ptx = make_ptx(self, source, metadata, *args, **kwargs)
+        kernels.append((ptx if isinstance(ptx, str) else ptx.decode(), metadata["shared"]))
         return ptx
 
-    with pytest.MonkeyPatch.context() as patch, on_h200():
+    with pytest.MonkeyPatch.context() as patch, on_h200(gpu):
         patch.setattr(CUDABackend, "make_ptx", listen)
         text = jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
     launches = re.findall(r"custom_call @(triton_kernel_call\w*|mosaic_gpu\w*)", text)
-    return Program(launches, [assemble(ptx) for ptx in kernels])
+    return Program(launches, [assemble(ptx, capability, shared) for ptx, shared in kernels])
 
 
 needs_pjrt = pytest.mark.skipif(

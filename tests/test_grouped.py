@@ -157,6 +157,34 @@ def test_no_rows(implementation):
     assert not np.any(vjp(out)[1])
 
 
+# Blocks of four slots, of no expert where it is negative or 3 and more: after those that count, between them, and in
+# the last row before them and among those of one expert.
+DEAD = [1, 2, -1], [0, -1, 2], [0, 1, 3], [-1, 0, 9, 0, -1, 1, 1, 2, -(2**31)]
+
+
+def dead_args(blocks, again):
+    """What a dead block names is its own, or again what the block before it names, or the last."""
+    r, count = rng("dead", blocks), len(blocks)
+    slots = np.arange(4 * count, dtype=np.int32).reshape(count, 4)
+    dead = np.array([not 0 <= e < 3 for e in blocks])
+    if again:
+        slots[dead] = np.roll(slots, 4)[dead]
+    args = rows(r, (4 * count, 16), "bfloat16"), rows(r, (3, 16, 8), "bfloat16")
+    return *args, slots.reshape(-1), np.array(blocks, np.int32), np.int32(4 * count)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16"])
+@pytest.mark.parametrize(("blocks", "again"), [*((blocks, True) for blocks in DEAD), (DEAD[-1], False)], ids=str)
+def test_blocks_of_no_expert(blocks, again, dtype, implementation):
+    check(dead_args(blocks, again), 1, implementation)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_blocks_of_no_expert_interpreted(again):
+    with ferrum_jax.interpret_kernels():
+        check(dead_args(DEAD[-1], again), 1, "triton")
+
+
 hostile = st.one_of(st.integers(-2, 8), st.sampled_from([2**31 - 1, -(2**31)]))
 
 
@@ -168,11 +196,10 @@ hostile = st.one_of(st.integers(-2, 8), st.sampled_from([2**31 - 1, -(2**31)]))
     st.booleans(),
 )
 def test_hostile_tables(slots, blocks, total, kernels):
-    """Any values: nothing out of bounds is read or written. Slots are unique, and experts ascend."""
-    experts = np.sort(blocks[(blocks >= 0) & (blocks < 5)])
-    blocks = np.where(np.arange(4) < len(experts), np.resize(experts, 4) if len(experts) else blocks, -1).astype(
-        np.int32
-    )
+    """Any values: nothing out of bounds is read or written. Slots are unique, and the experts that count ascend."""
+    counts = (blocks >= 0) & (blocks < 5)
+    blocks = blocks.copy()
+    blocks[counts] = np.sort(blocks[counts])
     r = rng("hostile")
     args = rows(r, (3, 2), "float32"), rows(r, (5, 2, 3), "float32"), slots.reshape(-1), blocks, np.int32(total)
     if kernels and total % 4 == 0:  # interpretation is slow: some will do
@@ -306,16 +333,18 @@ def test_tensorfloat32_rounds_each_operand_once(implementation):
         assert np.all(np.abs(oracle.f64(got) - want) <= 1.01 * 2.0**-9 * size)
 
 
-@pytest.mark.parametrize(("gpu", "want"), [("NVIDIA H100", "tf32"), ("NVIDIA A100", "tf32"), ("NVIDIA L4", "ieee")])
+@pytest.mark.parametrize(
+    ("gpu", "want"),
+    [("NVIDIA H100", ("tf32", "warpgroups")), ("NVIDIA A100", ("tf32", "warps")), ("NVIDIA L4", ("threads", "warps"))],
+)
 def test_tensorfloat32_where_its_tiles_fit(gpu, want):
     """An L4 has too little shared memory for them, as a T4 has no TF32."""
-    from ferrum_jax.kernels.triton.grouped import _multiplied
+    from ferrum_jax.kernels.triton.grouped import _multipliers
 
     device = jax.sharding.AbstractDevice(device_kind=gpu, num_cores=None, platform="gpu")
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
-        assert _multiplied(jnp.float32, "default") == want
-        assert _multiplied(jnp.float32, "highest") == "ieee"
-        assert _multiplied(jnp.bfloat16, "highest") == "half"
+        assert (_multipliers(jnp.float32, "default"), _multipliers(jnp.bfloat16, "highest")) == want
+        assert _multipliers(jnp.float32, "highest") == "threads"
 
 
 # ---- code for an H200
@@ -404,3 +433,38 @@ def test_code_of_an_epilogue(tokens, block, kind, activation, weighted):
     program = for_h200(run, of((tokens * k, height), dtype), of((experts, height, width), dtype), *tables, *weights)
     (code,) = (c for c in program.codes if not c.name.endswith("name_rows"))
     check_code(code, kind)
+
+
+@needs_plugin
+@pytest.mark.compiled
+@pytest.mark.parametrize(
+    ("gpu", "block", "kib"),
+    [
+        ("Tesla T4", 128, 64),
+        ("NVIDIA A100", 16, 163),
+        ("NVIDIA A100", 128, 163),
+        ("NVIDIA GeForce RTX 3090", 64, 99),
+        ("NVIDIA GeForce RTX 5090", 128, 99),
+    ],
+)
+def test_code_for_other_gpus(gpu, block, kib):
+    """Tiles fit into the shared memory that a program has there, and into registers. Triton multiplies by tensor cores
+    from an A100 on.
+    """
+    slots = ferrum_jax.max_aligned_rows(4096, 8, block)
+    tables = of((slots,), jnp.int32), of((slots // block,), jnp.int32), of((), jnp.int32)
+    run = functools.partial(grouped_matmul, implementation="triton")
+
+    def layer(x, w, down, g, *tables):
+        rows = run(x, w, *tables, activation="silu")
+        out, vjp = jax.vjp(lambda *a: run(*a, *tables), rows, down)
+        return out, vjp(g)
+
+    shapes = (4096, 512), (8, 512, 1536), (8, 768, 512), (4096, 512)
+    program = for_h200(layer, *(of(s, jnp.bfloat16) for s in shapes), *tables, gpu=gpu)
+    codes = [c for c in program.codes if not c.name.endswith("name_rows")]
+    assert len(codes) == 4  # with the activation, without, transposed, and the outer product
+    for code in codes:
+        assert code.spilled == 0, (code.name, code.registers)
+        assert code.shared <= kib * 1024, code.name
+        assert ("HMMA" in code.sass) == (gpu != "Tesla T4"), code.name

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import OPS, SMALL, rng
-from compiled import needs_plugin
+from compiled import needs_plugin, on_h200
 
 import ferrum_jax
+from ferrum_jax.kernels import targets
 
 
 @pytest.mark.parametrize("op", OPS, ids=str)
@@ -52,24 +53,176 @@ def test_which_sees_through_jit_and_numpy_scalars():
 
 
 def test_which_of_something_else():
-    with pytest.raises(ValueError, match="one op of ferrum_jax"):
+    with pytest.raises(ValueError, match="sin runs no op of ferrum_jax"):
         ferrum_jax.which(jnp.sin, jnp.ones(3))
+
+
+X = jnp.ones((8, 4))
+
+
+def route(x, top_k=2):
+    return ferrum_jax.route_topk_softmax(x, top_k).expert_weights
+
+
+def pad(x):
+    return jnp.pad(route(x), ((0, 0), (0, 2)))
+
+
+def tables(x):
+    return ferrum_jax.moe_plan(x[:, :2].astype(int), 4, 2).expert_offsets.sum().astype(x.dtype) + x
+
+
+def apart(x):
+    """By custom derivatives."""
+    jvp, vjp = jax.custom_jvp(pad), jax.custom_vjp(tables)
+    jvp.defjvp(lambda primals, tangents: (pad(*primals), *tangents))
+    vjp.defvjp(lambda x: (tables(x), None), lambda _, ct: (ct,))
+    return jvp(vjp(x))
+
+
+def sharded(f):
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("d")
+    return jax.shard_map(f, mesh=mesh, in_specs=spec, out_specs=spec)
+
+
+@pytest.mark.parametrize(
+    ("f", "names"),
+    [
+        (lambda x: jax.lax.scan(lambda c, _: (pad(c), None), x, None, length=2)[0], ["route_topk"]),
+        (lambda x: jax.lax.while_loop(lambda x: route(x).sum() < 9, tables, x), ["route_topk", "moe_plan"]),
+        (lambda x: jax.lax.cond(x.sum() > 0, tables, pad, x), ["route_topk", "moe_plan"]),
+        (lambda x: jax.lax.switch(2, [jnp.sin, jnp.cos, pad], x), ["route_topk"]),
+        (jax.checkpoint(lambda x: tables(pad(x))), ["route_topk", "moe_plan"]),
+        (apart, ["moe_plan", "route_topk"]),
+        (sharded(jax.jit(pad)), ["route_topk"]),
+        (jax.grad(lambda x: jax.checkpoint(route)(x).sum()), ["route_topk"]),
+    ],
+    ids=["scan", "while", "cond", "switch", "checkpoint", "custom", "shard_map", "grad"],
+)
+def test_which_sees_ops_wherever_they_stand(f, names):
+    found = ferrum_jax.which(f, X, platform="cpu")
+    if len(names) == 1:
+        assert found.implementation == "xla"
+    else:
+        assert [name for name, _ in found] == names
+        assert all(choice.implementation == "xla" for _, choice in found)
+
+
+def test_which_says_what_each_op_of_a_layer_takes():
+    """In the order in which they stand; an op twice if its two calls differ, in shapes, dtypes or parameters."""
+    w = jnp.ones((4, 4, 12)), jnp.ones((4, 6, 4))
+    found = ferrum_jax.which(ferrum_jax.moe_mlp, X, X, *w, top_k=2, platform="cpu")
+    names = ["route_topk", "moe_align_block_size", "grouped_matmul_activated", "grouped_matmul", "weighted_sum_batched"]
+    assert [name for name, _ in found] == names
+    bias = {"flow": "packed", "b_gate_up": jnp.ones((4, 12))}  # with expert_of_row, which has no kernel anywhere
+    packed = ferrum_jax.which(ferrum_jax.moe_mlp, X, X, *w, top_k=2, **bias, platform="cpu")
+    products = ["grouped_matmul", "moe_dispatch", "grouped_matmul"]
+    assert [name for name, _ in packed] == ["route_topk", "moe_plan", "moe_dispatch", *products, "moe_combine"]
+    calls = lambda x: [route(x), route(x + 1), route(x, 3), route(x[:4]), route(x.astype("bfloat16")), tables(x)]  # noqa: E731
+    assert [name for name, _ in ferrum_jax.which(calls, X, platform="cpu")] == ["route_topk"] * 4 + ["moe_plan"]
+
+
+def test_which_says_what_each_shard_of_a_layer_takes():
+    layer = functools.partial(ferrum_jax.parallel.moe_mlp, axis_name="d", top_k=2, exchange="gather")
+    w = jnp.ones((4, 4, 12)), jnp.ones((4, 6, 4))
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("d")
+    f = jax.shard_map(layer, mesh=mesh, in_specs=spec, out_specs=spec)
+    found = dict(ferrum_jax.which(f, X, X, *w, platform="cpu"))
+    assert {"route_topk", "grouped_matmul_activated", "weighted_sum_batched"} <= set(found)
+
+
+def test_which_sees_the_two_products_of_a_tangent():
+    rows, pairs, weights = jnp.ones((4, 3)), jnp.array([[0, 1], [2, 3]]), jnp.ones((2, 2))
+    combine = lambda y, w: ferrum_jax.moe_combine(y, pairs, w)  # noqa: E731
+    tangent = lambda *a: jax.jvp(combine, a, a)[1]  # noqa: E731
+    assert ferrum_jax.which(tangent, rows, weights, platform="cpu").implementation == "xla"
 
 
 @pytest.mark.parametrize(
     ("gpu", "capability"),
     [
-        ("NVIDIA H200", 90),
-        ("NVIDIA GB200", 100),
-        ("NVIDIA RTX 5000 Ada Generation", 89),
-        ("NVIDIA GeForce RTX 4090", 89),
-        ("NVIDIA GeForce RTX 5090", 120),
+        ("Tesla V100-SXM2-32GB", 70),
+        ("NVIDIA TITAN V", 70),
+        ("Tesla T4", 75),
         ("Quadro RTX 5000", 75),
-        ("a GPU of the future", 90),
+        ("NVIDIA GeForce RTX 2080 Ti", 75),
+        ("NVIDIA A100-SXM4-80GB", 80),
+        ("NVIDIA A30", 80),
+        ("NVIDIA A10G", 86),
+        ("NVIDIA A40", 86),
+        ("NVIDIA RTX A3000 Laptop GPU", 86),
+        ("NVIDIA RTX A6000", 86),
+        ("NVIDIA GeForce RTX 3090", 86),
+        ("NVIDIA GeForce RTX 3050 A Laptop GPU", 89),
+        ("NVIDIA L40S", 89),
+        ("NVIDIA RTX 5000 Ada Generation", 89),
+        ("NVIDIA RTX 4000 SFF Ada Generation", 89),
+        ("NVIDIA GeForce RTX 4090", 89),
+        ("NVIDIA H100 80GB HBM3", 90),
+        ("NVIDIA H20-3e", 90),
+        ("NVIDIA GH200 480GB", 90),
+        ("h200", 90),
+        ("NVIDIA B100", 100),
+        ("NVIDIA GB200", 100),
+        ("NVIDIA B300 SXM6 AC", 103),
+        ("NVIDIA GeForce RTX 5090", 120),
+        ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 120),
+        ("NVIDIA GB10", 121),
     ],
 )
 def test_capability_by_name(gpu, capability):
     assert ferrum_jax.kernels.target_capability(gpu) == capability
+
+
+def test_the_longest_known_name_counts_wherever_it_stands():
+    for names in (targets.GPUS, dict(reversed(targets.GPUS.items()))):
+        assert targets.capability_by_name("NVIDIA GeForce RTX 3050 A Laptop GPU", names) == 89
+        assert all(targets.capability_by_name(f"NVIDIA {name}-80GB", names) == names[name] for name in names)
+
+
+@pytest.mark.parametrize("gpu", ["Nonsense GPU", "NVIDIA A3000", "NVIDIA T400", "RTX", "H1000", "TITAN X"])
+def test_a_name_that_is_not_known_is_an_error(gpu):
+    """Not another GPU, of which it holds the name as a part of a word."""
+    for name in (None, "triton", "xla"):
+        with pytest.raises(ValueError, match=f"device_kind .*{gpu!r}; known are V100, .* RTX 3090,.* GB10"):
+            ferrum_jax.which(ferrum_jax.route_topk_softmax, X, 2, platform="cuda", device_kind=gpu, implementation=name)
+
+
+@needs_plugin
+def test_a_mesh_whose_gpu_is_not_known():
+    """xla runs on any; a kernel has to know."""
+    with on_h200("Nonsense GPU"):
+        run = lambda name: (  # noqa: E731
+            jax.jit(lambda x: ferrum_jax.route_topk_softmax(x, 2, implementation=name).expert_ids)
+            .trace(X)
+            .lower(lowering_platforms=("cuda",))
+        )
+        run("xla")
+        with pytest.raises(ValueError, match="Nonsense GPU"):
+            run(None)
+
+
+@needs_plugin
+def test_a_gpu_that_is_here_is_asked(monkeypatch):
+    """Whatever its name."""
+
+    class Device:
+        device_kind, compute_capability = "Nonsense GPU", "8.6"
+
+    monkeypatch.setattr(jax, "local_devices", lambda backend: [Device])
+    pairs = jax.ShapeDtypeStruct((64, 8), jnp.int32)
+    args = jax.ShapeDtypeStruct((512, 16), jnp.bfloat16), pairs, jax.ShapeDtypeStruct((64, 8), jnp.float32)
+    for kind in (None, "Nonsense GPU"):
+        assert ferrum_jax.kernels.target_capability(kind) == 86
+        choice = ferrum_jax.which(ferrum_jax.moe_combine, *args, platform="cuda", device_kind=kind)
+        assert (choice.implementation, choice.passed_over["xla"]) == ("triton", "triton comes first")
+    assert ferrum_jax.kernels.target_capability("NVIDIA H200") == 90
+    monkeypatch.setattr(Device, "compute_capability", "6.1")
+    choice = ferrum_jax.which(ferrum_jax.moe_combine, *args, platform="cuda")
+    assert choice.implementation == "xla"
+    assert "6.1" in choice.passed_over["triton"]
 
 
 def test_an_older_jax_than_pallas_needs_is_refused_by_version(monkeypatch):
@@ -119,7 +272,7 @@ def test_the_gradient_of_dispatch_by_its_size(tokens, taken):
     )
     choose = functools.partial(ferrum_jax.kernels.choose, "moe_collect", None, (g, slots, pairs), {}, "cuda")
     assert choose("NVIDIA H100 80GB HBM3").implementation == taken
-    assert choose("NVIDIA A100-SXM4-80GB").implementation == ("triton" if taken == "pallas" else taken)
+    assert choose("NVIDIA A100-SXM4-80GB").implementation == "triton"  # of which nothing was measured
 
 
 @needs_plugin
@@ -129,12 +282,10 @@ def test_the_weighted_sum_by_its_size(pairs, taken):
     choice = chosen(ferrum_jax.weighted_sum_batched, (*pairs, 16), pairs)
     assert choice.implementation == taken
     assert "T*K" in choice.passed_over["triton"]
-    # A GPU without that kernel takes the next: no word of a measurement then.
-    old = chosen(ferrum_jax.weighted_sum_batched, (*pairs, 16), pairs, device_kind="NVIDIA A100-SXM4-80GB")
-    assert old.implementation == ("xla" if taken == "xla" else "triton")
-    if taken == "pallas":
-        assert old.passed_over["xla"] == "triton comes first"
-        assert "compute capability" in old.passed_over["pallas"]
+    # What was measured on one GPU says nothing of another: no word of a measurement then.
+    for gpu in ("NVIDIA A100-SXM4-80GB", "NVIDIA B200"):
+        other = chosen(ferrum_jax.weighted_sum_batched, (*pairs, 16), pairs, device_kind=gpu)
+        assert (other.implementation, other.passed_over["xla"]) == ("triton", "triton comes first")
 
 
 @needs_plugin
@@ -188,7 +339,7 @@ def test_the_grouped_product_by_the_rows_of_an_expert(rows, packed, activation, 
         return ferrum_jax.which(product, *operands, *tables, platform="cuda", device_kind=gpu).implementation
 
     assert which("bfloat16", "NVIDIA H200") == taken
-    assert which("bfloat16", "NVIDIA B200") == ("triton" if taken == "pallas" else taken)
+    assert which("bfloat16", "NVIDIA B200") == "triton"
     assert which("float32", "NVIDIA H200") == ("triton" if taken == "pallas" else taken)
 
 

@@ -266,6 +266,11 @@ def test_an_expert_is_read_where_it_lies_if_its_rows_lie_together():
     low, high, apart = grouped._ranges(slots, owner, 1, 5, 11, 1)
     assert apart.tolist() == [0, 1, 0, 1, 1]
     assert list(zip(low.tolist(), high.tolist(), strict=True)) == [(2, 5), (4, 8), (0, 0), (10, 12), (12, 15)]
+    # The same after a block of no expert, behind which there may be more of one expert: apart, if only maybe so.
+    holed = jnp.array([0, grouped.HOLE, 1, 1, 2, 2, grouped.END, grouped.END])
+    after = jnp.array([[0, 1], [2, 3], [4, 5], [6, 7], [8, -1], [9, 10], [0, 1], [2, 3]])
+    low, high, apart = grouped._ranges(after, holed, 1, 5, 11, 1)
+    assert [x.tolist() for x in (low, high, apart)] == [[0, 4, 8, 0, 0], [2, 8, 11, 0, 0], [0, 1, 0, 0, 0]]
     # Blocks of which the last slots are none, one's rows going on in the next's.
     padded = jnp.array([[2, 3, 4, -1], [5, 6, -1, -1]])
     assert [x.tolist() for x in grouped._ranges(padded, jnp.zeros(2, jnp.int32), 1, 1, 11, 1)] == [[2], [7], [0]]

@@ -122,6 +122,18 @@ def test_other_numbers_of_devices():
             np.testing.assert_allclose(g, w, rtol=1e-6)
 
 
+@pytest.mark.parametrize("shardy", [None, True, False])
+def test_a_jax_without_the_flag_of_shardy_divides_programs(shardy, monkeypatch):
+    """None: its partitioner is then the only one, and the flag is gone. Off, it is the other one, which cannot."""
+    if shardy is None:
+        monkeypatch.delattr(type(jax.config), "jax_use_shardy_partitioner")
+    else:
+        monkeypatch.setattr(type(jax.config), "jax_use_shardy_partitioner", shardy)
+    x = jax.device_put(np.zeros((4, 8), np.float32), NamedSharding(mesh_of(2), P("d")))
+    text = jax.jit(lambda x: ferrum_jax.route_topk_softmax(x, 2)).lower(x).as_text()
+    assert ("CustomSPMDPartitioning" in text) == (shardy is not False)
+
+
 def test_programs_without_devices_and_exported_ones():
     f = jax.jit(lambda x: tuple(ferrum_jax.route_topk_softmax(x, 2)))
     logits = rng("e").normal(size=(8, 6)).astype(np.float32)

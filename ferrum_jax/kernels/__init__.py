@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from .targets import target_capability as target_capability
+
 IMPLEMENTATIONS = ("xla", "triton", "pallas")
 
 _COMBINE = (
@@ -59,11 +61,11 @@ def _many_rows(shapes: Sequence[tuple[int, ...]], params: Mapping[str, Any]) -> 
     return shapes[0][-2] * params.get("top_k", 1) >= 96 * shapes[1][-3]
 
 
-# Where the first kernel of KERNELS that can run is not taken first. From times of `python -m ferrum_jax bench` in
-# microseconds, xla/triton/pallas, bfloat16, jax 0.11.2, Triton 3.6.0: on one NVIDIA H100 80GB HBM3, 2026-11-25 and
-# 26, or, where it says so, on one NVIDIA H200, 2026-11-26; at the K=8 and H=2048 of Qwen3 unless said. Between two
-# sizes that were measured, the nearer decides. Where xla is as fast as a kernel, within 2%, it comes first: it can
-# also fuse what stands around the op.
+# Where the first kernel of KERNELS that can run is not taken first: on Hopper GPUs. Of others nothing was measured.
+# From times of `python -m ferrum_jax bench` in microseconds, xla/triton/pallas, bfloat16, jax 0.11.2, Triton 3.6.0: on
+# one NVIDIA H100 80GB HBM3, 2026-11-25 and 26, or, where it says so, on one NVIDIA H200, 2026-11-26; at the K=8 and
+# H=2048 of Qwen3 unless said. Between two sizes that were measured, the nearer decides. Where xla is as fast as a
+# kernel, within 2%, it comes first: it can also fuse what stands around the op.
 _LARGE_PACKED = Measured(
     "pallas",
     "packed rows, 96 an expert and more",
@@ -126,12 +128,6 @@ MEASURED: Mapping[str, Sequence[Measured]] = {
     "grouped_outer": (Measured("pallas", "every size tried", lambda shapes, params: True),),
 }
 
-# Compute capability by the GPU's name, for a GPU that is named but not there: the first of these that it contains.
-_CAPABILITIES = {
-    "Quadro RTX": 75, "Ada": 89, "B300": 103, "B200": 100, "GH200": 90, "H200": 90, "H100": 90, "H800": 90, "H20": 90,
-    "L40": 89, "L4": 89, "RTX 40": 89, "RTX 50": 120, "RTX PRO": 120, "A100": 80, "A30": 80, "A10": 86, "T4": 75,
-}  # fmt: skip
-
 
 class Choice(NamedTuple):
     """An implementation's name, and for each other one why it is passed over."""
@@ -154,14 +150,15 @@ def choose(
     An op made of others can be run as those, of which each then chooses for itself: that is its "xla". What refuses it
     whatever its parameters are refuses those too.
     """
-    reasons = {name: _refusal(name, op, operands, params, platform, device_kind) for name in KERNELS}
+    capability = _capability(op, asked, platform, device_kind)
+    reasons = {name: _refusal(name, op, operands, params, platform, capability) for name in KERNELS}
     if asked and reasons.get(asked):
-        if not made_of_ops or _refusal(asked, op, operands, {}, platform, device_kind):
+        if not made_of_ops or _refusal(asked, op, operands, {}, platform, capability):
             raise NotImplementedError(f"{op}: implementation={asked!r} cannot be used: {reasons[asked]}")
         asked = "xla"
     order, where = (*KERNELS, "xla"), ""
     if not asked and platform == "cuda":
-        order, where = _order(op, operands, params)
+        order, where = _order(op, operands, params, capability)
     taken = asked or next(name for name in order if not reasons.get(name))
     why = "was asked for" if asked else "comes first"
     if where and taken == order[0] and not asked:
@@ -170,10 +167,27 @@ def choose(
     return Choice(taken, others)
 
 
-def _order(op: str, operands: Sequence[Any], params: Mapping[str, Any]) -> tuple[tuple[str, ...], str]:
-    """The implementations, best first, and where that was measured; kernels first where they are interpreted."""
+def _capability(op: str, asked: str | None, platform: str, device_kind: str | None) -> int | None:
+    """The target GPU's; None where none is known or none counts. To lower xla, its name need not be known."""
+    if platform != "cuda" or _interpreting.value or not served(op):
+        return None
+    try:
+        return target_capability(device_kind)
+    except ValueError:
+        if device_kind or asked != "xla":
+            raise
+        return None
+
+
+def _order(
+    op: str, operands: Sequence[Any], params: Mapping[str, Any], capability: int | None
+) -> tuple[tuple[str, ...], str]:
+    """The implementations, best first, and where that was measured: for Hopper, which counts where no GPU is known.
+
+    Kernels are first where they are interpreted.
+    """
     usual, shapes = (*KERNELS, "xla"), [x.shape for x in operands]
-    if _interpreting.value or _symbolic(operands, params):
+    if capability not in (90, None) or _interpreting.value or _symbolic(operands, params):
         return usual, ""
     for first, where, holds in MEASURED.get(op, ()):
         if holds(shapes, params):
@@ -199,7 +213,7 @@ def _refusal(
     operands: Sequence[Any],
     params: Mapping[str, Any],
     platform: str,
-    device_kind: str | None,
+    capability: int | None,
 ) -> str | None:
     if platform != "cuda" and not _interpreting.value:
         return f"it runs on NVIDIA GPUs, and this is lowered for {platform} (see ferrum_jax.interpret_kernels)"
@@ -209,13 +223,15 @@ def _refusal(
     if _symbolic(operands, params):
         return "a kernel's grid and blocks are made for sizes that are numbers, and there are symbolic ones"
     if backend == "triton":
+        if capability is not None and capability < 70:
+            return f"it needs a Volta GPU or a newer one; the target's compute capability is {capability / 10}"
         for package in ["triton"] if _interpreting.value else ["triton", "jax_triton"]:
             try:
                 importlib.import_module(package)
             except Exception as error:  # jax-triton 0.3 fails in its own ways where JAX's CUDA plugin is not installed
                 return f"{package} cannot be imported ({error}): pip install '.[cuda]' from a clone"
     if backend == "pallas":
-        reason = importlib.import_module(f"{__name__}.pallas").refuse(device_kind, _interpreting.value, family)
+        reason = importlib.import_module(f"{__name__}.pallas").refuse(capability, _interpreting.value, family)
         if reason:
             return reason
     refuse = getattr(importlib.import_module(f"{__name__}.{backend}.{family}"), "refuse", None)
@@ -235,20 +251,6 @@ def served(op: str) -> bool:
 
 def _family(backend: str, op: str) -> str | None:
     return next((file for file, ops in KERNELS[backend].items() if op in ops), None)
-
-
-def target_capability(device_kind: str | None = None) -> int | None:
-    """90 for compute capability 9.0: that of the GPU of this name, or of the one that the mesh names, or that is here.
-
-    A GPU that is not here and whose name is not known counts as Hopper's, 90. None: nothing names one.
-    """
-    mesh_device = jax.sharding.get_abstract_mesh().abstract_device
-    kind = device_kind or (mesh_device.device_kind if mesh_device else None)
-    with contextlib.suppress(RuntimeError):  # no CUDA backend on this host
-        here = jax.local_devices(backend="cuda")[0]
-        if kind is None or kind == here.device_kind:
-            return int(here.compute_capability.replace(".", ""))
-    return next((c for name, c in _CAPABILITIES.items() if name in kind), 90) if kind else None
 
 
 def lead_axes(*operands: tuple[Any, int]) -> tuple[int, ...]:

@@ -16,18 +16,18 @@ import numpy as np
 from jax import lax
 
 from .. import lead_axes as lead_axes
-from .. import target_capability
 
 NEEDS_JAX = (0, 11, 2)
 WGMMA = ("grouped",)  # the files whose kernels are for compute capability 9.0 and no other
 THREADS = 128  # a warpgroup, which is what a block of these kernels is
 
 
-def refuse(device_kind: str | None, interpreting: bool, family: str) -> str | None:
-    """Why no Pallas kernel of this file can be used, whichever it is."""
+def refuse(capability: int | None, interpreting: bool, family: str) -> str | None:
+    """Why no Pallas kernel of this file can be used, whichever it is, on a GPU of this compute capability."""
     if jax.__version_info__ < NEEDS_JAX:
         return f"it needs jax >= {'.'.join(map(str, NEEDS_JAX))}; this is jax {jax.__version__}"
-    capability = 90 if interpreting else target_capability(device_kind)
+    if interpreting:
+        return None
     if capability is None:
         return "no target GPU is known: there is none here, and no abstract mesh names one (AbstractDevice.device_kind)"
     if capability < 90:

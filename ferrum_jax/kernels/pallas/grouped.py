@@ -34,6 +34,7 @@ TILES = {16: (32, False), 80: (96, False), 640: (144, True), math.inf: (160, Fal
 TIMED = 640  # up to which mean the choices were timed with an activation, and in the transposed form
 COMPARED = 2**25  # up to here each eight rows are compared with each slot: one launch in place of three
 CHUNK = 32  # slots of a tile that are stored at a time
+HOLE, END = -1, -2  # owners of blocks that do not count
 
 
 # ---- activations
@@ -62,9 +63,9 @@ ACTIVATIONS = {
 
 
 def product(
-    lhs, gathered, rhs, tiles, count, low, high, apart, names, holes, weights, out,
+    lhs, gathered, rhs, tiles, count, low, high, apart, names, owners, holes, weights, out,
     rows, matrix, stage, edge, zero, full, empty,
-    *, TRANSPOSED, STEPS, STAGES, ROWS, CHUNK, GRID, EXPERTS, PAIRS, ACTIVATION,
+    *, TRANSPOSED, STEPS, STAGES, ROWS, CHUNK, GRID, EXPERTS, PAIRS, BLOCK, ACTIVATION,
     LHS_SLICE, OUT_SLICE, RHS_SLICE,
 ):  # fmt: skip
     # out[r] = lhs[r] @ rhs[e]: a block owns in turn tiles of COLUMNS columns by up to ROWS rows of an expert, and makes
@@ -239,6 +240,8 @@ def product(
                         @each(8)
                         def _(j):
                             inside = (row + j >= begin) & (row + j < end)
+                            block = jnp.where(inside & gathers, lax.div(row + j, jnp.int32(BLOCK)), 0)
+                            inside &= ~gathers | (owners[block] == owner)
                             name = jnp.where(gathers, names[jnp.where(inside & gathers, row + j, 0)], row + j)
 
                             @pl.when(inside & (name >= 0) & (name < PAIRS))
@@ -282,15 +285,16 @@ def put_row(row, out, index, column):
 def gather(lhs, slots, owners, apart, out, buffer, full, *, EXPERTS, PAIRS, LHS_SLICE, TOP_K):
     # out[i] = lhs[slot i // TOP_K], zeros where slot i names no row: a block owns a table block by a buffer's columns
     # and copies eight rows at a time. TMA gives zeros for a row beyond the last. Only blocks of experts whose rows are
-    # apart are written.
+    # apart are written, and zeros to those of no expert, which may stand between them.
     parts, _, columns = buffer.shape
     block, chunk = split(lax.axis_index("program"), pl.cdiv(out.shape[1], parts * columns))
 
     owner = owners[block]
 
-    @pl.when((owner >= 0) & (apart[jnp.maximum(owner, 0)] != 0))
+    @pl.when((owner == HOLE) | ((owner >= 0) & (apart[jnp.maximum(owner, 0)] != 0)))
     def _():
         start = lax.div(owner, jnp.int32(EXPERTS)) * LHS_SLICE
+        pairs = jnp.where(owner >= 0, PAIRS, 0)
 
         @each(slots.shape[1] // 8)
         def _(eight):
@@ -300,7 +304,7 @@ def gather(lhs, slots, owners, apart, out, buffer, full, *, EXPERTS, PAIRS, LHS_
             @each(8)
             def _(j):
                 name = slots[block, eight * 8 + j]
-                row = jnp.where((name >= 0) & (name < PAIRS), start + lax.div(name, jnp.int32(TOP_K)), lhs.shape[0])
+                row = jnp.where((name >= 0) & (name < pairs), start + lax.div(name, jnp.int32(TOP_K)), lhs.shape[0])
                 for part in range(parts):
                     plgpu.copy_gmem_to_smem(lhs.at[pl.ds(row, 1), across[part]], buffer.at[part, pl.ds(j, 1)], full)
 
@@ -427,13 +431,16 @@ def outer(
 
 
 def _blocks(tables, lead, num_experts):
-    """Slots as [blocks of them, slots], and per block its matrix, slice * num_experts + expert; -1 if it counts not."""
+    """Slots as [blocks of them, slots], and per block its matrix, slice * num_experts + expert; HOLE if it is of no
+    expert, and negative too, END, if it is past the total.
+    """
     slots, blocks, total = (jnp.broadcast_to(t, (*lead, *t.shape[len(lead) :])) for t in tables)
     slots, blocks, total = (jnp.reshape(t, (math.prod(lead), -1)) for t in (slots, blocks, total))
     size = slots.shape[1] // blocks.shape[1]
     starts = lax.broadcasted_iota(jnp.int32, blocks.shape, 1) * size
-    counts = (blocks >= 0) & (blocks < num_experts) & (starts < total)
-    owner = jnp.where(counts, lax.broadcasted_iota(jnp.int32, blocks.shape, 0) * num_experts + blocks, -1)
+    matrix = lax.broadcasted_iota(jnp.int32, blocks.shape, 0) * num_experts + blocks
+    owner = jnp.where((blocks >= 0) & (blocks < num_experts), matrix, HOLE)
+    owner = jnp.where(starts < total, owner, END)
     parts = next(n for n in range(pl.cdiv(size, PART), size + 1) if size % (8 * n) == 0 or n * 8 >= size)
     part = _up(pl.cdiv(size, parts), 8)
     slots = jnp.reshape(slots, (-1, size))
@@ -474,7 +481,8 @@ def _ranges(slots, owner, num_slices, num_experts, num_pairs, top_k):
     live, last, first = _runs(slots, owner, num_pairs)
     block, size = lax.iota(jnp.int32, owner.size), slots.shape[1]
     goes_on = jnp.pad(first[:-1] + live[:-1] == first[1:], (1, 0))
-    goes_on |= owner != jnp.pad(owner[:-1], (1, 0), constant_values=-2)
+    before = jnp.pad(owner[:-1], (1, 0), constant_values=END)
+    goes_on |= (owner != before) & (before != HOLE)  # before which there may be more of the owner's
     breaks = ((first < 0) | ~goes_on).astype(jnp.int32) if top_k == 1 else jnp.ones_like(owner)
     wide = num_slices, num_experts, owner.size // num_slices
     spread = lambda x: jnp.broadcast_to(jnp.reshape(x, (num_slices, 1, -1)), wide)  # noqa: E731
@@ -599,7 +607,7 @@ def _product(lhs, rhs, tables, top_k, dtype, transposed=False, row_weights=None,
         row_weights = _weights(row_weights, lead, slots, num_slices, num_pairs, out_slice, most)
     (out,) = launch(
         product,
-        *(lhs, gathered, rhs, tiles, count, low, high, apart, jnp.reshape(slots, -1), holes, row_weights),
+        *(lhs, gathered, rhs, tiles, count, low, high, apart, jnp.reshape(slots, -1), owner, holes, row_weights),
         out=[((num_slices * out_slice, columns), dtype)],
         grid=grid,
         warpgroups=3,
@@ -620,6 +628,7 @@ def _product(lhs, rhs, tables, top_k, dtype, transposed=False, row_weights=None,
         GRID=grid,
         EXPERTS=num_experts,
         PAIRS=num_pairs,
+        BLOCK=slots.shape[1],
         ACTIVATION=ACTIVATIONS[activation] if activation else None,
         LHS_SLICE=lhs_slice,
         OUT_SLICE=out_slice,

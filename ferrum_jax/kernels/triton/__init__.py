@@ -13,10 +13,16 @@ from types import ModuleType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from .. import lead_axes as lead_axes
 from .. import target_capability as target_capability
+
+
+def capability() -> int:
+    """The compute capability that is compiled for: Hopper's where nothing names another."""
+    return target_capability() or 90
 
 
 def launch(
@@ -47,7 +53,7 @@ def launch(
             name=f"ferrum_{kernel.__name__}",
             grid=(grid,),
             num_warps=num_warps,
-            compute_capability=target_capability() or 90,
+            compute_capability=capability(),
             **options,
             **constants,
         )
@@ -68,12 +74,12 @@ def interpreted(family: str) -> ModuleType:
     with _second_triton():
         if name not in sys.modules:
             package = sys.modules[name] = ModuleType(name)
-            shared = {"lead_axes": lead_axes, "target_capability": target_capability}
-            vars(package).update(__path__=__path__, launch=_interpret, **shared)
+            vars(package).update(__path__=__path__, launch=_interpret, lead_axes=lead_axes, capability=capability)
         module = importlib.import_module(f"{name}.{family}")
         for other in [m for n, m in sys.modules.items() if n.startswith(f"{name}.")]:
             vars(other).update(jnp=np)
         _patch_language_once()
+        _patch_bfloat16()
     return module
 
 
@@ -88,6 +94,23 @@ def _patch_language_once() -> None:
     patch = interpreter._patch_lang
     vars(interpreter).update(_patch_lang=lambda function: interpreter._LangPatchScope())
     patch(types.SimpleNamespace(__globals__={"tl": language, "core": language.core}))
+
+
+def _patch_bfloat16() -> None:
+    """GPUs round float32 to the nearest bfloat16. Triton's interpreter cuts it off, and takes subnormals wrong."""
+    interpreter = sys.modules["triton.runtime.interpreter"]
+    convert = getattr(interpreter, "_convert_float", None)
+    if convert is None or convert.__module__ == __name__:
+        return  # another generation of it, or done before
+
+    def nearest(data: np.ndarray, given: Any, wanted: Any, *rounding: Any) -> np.ndarray:
+        if (given.name, wanted.name) == ("fp32", "bf16"):
+            return data.astype(jnp.bfloat16).view(np.uint16)
+        if (given.name, wanted.name) == ("bf16", "fp32"):
+            return data.view(jnp.bfloat16).astype(np.float32)
+        return convert(data, given, wanted, *rounding)
+
+    vars(interpreter).update(_convert_float=nearest)
 
 
 _second: dict[str, ModuleType] = {}

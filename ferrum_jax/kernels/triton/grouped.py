@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from . import launch, lead_axes, target_capability
-from .combine import first_at_least, large, whole
+from . import capability, launch, lead_axes
+from .combine import large, whole
 
 # Triton's interpreter multiplies the bits of bfloat16 as if they were integers: there, widen first.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -54,12 +54,19 @@ def activated(gate, up, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def name_rows(slots, owner, S: tl.constexpr, P: tl.constexpr, TOTAL: tl.constexpr, TILE: tl.constexpr):
-    # The slot that names each row. A program reads 4 bytes of each of TILE slots and writes 4 where the slot's row is.
-    # A row that no slot names keeps whatever the memory held: who reads it asks that slot whether it names the row.
+def name_rows(
+    slots, blocks, total, owner,
+    S: tl.constexpr, BLOCK: tl.constexpr, E: tl.constexpr, P: tl.constexpr, TOTAL: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    # The slot that names each row, of those that count: another that holds the same row must not stand in its place. A
+    # program reads 4 bytes of each of TILE slots and of their blocks, and writes 4 where the slot's row is. A row that
+    # no slot names keeps whatever the memory held: who reads it asks that slot whether it names the row.
     slot = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     row = tl.load(slots + slot, mask=slot < TOTAL, other=-1)
-    tl.store(owner + slot // S * P + row, (slot % S).to(tl.int32), mask=(row >= 0) & (row < P))
+    expert = tl.load(blocks + slot // BLOCK, mask=slot < TOTAL, other=-1)
+    live_slots = tl.load(total + slot // S, mask=slot < TOTAL, other=0)
+    counts = (expert >= 0) & (expert < E) & (slot % S // BLOCK * BLOCK < live_slots)
+    tl.store(owner + slot // S * P + row, (slot % S).to(tl.int32), mask=counts & (row >= 0) & (row < P))
 
 
 @triton.jit
@@ -156,19 +163,27 @@ def outer(
     lhs, g, slots, blocks, total, out,
     M: tl.constexpr, H: tl.constexpr, N: tl.constexpr, E: tl.constexpr, S: tl.constexpr, P: tl.constexpr,
     TOP_K: tl.constexpr, BLOCK: tl.constexpr, SHARED_LHS: tl.constexpr, SHARED_G: tl.constexpr,
-    STEPS: tl.constexpr, PRECISION: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr, TK: tl.constexpr,
+    SEEN: tl.constexpr, PRECISION: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr, TK: tl.constexpr,
 ):  # fmt: skip
     # out[e] = sum over e's slots s of lhs[s // TOP_K] x g[s]: a program owns TM by TN elements of one expert's matrix,
-    # finds the expert's blocks by halving, and walks along their slots, TK at a time. Without blocks it writes zeros.
+    # finds the expert's first and last block, and walks along the slots from one to the other, TK at a time. Without
+    # blocks it writes zeros. To find them it looks at every block, SEEN at a time: blocks of no expert may stand
+    # anywhere, so that there is no order to halve. Nor would halving be faster: its loads wait for each other.
     rows: tl.constexpr = (H + TM - 1) // TM
     columns: tl.constexpr = (N + TN - 1) // TN
     matrix = tl.program_id(0).to(tl.int64) // (rows * columns)
     tile = tl.program_id(0) % (rows * columns)
     slice_id, expert = matrix // E, (matrix % E).to(tl.int32)
     slots, blocks = slots + slice_id * S, blocks + slice_id * (S // BLOCK)
-    live = tl.minimum(tl.cdiv(tl.maximum(tl.load(total + slice_id), 0), BLOCK), S // BLOCK)
-    begin = first_at_least(blocks, expert, live, STEPS) * BLOCK
-    end = first_at_least(blocks, expert + 1, live, STEPS) * BLOCK
+    live_slots = tl.load(total + slice_id)
+    begins, ends = tl.full([SEEN], S, tl.int32), tl.zeros([SEEN], tl.int32)
+    for start in range(0, S // BLOCK, SEEN):
+        block = start + tl.arange(0, SEEN)
+        inside = (block < S // BLOCK) & (block * BLOCK < live_slots)
+        own = tl.load(blocks + block, mask=inside, other=-1) == expert
+        begins = tl.where(own, tl.minimum(begins, block * BLOCK), begins)
+        ends = tl.where(own, (block + 1) * BLOCK, ends)
+    begin, end = tl.min(begins, 0), tl.max(ends, 0)
     row, col = tile // columns * TM + tl.arange(0, TM), tile % columns * TN + tl.arange(0, TN)
     lhs += (0 if SHARED_LHS else slice_id * M * H) + row[None, :]
     g += (0 if SHARED_G else slice_id * P * N) + col[None, :]
@@ -190,23 +205,30 @@ def outer(
 
 # Most rows of a row tile -> TM is that or less, TN, TK, warps, stages. Decode: the matrices' bytes are the time, so
 # deep pipelines of them and few rows; middle: both count; prefill: the largest tile that the registers hold, because
-# each byte from L2 then serves the most products. Below 64 rows the product is made transposed. Which table: by how
-# operands are multiplied, 16 bits as they are ("half"), float32 rounded to TF32, or float32 in full ("ieee"). TF32's
-# tiles take as many bytes as those of 16 bits; they were compiled for Hopper without spills, and not timed.
+# each byte from L2 then serves the most products. Below 64 rows the product is made transposed. Which table: by who
+# multiplies. TF32's tiles take as many bytes as those of 16 bits. Where a warp multiplies by itself, operands take
+# registers, and there may be 99 KiB of shared memory. Only the tiles of warpgroups were timed, in 16 bits.
 TILES = {
-    "half": {16: (128, 64, 4, 4), 32: (128, 64, 4, 4), 64: (128, 64, 4, 4), 128: (256, 64, 8, 3)},
+    "warpgroups": {16: (128, 64, 4, 4), 32: (128, 64, 4, 4), 64: (128, 64, 4, 4), 128: (256, 64, 8, 3)},
     "tf32": {16: (128, 32, 4, 4), 32: (128, 32, 4, 4), 64: (128, 32, 4, 4), 128: (256, 32, 8, 3)},
-    "ieee": {16: (64, 32, 4, 3), 32: (64, 32, 4, 3)},  # no tensor cores: registers are the limit
+    "warps": {16: (64, 64, 4, 4), 32: (64, 64, 4, 4), 64: (128, 64, 4, 4), 128: (128, 64, 8, 3)},
+    "threads": {16: (64, 32, 4, 3), 32: (64, 32, 4, 3)},  # no tensor cores: registers are the limit
 }
-OUTER = {"half": (128, 128, 64, 8, 3), "tf32": (128, 128, 32, 8, 3), "ieee": (64, 64, 32, 4, 3)}  # TM and the others
+# TM, TN, TK, warps, stages
+OUTER = {"warpgroups": (128, 128, 64, 8, 3), "warps": (128, 128, 64, 8, 3), "tf32": (128, 128, 32, 8, 3)}
+OUTER_OF_THREADS = {4: (64, 64, 32, 4, 3), 2: (64, 64, 16, 4, 3)}  # by the bytes of an element: 2 are widened first
+WARPGROUPS = (90, 100, 103)  # the compute capabilities whose tensor cores read both operands from shared memory
 GROUP = 8
 HAVE_TF32 = 80, 90, 100, 103  # compute capabilities with TF32, and the shared memory for its tiles
 
 
-def _multiplied(dtype, precision):
-    if dtype != jnp.float32:
-        return "half"
-    return "tf32" if precision == "default" and (target_capability() or 90) in HAVE_TF32 else "ieee"
+def _multipliers(dtype, precision):
+    """Who multiplies: "threads" float32, and all where Triton has no tensor cores; else warps or warpgroups, or TF32."""
+    if dtype == jnp.float32:
+        return "tf32" if precision == "default" and capability() in HAVE_TF32 else "threads"
+    if capability() < 80:
+        return "threads"
+    return "warpgroups" if capability() in WARPGROUPS else "warps"
 
 
 def _product(lhs, rhs, tables, top_k, dtype, precision, transposed=False, row_weights=None, activation=None):
@@ -217,19 +239,21 @@ def _product(lhs, rhs, tables, top_k, dtype, precision, transposed=False, row_we
     num_rows, width = lhs.shape[-2:]
     num_experts, columns = rhs.shape[-3], rhs.shape[-2 if transposed else -1] // (2 if activation else 1)
     num_pairs, batch = num_rows * top_k, math.prod(lead)
-    multiplied = _multiplied(lhs.dtype, precision)
-    table = TILES[multiplied]
+    who = _multipliers(lhs.dtype, precision)
+    table = TILES[who]
     block = slots.shape[-1] // blocks.shape[-1]
     tm = min(max(16, triton.next_power_of_2(block)), max(table))
     tn, tk, warps, stages = table[tm]
     tn = tn // 2 if activation else tn
     (owner,) = launch(
         name_rows,
-        slots,
+        *(slots, blocks, total),
         out=[((*lead, num_pairs), jnp.int32)],
         grid=triton.cdiv(math.prod(slots.shape), 1024),
         num_warps=4,
         S=slots.shape[-1],
+        BLOCK=block,
+        E=num_experts,
         P=num_pairs,
         TOTAL=math.prod(slots.shape),
         TILE=1024,
@@ -258,8 +282,8 @@ def _product(lhs, rhs, tables, top_k, dtype, precision, transposed=False, row_we
         SHARED_LHS=shared_lhs,
         SHARED_RHS=shared_rhs,
         TRANSPOSED=transposed,
-        SWAPPED=tm < 64 and multiplied != "ieee",
-        PRECISION="tf32" if multiplied == "tf32" else "ieee",
+        SWAPPED=tm < 64 and who != "threads",
+        PRECISION="tf32" if who == "tf32" else "ieee",
         PARTS=parts,
         TILES=tiles,
         PROGRAMS=programs,
@@ -285,13 +309,26 @@ def grouped_matmul_transposed(g, rhs, *tables, dtype, packed_rows, precision):
     return _product(g, rhs, tables, 1, jnp.dtype(dtype), precision, transposed=True)
 
 
+def _counting(slots, blocks, total, num_experts):
+    """The slots, -1 in blocks that do not count: of these there may be some between an expert's others.
+
+    Done once here, it is not done in the loop of every program.
+    """
+    by_block = jnp.reshape(slots, (*blocks.shape, -1))
+    starts = jnp.arange(blocks.shape[-1], dtype=jnp.int32) * by_block.shape[-1]
+    starts = jnp.broadcast_to(jnp.reshape(starts, (*(1 for _ in total.shape), -1)), blocks.shape)
+    counts = (blocks >= 0) & (blocks < num_experts) & (starts < total[..., None])
+    return jnp.reshape(jnp.where(counts[..., None], by_block, -1), slots.shape)
+
+
 def grouped_outer(lhs, g, *tables, top_k, num_experts, packed_rows, precision):
     lead = lead_axes((lhs, 2), (g, 2), *zip(tables, (1, 1, 0), strict=True))
     slots, blocks, total = (whole(table, lead) for table in tables)
+    slots = _counting(slots, blocks, total, num_experts)
     (lhs, shared_lhs), (g, shared_g) = large(lhs, lead), large(g, lead)
     (num_rows, height), (num_pairs, width) = lhs.shape[-2:], g.shape[-2:]
-    multiplied = _multiplied(lhs.dtype, precision)
-    tm, tn, tk, warps, stages = OUTER[multiplied]
+    who = _multipliers(lhs.dtype, precision)
+    tm, tn, tk, warps, stages = OUTER_OF_THREADS[lhs.dtype.itemsize] if who == "threads" else OUTER[who]
     return launch(
         outer,
         *(lhs, g, slots, blocks, total),
@@ -309,8 +346,8 @@ def grouped_outer(lhs, g, *tables, top_k, num_experts, packed_rows, precision):
         BLOCK=slots.shape[-1] // blocks.shape[-1],
         SHARED_LHS=shared_lhs,
         SHARED_G=shared_g,
-        STEPS=blocks.shape[-1].bit_length() + 1,
-        PRECISION="tf32" if multiplied == "tf32" else "ieee",
+        SEEN=min(triton.next_power_of_2(blocks.shape[-1]), 4096),
+        PRECISION="tf32" if who == "tf32" else "ieee",
         TM=tm,
         TN=tn,
         TK=tk,

@@ -1,0 +1,120 @@
+"""jax.linear_transpose of the products: in one operand at a time, or the error says so."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import rng
+
+from ferrum_jax import combine, grouped
+
+T, K, R, H, E, N = 3, 2, 6, 4, 2, 5
+PAIRS = np.array([[0, 5], [2, -1], [1, 6]], np.int32)
+TABLES = np.array([2, 0, 6, 1, 4, -1], np.int32), np.array([0, 1], np.int32), np.int32(6)
+rows, weights, tokens, slots = (R, H), (T, K), (T, H), (T, K, H)
+lhs, rhs, out = (R, H), (E, H, N), (R, N)
+PRODUCT = {"dtype": "float32", "packed_rows": False}
+
+# op, the shapes of the operands in each of which it is linear, the others, the parameters
+BILINEAR = {
+    "moe_combine": (combine._combine, (rows, weights), (PAIRS,), {"unique_rows": True}),
+    "moe_spread": (combine._spread, (tokens, weights), (PAIRS,), {"num_rows": R, "unique_rows": True}),
+    "moe_row_dot": (combine._row_dot, (rows, tokens), (PAIRS,), {"unique_rows": True}),
+    "weighted_sum_batched": (combine._weighted_sum, (slots, weights), (), {}),
+    "slot_scale": (combine._slot_scale, (tokens, weights), (), {}),
+    "slot_dot": (combine._slot_dot, (slots, tokens), (), {}),
+    "grouped_matmul": (grouped._matmul, (lhs, rhs), TABLES, {"top_k": 1, **PRODUCT}),
+    "grouped_matmul_transposed": (grouped._transposed, (out, rhs), TABLES, PRODUCT),
+    "grouped_outer": (grouped._outer, (lhs, out), TABLES, {"top_k": 1, "num_experts": E, "packed_rows": False}),
+}
+
+
+def normal(name, *shapes):
+    return [jnp.asarray(rng(name, i).normal(size=shape).astype(np.float32)) for i, shape in enumerate(shapes)]
+
+
+def inner(xs, ys):
+    return sum(jnp.vdot(x, y) for x, y in zip(jax.tree.leaves(xs), jax.tree.leaves(ys), strict=True))
+
+
+def check(f, operands, chosen):
+    """<cotangent, f(operands)> is the same as <transpose of f in the chosen operand (cotangent), that operand>."""
+
+    @jax.jit
+    def both(*operands):
+        def of_one(x):
+            return f(*operands[:chosen], x, *operands[chosen + 1 :])
+
+        result = of_one(operands[chosen])
+        cotangent = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), result)
+        (transposed,) = jax.linear_transpose(of_one, operands[chosen])(cotangent)
+        return inner(cotangent, result), inner(transposed, operands[chosen])
+
+    np.testing.assert_allclose(*both(*operands), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", BILINEAR)
+def test_in_one_operand(name):
+    op, shapes, others, params = BILINEAR[name]
+    for chosen in (0, 1):
+        check(lambda x, y: op(x, y, *others, **params), normal(name, *shapes), chosen)
+
+
+@pytest.mark.parametrize("name", BILINEAR)
+def test_in_both_operands_at_once(name):
+    op, shapes, others, params = BILINEAR[name]
+    x, y = normal(name, *shapes)
+    f = lambda x, y: op(x, y, *others, **params)  # noqa: E731
+    first, second = (term.name for term in op.signature.operands[:2])
+    words = re.escape(f"{name}: it is linear in each of {first} and {second}, and not in both at once")
+    with pytest.raises(TypeError, match=words):
+        jax.linear_transpose(f, x, y)(f(x, y))
+
+
+def test_a_square_is_not_linear():
+    x = jnp.ones((T, H))
+    f = lambda x: combine._slot_dot(jnp.stack([x, x], 1), x)  # noqa: E731
+    with pytest.raises(TypeError, match=r"slot_dot: .* at once"):
+        jax.linear_transpose(f, x)(f(x))
+
+
+@pytest.mark.parametrize("chosen", range(3))
+def test_the_gradients_of_unique_rows(chosen):
+    """They come from one equation: both are linear in what comes from above, and one each in the rows and weights."""
+
+    def gradients(g, y, w):
+        of_rows, of_weights = jax.vjp(lambda y, w: combine._combine(y, w, PAIRS, unique_rows=True), y, w)[1](g)
+        return [(of_rows, of_weights), of_weights, of_rows][chosen]
+
+    check(gradients, normal("gradients", tokens, rows, weights), chosen)
+
+
+def test_what_is_linear_in_two_operands_together():
+    """The tangent of combine, in its rows and weights; and both gradients, in the same."""
+    y, w, dy, dw, g = normal("together", rows, weights, rows, weights, tokens)
+    f = functools.partial(combine._combine, unique_rows=True)
+    tangent = lambda y, w: jax.jvp(lambda y, w: f(y, w, PAIRS), (y, w), (dy, dw))[1]  # noqa: E731
+    gradients = lambda y, w: jax.vjp(lambda y, w: f(y, w, PAIRS), y, w)[1](g)  # noqa: E731
+    for linear in (tangent, gradients):
+        result = linear(y, w)
+        transposed = jax.linear_transpose(linear, y, w)(result)
+        np.testing.assert_allclose(inner(transposed, (y, w)), inner(result, result), rtol=1e-5)
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_a_product_with_weights(activation):
+    settings = {"activation": activation, "top_k": 1, **PRODUCT}
+    f = lambda x, w, weights: grouped._activated(x, w, *TABLES, weights, **settings)  # noqa: E731
+    x, w, scale = normal("weighted", lhs, (E, H, 2 * N), (R,))
+    check(f, (x, w, scale), 2)
+    for chosen in (0, 1):
+        if activation is None:
+            check(f, (x, w, scale), chosen)
+        else:
+            with pytest.raises(NotImplementedError, match=f"{('lhs', 'rhs')[chosen]}, in which an activation is not"):
+                check(f, (x, w, scale), chosen)
+    with pytest.raises(TypeError, match="linear in each of lhs, rhs and row_weights, and not in lhs and row_weights"):
+        jax.linear_transpose(lambda x, scale: f(x, w, scale), x, scale)(f(x, w, scale))
