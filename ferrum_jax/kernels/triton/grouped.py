@@ -223,7 +223,7 @@ HAVE_TF32 = 80, 90, 100, 103  # compute capabilities with TF32, and the shared m
 
 
 def _multipliers(dtype, precision):
-    """Who multiplies: "threads" float32, and all where Triton has no tensor cores; else warps or warpgroups, or TF32."""
+    """Who multiplies: threads, by float32 in full or where Triton has no tensor cores; else those, for whole groups."""
     if dtype == jnp.float32:
         return "tf32" if precision == "default" and capability() in HAVE_TF32 else "threads"
     if capability() < 80:
