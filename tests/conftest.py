@@ -80,10 +80,13 @@ collect_ignore = [] if "pallas" in KERNELS else ["test_pallas.py", "test_pallas_
 
 
 def implementations(*marks):
-    """xla on a CPU; the kernels interpreted on a CPU; and all on the GPU. All but the first have these marks too."""
+    """xla on a CPU; the kernels interpreted on a CPU; all on the GPU. All but the first have these marks too.
+
+    xla on a GPU is no kernel of the library's: a full run has it.
+    """
     interpreted = (pytest.param(f"{name}-interpreted", marks=[pytest.mark.interpreted, *marks]) for name in KERNELS)
-    on_gpu = (pytest.param(f"{name}-gpu", marks=[pytest.mark.gpu, *marks]) for name in ["xla", *KERNELS])
-    return ["xla", *interpreted, *on_gpu]
+    on_gpu = (pytest.param(f"{name}-gpu", marks=[pytest.mark.gpu, *marks]) for name in KERNELS)
+    return ["xla", *interpreted, *on_gpu, pytest.param("xla-gpu", marks=[pytest.mark.gpu, pytest.mark.full])]
 
 
 def run_by(param):

@@ -22,7 +22,7 @@ def full(*cases):
     return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.full) for case in cases]
 
 
-@pytest.fixture(params=["xla", *KERNELS])
+@pytest.fixture(params=[pytest.param("xla", marks=pytest.mark.full), *KERNELS])
 def name(request):
     return request.param
 
