@@ -1,7 +1,10 @@
 """The kernels without a GPU: compiled to machine code, exported, and interpreted against xla bit for bit."""
 
 import functools
+import pathlib
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -119,6 +122,37 @@ def test_one_process_interprets_and_compiles():
             ids = jax.jit(route)(x).expert_ids
         np.testing.assert_array_equal(ids, ferrum_jax.route_topk_softmax(x, 2).expert_ids)
         assert len(for_h200(route, x).launches) == 1
+
+
+WATCHED = """
+import importlib, os, sys, threading
+
+seen, done = set(), threading.Event()
+
+def watch():
+    while not done.is_set():
+        triton = importlib.import_module("triton")
+        kernel = triton.jit(importlib.import_module)
+        seen.add((triton is sys.modules.get("triton"), triton.__name__, triton.knobs.runtime.interpret,
+                  type(kernel).__name__, os.environ.get("TRITON_INTERPRET")))
+
+sys.setswitchinterval(1e-5)
+thread = threading.Thread(target=watch)
+thread.start()
+from ferrum_jax.kernels import triton as kernels
+interpreted = [kernels.interpreted(family) for family in ("combine", "grouped")]
+done.set()
+thread.join()
+assert interpreted[1].INTERPRETED.value
+print(seen)
+"""
+
+
+def test_other_threads_do_not_meet_the_interpreting_triton():
+    root = pathlib.Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", WATCHED], capture_output=True, text=True, cwd=root)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str({(True, "triton", False, "JITFunction", None)})
 
 
 def test_interpretation_ends_with_its_context():

@@ -1,14 +1,12 @@
 """The one launcher of the Triton kernels: both generations of jax-triton, the target GPU, and Triton's interpreter."""
 
-import contextlib
 import functools
 import importlib
 import inspect
-import os
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -17,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import lead_axes as lead_axes
-from .. import target_capability as target_capability
+from .. import target_capability
+from . import second
 
 
 def capability() -> int:
@@ -60,35 +59,29 @@ def launch(
     )
 
 
-# ---- the interpreter: a second copy of Triton and of the kernel files, because Triton decides at import whether it
-# interprets, and a process that does so cannot compile
+# ---- the interpreter, in a second copy of Triton and of the kernel files
 
 
 @functools.cache
 def interpreted(family: str) -> ModuleType:
-    """A copy of a kernel file whose wrappers take and return NumPy arrays, and run in Triton's interpreter.
-
-    Copies are modules of a package of their own, beside the one whose files they are read from.
-    """
-    name = f"{__name__}._interpreted"
-    with _second_triton():
-        if name not in sys.modules:
-            package = sys.modules[name] = ModuleType(name)
-            vars(package).update(__path__=__path__, launch=_interpret, lead_axes=lead_axes, capability=capability)
+    """A copy of a kernel file whose wrappers take and return NumPy arrays, and run in Triton's interpreter."""
+    own = {"launch": _interpret, "lead_axes": lead_axes, "capability": capability}
+    name = second.package(f"{__name__}._interpreted", __path__, **own).__name__
+    with _importing:
         module = importlib.import_module(f"{name}.{family}")
-        for other in [m for n, m in sys.modules.items() if n.startswith(f"{name}.")]:
+        for other in (m for n, m in list(sys.modules.items()) if n.startswith(f"{name}.") and hasattr(m, "jnp")):
             vars(other).update(jnp=np)
-        _patch_language_once()
-        _patch_bfloat16()
+        _patch_language_once(f"{name}.triton")
+        _patch_bfloat16(f"{name}.triton")
     return module
 
 
-def _patch_language_once() -> None:
+def _patch_language_once(triton: str) -> None:
     """Triton's interpreter patches its language anew for every call of a helper, which takes milliseconds.
 
     The second copy of the language serves nothing but the interpreter, so it is patched once, for good.
     """
-    interpreter, language = sys.modules["triton.runtime.interpreter"], sys.modules["triton.language"]
+    interpreter, language = sys.modules[f"{triton}.runtime.interpreter"], sys.modules[f"{triton}.language"]
     if not hasattr(interpreter, "_patch_lang") or not hasattr(interpreter, "_LangPatchScope"):
         return  # another generation of it: slower, and as right
     patch = interpreter._patch_lang
@@ -96,9 +89,9 @@ def _patch_language_once() -> None:
     patch(types.SimpleNamespace(__globals__={"tl": language, "core": language.core}))
 
 
-def _patch_bfloat16() -> None:
+def _patch_bfloat16(triton: str) -> None:
     """GPUs round float32 to the nearest bfloat16. Triton's interpreter cuts it off, and takes subnormals wrong."""
-    interpreter = sys.modules["triton.runtime.interpreter"]
+    interpreter = sys.modules[f"{triton}.runtime.interpreter"]
     convert = getattr(interpreter, "_convert_float", None)
     if convert is None or convert.__module__ == __name__:
         return  # another generation of it, or done before
@@ -113,32 +106,7 @@ def _patch_bfloat16() -> None:
     vars(interpreter).update(_convert_float=nearest)
 
 
-_second: dict[str, ModuleType] = {}
 _importing, _interpreter = threading.Lock(), threading.Lock()
-
-
-@contextlib.contextmanager
-def _second_triton() -> Iterator[None]:
-    """In here `import triton` finds the copy that interprets.
-
-    The compiled library is common to both copies.
-    """
-    of_triton = lambda n: n.split(".")[0] == "triton" and not n.startswith("triton._C")  # noqa: E731
-
-    def swap(modules: dict[str, ModuleType]) -> dict[str, ModuleType]:
-        taken = {name: sys.modules.pop(name) for name in list(sys.modules) if of_triton(name)}
-        sys.modules.update(modules)
-        return taken
-
-    with _importing:
-        flag, first = os.environ.get("TRITON_INTERPRET"), swap(_second)
-        os.environ["TRITON_INTERPRET"] = "1"
-        try:
-            yield
-        finally:
-            _second.update(swap(first))
-            del os.environ["TRITON_INTERPRET"]
-            os.environ.update({} if flag is None else {"TRITON_INTERPRET": flag})
 
 
 def _interpret(
