@@ -74,6 +74,7 @@ def interpreted(family: str) -> ModuleType:
         for other in [m for n, m in sys.modules.items() if n.startswith(f"{name}.")]:
             vars(other).update(jnp=np)
         _patch_language_once()
+        _round_to_nearest()
     return module
 
 
@@ -88,6 +89,21 @@ def _patch_language_once() -> None:
     patch = interpreter._patch_lang
     vars(interpreter).update(_patch_lang=lambda function: interpreter._LangPatchScope())
     patch(types.SimpleNamespace(__globals__={"tl": language, "core": language.core}))
+
+
+@functools.cache
+def _round_to_nearest() -> None:
+    """Triton's interpreter cuts a float32 off where it becomes bfloat16. A GPU rounds it to nearest, ties to even."""
+    interpreter = sys.modules["triton.runtime.interpreter"]
+    builder, language = interpreter.InterpreterBuilder, interpreter.tl
+    cast = builder.cast_impl
+
+    def cast_impl(self: Any, source: Any, dtype: Any) -> Any:
+        if (source.dtype.scalar, dtype.scalar) != (language.float32, language.bfloat16):
+            return cast(self, source, dtype)
+        return interpreter.TensorHandle(source.data.astype("bfloat16").view(np.uint16), dtype.scalar)
+
+    builder.cast_impl = cast_impl
 
 
 _second: dict[str, ModuleType] = {}
