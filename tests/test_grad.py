@@ -115,13 +115,13 @@ def test_the_tangent_of_combine_is_linear_in_each_operand():
     y, weights = np.nan_to_num(y), np.nan_to_num(weights)
     combine = lambda y, w: ferrum_jax.moe_combine(y, pairs, w, unique_rows=True)  # noqa: E731
     plain = lambda y, w: plain_combine(y, pairs, w)  # noqa: E731
-    zeros = jnp.zeros_like(y), jnp.zeros_like(weights)
+    zeros, others = (jnp.zeros_like(y), jnp.zeros_like(weights)), (y[::-1], weights[::-1])
     for by_rows in (True, False):
 
         def tangent(f, x, by_rows=by_rows):
             if by_rows:
-                return jax.jvp(f, (x, weights), (zeros[0], weights))[1]
-            return jax.jvp(f, (y, x), (y, zeros[1]))[1]
+                return jax.jvp(f, (x, weights), (zeros[0], others[1]))[1]
+            return jax.jvp(f, (y, x), (others[0], zeros[1]))[1]
 
         x = y if by_rows else weights
         got, want = (

@@ -141,11 +141,13 @@ def test_kernels_interpreted_over_a_batch():
                 np.testing.assert_allclose(got, w, rtol=1e-5, atol=1e-5)
 
 
-def test_one_expert_owns_all_rows(implementation):
-    ids = np.full((9, 2), 3, np.int32)
-    routing = ferrum_jax.moe_align_block_size_pair_ids(ids, 5, 4)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_expert_owns_all_rows(dtype, implementation):
+    """What its blocks, and a kernel's steps along its rows, add to its matrix' gradient is added in float32."""
+    ids = np.full((40, 2), 3, np.int32)
+    routing = ferrum_jax.moe_align_block_size_pair_ids(ids, 5, 64)
     r = rng("one")
-    args = rows(r, (9, 6), "float32"), rows(r, (5, 6, 7), "float32"), *map(np.asarray, routing)
+    args = rows(r, (40, 6), dtype), rows(r, (5, 6, 7), dtype), *map(np.asarray, routing)
     check(args, 2, implementation)
 
 

@@ -1,0 +1,464 @@
+"""Do the tests see what they are there to see? Each mutant is one small fault, and a test that must fail on it.
+
+`python -m tests.mutants` breaks copies of the package, a fault each, runs each fault's test there, and prints which
+test caught what. `--only WORD` takes the mutants with that word. Faults are silent where they can be: results of the
+right shapes, without an error. So a test has caught one if an assertion of its own failed, and nothing else.
+
+The exit status is 1 if a mutant survives, or if its text is not found once in its file, or if a test fails on the
+package as it is.
+"""
+
+import argparse
+import concurrent.futures
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+ROOT = next(folder for folder in Path(__file__).resolve().parents if (folder / "pyproject.toml").exists())
+AT_A_TIME = 2
+SECONDS = 120  # that a test may take
+
+
+class Mutant(NamedTuple):
+    """A fault in words; the text in a file of the package that is replaced; the test that catches it.
+
+    A test is named by its file, wherever under tests/ that stands, and its id.
+    """
+
+    fault: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+def values(case: str, by: str = "xla") -> str:
+    return f"test_values.py::test_matches_oracle[{by}-{case}]"
+
+
+INTERPRETED = "triton-interpreted"
+WIDE, MANY, FULL = "T7-E8-K2-H130-block16", "T9-E257-K10-H20-block8", "T7-E3-K3-H5-block2"
+IN_SUMS = "return jnp.sum(jnp.where(valid, weights[..., None] * taken, 0), axis=1).astype(rows.dtype)"
+UP = 'Tensor(f"experts.{{}}.{up}.weight", "w_gate_up", "F H", '
+
+MUTANTS = (
+    # ---- sums in 16 bits; jnp.sum and XLA's products would add those in float32
+    Mutant(
+        "combine adds in 16 bits",
+        "combine.py",
+        IN_SUMS,
+        "return sum(jnp.moveaxis(jnp.where(valid, weights[..., None] * taken, 0).astype(rows.dtype), 1, 0))",
+        values(f"moe_combine-bfloat16-{WIDE}"),
+    ),
+    Mutant(
+        "combine rounds each weighted row to 16 bits",
+        "combine.py",
+        IN_SUMS,
+        "return jnp.sum(jnp.where(valid, weights[..., None] * taken, 0).astype(rows.dtype), axis=1)",
+        values(f"moe_combine-float16-{WIDE}"),
+    ),
+    Mutant(
+        "the gradient of combine's weights rounds each product to 16 bits",
+        "combine.py",
+        "return jnp.sum(jnp.where(valid, taken * g[:, None].astype(jnp.float32), 0), axis=2)",
+        "return jnp.sum(lax.reduce_precision(jnp.where(valid, taken * g[:, None].astype('f4'), 0), 8, 7), axis=2)",
+        "test_grad.py::test_combine_against_oracle_with_garbage[xla-T7-E8-K2-H130-block4-True-bfloat16]",
+    ),
+    Mutant(
+        "the weighted sum adds in 16 bits",
+        "combine.py",
+        "lambda slots, weights: jnp.sum(weights[..., None] * slots.astype(jnp.float32), axis=1).astype(slots.dtype)",
+        "lambda slots, weights: sum(jnp.moveaxis((weights[..., None] * slots.astype('f4')).astype(slots.dtype), 1, 0))",
+        values(f"weighted_sum_batched-bfloat16-{WIDE}"),
+    ),
+    Mutant(
+        "the gradient of dispatch adds in 16 bits",
+        "combine.py",
+        "return _add_rows(rows.astype(jnp.float32), token, num_tokens).astype(rows.dtype)",
+        "return _add_rows(rows, token, num_tokens)",
+        "test_grad.py::test_dispatch_against_oracle[xla-False-bfloat16]",
+    ),
+    Mutant(
+        "the gradient of rows named twice adds in 16 bits",
+        "combine.py",
+        "return _add_rows(terms.reshape(pairs.size, -1), pairs.reshape(-1), num_rows).astype(g.dtype)",
+        "return _add_rows(terms.reshape(pairs.size, -1).astype(g.dtype), pairs.reshape(-1), num_rows)",
+        "test_grad.py::test_combine_against_oracle_with_garbage[xla-T7-E8-K2-H130-block4-False-bfloat16]",
+    ),
+    Mutant(
+        "the grouped product adds in 16 bits",
+        "grouped.py",
+        'rows = lax.dot_general(rows, matrix, contract, precision, preferred_element_type="float32")',
+        "rows, matrix = rows.T[..., None], (matrix.T if transposed else matrix)[:, None]; "
+        "rows = lax.fori_loop(1, len(rows), lambda h, sums: sums + rows[h] * matrix[h], rows[0] * matrix[0])",
+        values(f"grouped_matmul-bfloat16-{WIDE}"),
+    ),
+    Mutant(
+        "the gradient of the matrices adds blocks in 16 bits",
+        "grouped.py",
+        'return out.at[slice_id, expert].add(term, mode="promise_in_bounds")',
+        "return out.at[slice_id, expert].set(lax.reduce_precision(out[slice_id, expert] + term, 8, 7))",
+        "test_grouped.py::test_one_expert_owns_all_rows[xla-bfloat16]",
+    ),
+    Mutant(
+        "a token's gradient adds its choices in 16 bits",
+        "grouped.py",
+        "return jnp.sum(choices, axis=-2, dtype=jnp.float32).astype(lhs.dtype)",
+        "return sum(jnp.moveaxis(choices, -2, 0))",
+        f"test_grouped.py::test_values_and_gradients_with_garbage[xla-{MANY}-True-float16]",
+    ),
+    # ---- masks and bounds
+    Mutant(
+        "an index past the last row takes that row",
+        "combine.py",
+        "valid = (index >= 0) & (index < rows.shape[0])",
+        "valid = index >= 0",
+        values(f"moe_combine-float32-{FULL}"),
+    ),
+    Mutant(
+        "combine skips pairs without a row by a factor of 0",
+        "combine.py",
+        IN_SUMS,
+        "return jnp.sum(valid.astype('f4') * weights[..., None] * taken, axis=1).astype(rows.dtype)",
+        values(f"moe_combine-float32-{FULL}"),
+    ),
+    Mutant(
+        "the gradient of a row that nobody names is another row's",
+        "combine.py",
+        'return jnp.where(counts[:, None] > 0, sums.at[offsets[:-1]].get(mode="clip"), 0)',
+        'return sums.at[offsets[:-1]].get(mode="clip")',
+        "test_grad.py::test_many_rows_of_one_token[xla]",
+    ),
+    Mutant(
+        "the padding of a block reads row 0",
+        "grouped.py",
+        "return jnp.where(named[:, None], rows, 0)",
+        "return rows",
+        f"test_grouped.py::test_values_and_gradients_with_garbage[xla-{WIDE}-True-float32]",
+    ),
+    # ---- transposes and derivatives
+    Mutant(
+        "a transpose of combine's tangent takes the weights for their tangent",
+        "_primitive.py",
+        "moved = {0: (0, 0, 3), 1: (1, 2, 1),",
+        "moved = {0: (0, 0, 1), 1: (1, 2, 1),",
+        "test_grad.py::test_the_tangent_of_combine_is_linear_in_each_operand",
+    ),
+    Mutant(
+        "the rows of a token's choices are taken for those of K tokens",
+        "grouped.py",
+        "choices = rows.reshape(*rows.shape[:-2], lhs.shape[-2], top_k, rows.shape[-1])\n"
+        "    return jnp.sum(choices, axis=-2,",
+        "choices = rows.reshape(*rows.shape[:-2], top_k, lhs.shape[-2], rows.shape[-1])\n"
+        "    return jnp.sum(choices, axis=-3,",
+        f"test_grouped.py::test_values_and_gradients_with_garbage[xla-{WIDE}-True-float32]",
+    ),
+    Mutant(
+        "the derivative of routing leaves out the sum that weights are divided by",
+        "routing.py",
+        "return jnp.where(constant, 0, weights * (change - mean))",
+        "return jnp.where(constant, 0, weights * change)",
+        "test_grad.py::test_routing_gradient_is_the_softmax_gradient[xla]",
+    ),
+    Mutant(
+        "all slices of a batch take the first one's matrices",
+        "grouped.py",
+        "return jnp.zeros_like(slice_id) if x.shape[0] == 1 else slice_id",
+        "return jnp.zeros_like(slice_id)",
+        "test_vmap.py::test_every_subset_and_axis[xla-grouped_matmul-pair_ids]",
+    ),
+    # ---- routing
+    Mutant(
+        "of equal logits the last is chosen",
+        "routing.py",
+        "return lax.top_k(rankable(x), top_k)[1].astype(jnp.int32)",
+        "return x.size - 1 - lax.top_k(rankable(x[::-1]), top_k)[1].astype(jnp.int32)",
+        values(f"route_topk_softmax-float32-{FULL}"),
+    ),
+    Mutant(
+        "-0 ranks below +0",
+        "routing.py",
+        "bits = jnp.where(bits == jnp.int32(-(2**31)), 0, bits)",
+        "bits = bits + 0",
+        values(f"route_topk_softmax-float32-{FULL}"),
+    ),
+    Mutant(
+        "weights are not normalised again",
+        "routing.py",
+        "total = jnp.sum(weights)\n",
+        "total = jnp.sum(jnp.exp(x - base))\n",
+        values(f"route_topk_softmax-float32-{WIDE}"),
+    ),
+    Mutant(
+        "a bias weighs, where it should only choose",
+        "routing.py",
+        "return ids, _weigh(x, ids, **weighing)",
+        "return ids, _weigh(x if bias is None else x + bias, ids, **weighing)",
+        "test_routing.py::test_a_bias_chooses_and_does_not_weigh",
+    ),
+    # ---- tables
+    Mutant(
+        "an expert's rows begin where they end",
+        "tables.py",
+        ".at[key + 1].add(1)[:-1]",
+        ".at[key].add(1)[:-1]",
+        values(f"moe_build_pairs_by_token-int32-{FULL}"),
+    ),
+    Mutant(
+        "the owner of a block is that of the next",
+        "tables.py",
+        "owner = jnp.cumsum(jnp.zeros(num_blocks + 1, jnp.int32).at[last].add(1), dtype=jnp.int32)[:-1]",
+        "owner = jnp.cumsum(jnp.zeros(num_blocks + 1, jnp.int32).at[last].add(1), dtype=jnp.int32)[1:]",
+        values(f"moe_align_block_size-int32-{FULL}"),
+    ),
+    Mutant(
+        "the sort of pairs is not stable",
+        "tables.py",
+        "order = lax.sort(key << bits | entry) & ((1 << bits) - 1)",
+        "order = ids.size - 1 - lax.sort(key << bits | (ids.size - 1 - entry)) & ((1 << bits) - 1)",
+        values(f"moe_build_pairs_by_token-int32-{FULL}"),
+    ),
+    Mutant(
+        "ids of 64 bits wrap",
+        "_signature.py",
+        "return xp.where(fits, ids.astype(xp.int32), xp.int32(-1))",
+        "return ids.astype(xp.int32)",
+        "test_values.py::test_numpy_ids_of_64_bits_do_not_wrap_without_x64",
+    ),
+    # ---- roundings
+    Mutant(
+        "bfloat16 products are not rounded before their activation",
+        "grouped.py",
+        'return "bfloat16" if dtype == "bfloat16" else "float32"',
+        'return "float32"',
+        "test_mlp.py::test_sixteen_bits_before_the_activation",
+    ),
+    Mutant(
+        "a float32 product of bfloat16 rows is rounded to 16 bits",
+        "grouped.py",
+        'return out.at[slice_id, row].set(rows.astype(dtype), mode="drop")',
+        'return out.at[slice_id, row].set(rows.astype(lhs.dtype).astype(dtype), mode="drop")',
+        "test_grouped.py::test_preferred_element_type[xla-float32]",
+    ),
+    # ---- around the ops
+    Mutant(
+        "shards of a sum are not added across devices",
+        "_primitive.py",
+        "return (jax.lax.psum(part.astype(jnp.float32), over) if over else part).astype(dtype)",
+        "return part.astype(dtype)",
+        "test_partitioning.py::test_products_are_added_across_devices_in_float32[False]",
+    ),
+    Mutant(
+        "a sender's rows go where they should end",
+        "parallel.py",
+        "start = jnp.minimum(end - counts, rows)",
+        "start = jnp.minimum(end, rows)",
+        "test_parallel.py::test_sizes_and_offsets[11-3]",
+    ),
+    Mutant(
+        "an expert takes one pair more than its capacity",
+        "capacity.py",
+        "kept = (rank >= 0) & (rank < capacity)",
+        "kept = (rank >= 0) & (rank <= capacity)",
+        f"test_capacity.py::test_values[{FULL}-token]",
+    ),
+    Mutant(
+        "the load-balancing loss does not divide by K",
+        "losses.py",
+        "return jnp.sum(counts / (n * choices) * (mass / n), axis=-1) * counts.shape[-1]",
+        "return jnp.sum(counts / n * (mass / n), axis=-1) * counts.shape[-1]",
+        "test_losses.py::test_even_load_and_definitions",
+    ),
+    Mutant(
+        "a checkpoint's up stands where gate belongs",
+        "checkpoint.py",
+        f'"F H", 0),\n        {UP}1)',
+        f'"F H", 1),\n        {UP}0)',
+        "test_checkpoint.py::test_the_block_is_that_of_the_model[mixtral]",
+    ),
+    # ---- Triton's kernels, in its interpreter
+    Mutant(
+        "Triton's product adds steps in 16 bits",
+        "kernels/triton/grouped.py",
+        "sums = dot(b.T, a.T, sums, PRECISION) if SWAPPED else dot(a, b, sums, PRECISION)\n",
+        "sums = dot(b.T, a.T, sums, PRECISION) if SWAPPED else dot(a, b, sums, PRECISION)\n"
+        "        sums = sums.to(lhs.dtype.element_ty).to(tl.float32)\n",
+        values(f"grouped_matmul-bfloat16-{WIDE}", INTERPRETED),
+    ),
+    Mutant(
+        "Triton's gradient of the matrices adds steps in 16 bits",
+        "kernels/triton/grouped.py",
+        "sums = dot(a.T, b, sums, PRECISION)",
+        "sums = dot(a.T, b, sums, PRECISION).to(out.dtype.element_ty).to(tl.float32)",
+        f"test_grouped.py::test_one_expert_owns_all_rows[{INTERPRETED}-bfloat16]",
+    ),
+    Mutant(
+        "Triton's gradient of dispatch adds in 16 bits",
+        "kernels/triton/combine.py",
+        "sums += value * tl.load(weights + term) if WEIGHTED else value",
+        "sums = (sums + (value * tl.load(weights + term) if WEIGHTED else value)).to(out.dtype.element_ty)"
+        ".to(tl.float32)",
+        f"test_grad.py::test_dispatch_against_oracle[{INTERPRETED}-False-bfloat16]",
+    ),
+    Mutant(
+        "Triton's product leaves rows that no slot names unwritten",
+        "kernels/triton/grouped.py",
+        "if tl.max(zero.to(tl.int32), 0) > 0:",
+        "if tl.max(zero.to(tl.int32), 0) > 1:",
+        values(f"grouped_matmul-float32-{WIDE}", INTERPRETED),
+    ),
+    Mutant(
+        "Triton's combine adds row 0 for a pair without a row",
+        "kernels/triton/combine.py",
+        "row = tl.load(index + at, mask=valid, other=-1).to(tl.int64)\n                valid = (row >= 0) & (row < R)",
+        "row = tl.load(index + at, mask=valid, other=-1).to(tl.int64)\n"
+        "                row = tl.where((row >= 0) & (row < R), row, 0)",
+        values(f"moe_combine-float32-{FULL}", INTERPRETED),
+    ),
+    Mutant(
+        "Triton ranks NaN first",
+        "kernels/triton/routing.py",
+        "tl.where(first > _INF, 1, unsure)",
+        "unsure",
+        values(f"route_topk_softmax-bfloat16-{MANY}", INTERPRETED),
+    ),
+    Mutant(
+        "of equal ranks Triton chooses the last",
+        "kernels/triton/routing.py",
+        "best = first_best(key, lane, x.shape[1])",
+        "best = x.shape[1] - 1 - first_best(key, x.shape[1] - 1 - lane, x.shape[1])",
+        values(f"route_topk_softmax-float32-{WIDE}", INTERPRETED),
+    ),
+    Mutant(
+        "the owner of Triton's block is that of the one before",
+        "kernels/triton/tables.py",
+        "(HALF >> bit) - 1, 0) <= position,",
+        "(HALF >> bit) - 1, 0) < position,",
+        values(f"moe_align_block_size-int32-{FULL}", INTERPRETED),
+    ),
+    # ---- Pallas' kernels, in its interpreter
+    Mutant(
+        "Pallas' combine adds row 0 for a pair without a row",
+        "kernels/pallas/combine.py",
+        "return sums + (term if valid is None else where(valid, term))",
+        "return sums + term",
+        "test_pallas.py::test_values[moe_combine-T5-E6-K3-H4-block4-float32]",
+    ),
+    Mutant(
+        "Pallas' combine adds in 16 bits",
+        "kernels/pallas/combine.py",
+        "return sums + (term if valid is None else where(valid, term))",
+        "return (sums + (term if valid is None else where(valid, term))).astype(rows.dtype).astype(jnp.float32)",
+        "test_pallas.py::test_values[moe_combine-T7-E3-K3-H130-block4-bfloat16]",
+    ),
+)
+
+
+class Verdict(NamedTuple):
+    """What became of a test: whether it passed, or an assertion failed; what pytest said; seconds."""
+
+    passed: bool
+    failed: bool
+    said: str
+    seconds: float
+
+
+def copy(place: Path) -> None:
+    for name in ("ferrum_jax", "tests"):
+        shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", place)
+
+
+def run(place: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    """A Python command that imports the package from this copy."""
+    env = os.environ | {"PYTHONPATH": str(place)}
+    command = (sys.executable, *command)
+    try:
+        return subprocess.run(command, cwd=place, env=env, capture_output=True, text=True, timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(command, -1, "", f"no end in {SECONDS} s")
+
+
+def verdict(place: Path, test: str) -> Verdict:
+    start, (name, colons, case) = time.monotonic(), test.partition("::")
+    found = [path for path in sorted((place / "tests").rglob(name)) if path.is_file()]
+    options = ("-q", "-x", "-n", "0", "-m", "", "-p", "no:cacheprovider", "--tb=line")
+    done = run(place, "-m", "pytest", *options, *(f"{path}{colons}{case}" for path in found or [name]))
+    failed = done.returncode == 1 and re.search(r"^/.*:\d+: (AssertionError|assert )", done.stdout, re.MULTILINE)
+    return Verdict(done.returncode == 0, bool(failed), done.stdout + done.stderr, time.monotonic() - start)
+
+
+def broken(mutant: Mutant, folder: Path) -> Verdict:
+    """What becomes of the mutant's test on a copy of the package with this fault."""
+    place = Path(tempfile.mkdtemp(dir=folder))
+    copy(place)
+    path = place / "ferrum_jax" / mutant.file
+    text = path.read_text() if path.exists() else ""
+    if text.count(mutant.old) != 1:
+        return Verdict(False, False, f"{mutant.file} holds the text {text.count(mutant.old)} times:\n{mutant.old}", 0)
+    path.write_text(text.replace(mutant.old, mutant.new))
+    done = verdict(place, mutant.test)
+    shutil.rmtree(place)
+    return done
+
+
+def chosen(word: str) -> list[Mutant]:
+    """The mutants with this word; with a JAX that has no Pallas kernels, none of these."""
+    kernels = jax.__version_info__ >= (0, 11, 2)
+    return [m for m in MUTANTS if word in " ".join(m) and (kernels or "pallas" not in m.file)]
+
+
+def control(place: Path, mutants: list[Mutant], pool: concurrent.futures.Executor) -> list[str]:
+    """What is wrong without any fault."""
+    copy(place)
+    imported = run(place, "-c", "import ferrum_jax; print(ferrum_jax.__file__)").stdout.strip()
+    assert Path(imported).resolve().is_relative_to(place.resolve()), f"not the copy in {place}, but {imported}"
+    tests = sorted({mutant.test for mutant in mutants})
+    results = zip(tests, pool.map(lambda test: verdict(place, test), tests), strict=True)
+    return [f"{test} fails on the package as it is:\n{done.said}" for test, done in results if not done.passed]
+
+
+def table(rows: list[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(" | ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", metavar="WORD", help="the mutants with this word")
+    mutants, start = chosen(parser.parse_args().only), time.monotonic()
+    if not mutants:
+        parser.error("no mutant has this word")
+    with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(AT_A_TIME) as pool:
+        wrong = control(Path(folder, "as it is"), mutants, pool)
+        if wrong:
+            print("\n".join(wrong))
+            return 1
+        print(f"The tests pass on the package as it is ({time.monotonic() - start:.0f} s).", flush=True)
+        runs = {pool.submit(broken, mutant, Path(folder)): mutant for mutant in mutants}
+        done = {}
+        for future in concurrent.futures.as_completed(runs):
+            mutant, result = runs[future], future.result()
+            done[mutant] = result
+            word = "caught" if result.failed else "SURVIVES" if result.passed else "NO ASSERTION FAILED"
+            print(f"{word}: {mutant.fault} ({result.seconds:.0f} s)", flush=True)
+            if not (result.failed or result.passed):
+                print(result.said)
+    rows = [("fault", "file", "caught by", "seconds")]
+    rows += [(m.fault, m.file, m.test if done[m].failed else "NONE", f"{done[m].seconds:.1f}") for m in mutants]
+    print(f"\n{table(rows)}\n")
+    caught = sum(result.failed for result in done.values())
+    print(f"{caught} of {len(mutants)} mutants are caught, in {time.monotonic() - start:.0f} s.")
+    return 0 if caught == len(mutants) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
