@@ -69,7 +69,7 @@ def interpreted(family: str) -> ModuleType:
     name = second.package(f"{__name__}._interpreted", __path__, **own).__name__
     with _importing:
         module = importlib.import_module(f"{name}.{family}")
-        for other in (m for n, m in list(sys.modules.items()) if n.startswith(f"{name}.") and hasattr(m, "jnp")):
+        for other in (m for n, m in list(sys.modules.items()) if n.startswith(f"{name}.") and "jnp" in vars(m)):
             vars(other).update(jnp=np)
         _patch_language_once(f"{name}.triton")
         _patch_bfloat16(f"{name}.triton")
