@@ -50,7 +50,7 @@ def placed(args):
 def with_gradients(f):
     def run(*args):
         out, vjp = jax.vjp(f, *args)
-        return out, *vjp(jnp.sin(out.astype(jnp.float32)).astype(out.dtype))
+        return out, *vjp(jnp.sin(jnp.arange(out.size, dtype="float32")).reshape(out.shape).astype(out.dtype))
 
     return jax.jit(run)
 

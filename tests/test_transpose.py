@@ -16,7 +16,8 @@ PAIRS = np.array([[0, 5], [2, -1], [1, 6]], np.int32)
 TABLES = np.array([2, 0, 6, 1, 4, -1], np.int32), np.array([0, 1], np.int32), np.int32(6)
 rows, weights, tokens, slots = (R, H), (T, K), (T, H), (T, K, H)
 lhs, rhs, out = (R, H), (E, H, N), (R, N)
-PRODUCT = {"dtype": "float32", "packed_rows": False}
+SETTINGS = {"packed_rows": False, "precision": "highest"}
+PRODUCT = {"dtype": "float32", **SETTINGS}
 
 # op, the shapes of the operands in each of which it is linear, the others, the parameters
 BILINEAR = {
@@ -28,7 +29,7 @@ BILINEAR = {
     "slot_dot": (combine._slot_dot, (slots, tokens), (), {}),
     "grouped_matmul": (grouped._matmul, (lhs, rhs), TABLES, {"top_k": 1, **PRODUCT}),
     "grouped_matmul_transposed": (grouped._transposed, (out, rhs), TABLES, PRODUCT),
-    "grouped_outer": (grouped._outer, (lhs, out), TABLES, {"top_k": 1, "num_experts": E, "packed_rows": False}),
+    "grouped_outer": (grouped._outer, (lhs, out), TABLES, {"top_k": 1, "num_experts": E, **SETTINGS}),
 }
 
 
