@@ -34,9 +34,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(bench, "peaks", lambda: PEAK)
 
 
-@pytest.mark.parametrize(
-    "op", [pytest.param(op, marks=[] if op == "moe_combine" else [pytest.mark.slow]) for op in bench.OPS]
-)
+@pytest.mark.parametrize("op", bench.OPS)
 def test_every_way_of_every_op_agrees_and_is_timed(op):
     found = list(bench.rows(op, TINY, PEAK))
     assert [row["way"] for row in found] == ["xla", next(iter(bench.OPS[op].today(TINY)))]

@@ -9,8 +9,9 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
-from cases import OPS, SMALL, rng
+from cases import OPS, SMALL, per_primitive, rng
 from compiled import for_h200, needs_pjrt, needs_plugin, whole_program_for_h200
 from jax import export
 from shapes import MODELS
@@ -96,6 +97,15 @@ def test_the_asked_implementation_is_what_is_lowered(op):
     # These first note which rows are named, so that they zero only the others.
     assert len(launches["triton"]) == (2 if op.name.startswith(("grouped", "moe_combine_cotangents")) else 1)
     assert all(name.startswith("triton_kernel_call") for name in launches["triton"])
+
+
+@pytest.mark.parametrize("op", per_primitive(op for op in OPS if op.has_kernel("triton")), ids=str)
+def test_every_triton_kernel_interpreted(op):
+    """Each once in every run, at one small size; with all sizes and dtypes on request, by test_values."""
+    args = op.args(rng(op), SMALL, "float32")
+    with ferrum_jax.interpret_kernels():
+        got = op.results(*args, size=SMALL, implementation="triton")
+    oracle.assert_matches(got, op.oracle(*args, size=SMALL))
 
 
 @needs_plugin

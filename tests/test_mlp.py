@@ -130,10 +130,10 @@ def test_finite_differences_to_second_order(activation, flow):
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("flow", FLOWS)
 @pytest.mark.parametrize("size", [Size(1, 5, 2, 4), Size(40, 1, 1, 130)], ids=str)
-def test_gradients_equal_the_dense_layers(size, flow, biased, implementation):
+def test_gradients_equal_the_dense_layers(size, flow, biased, every_implementation):
     (x, logits, *matrices), biases = arguments(size, scale=0.5)
     args = x, logits, *matrices, *(biases.values() if biased else (None, None))
-    fixed = {"top_k": size.K, "flow": flow, "implementation": implementation}
+    fixed = {"top_k": size.K, "flow": flow, "implementation": every_implementation}
     ours = lambda *a: moe_mlp(*a[:4], b_gate_up=a[4], b_down=a[5], **fixed)  # noqa: E731
     loss = lambda f: lambda *a: jnp.sum(jnp.sin(f(*a)))  # noqa: E731
     operands = range(6 if biased else 4)
@@ -236,9 +236,9 @@ def test_axes_of_no_entries(hidden, width, choices, flow, implementation):
 
 
 @pytest.mark.parametrize("flow", FLOWS)
-def test_leading_axes_vmap_and_block_sizes(flow, implementation):
+def test_leading_axes_vmap_and_block_sizes(flow, every_implementation):
     (x, logits, *matrices), biases = arguments(Size(12, 5, 2, 4))
-    run = functools.partial(moe_mlp, top_k=2, flow=flow, implementation=implementation, **biases)
+    run = functools.partial(moe_mlp, top_k=2, flow=flow, implementation=every_implementation, **biases)
 
     @jax.jit
     def ways(x, logits):

@@ -23,11 +23,6 @@ of = jax.ShapeDtypeStruct
 OPS = [op for op in FLOAT_OPS if op.has_kernel("pallas") and not op.name.startswith("grouped")]
 
 
-def by_marks(ops, usual):
-    """All interpreted on request; in every run the usual ones."""
-    return [pytest.param(op, marks=[] if op.name in usual else [pytest.mark.interpreted]) for op in ops]
-
-
 @pytest.fixture
 def interpreting():
     with ferrum_jax.interpret_kernels():
@@ -45,7 +40,7 @@ def interpreting():
     ],
     ids=str,
 )
-@pytest.mark.parametrize("op", by_marks(OPS, {"route_topk_softmax", "moe_combine"}), ids=str)
+@pytest.mark.parametrize("op", OPS, ids=str)
 @pytest.mark.usefixtures("interpreting")
 def test_values(op, size, dtype):
     args = op.args(rng(op, size), size, dtype)
@@ -53,7 +48,8 @@ def test_values(op, size, dtype):
     oracle.assert_matches(got, op.oracle(*args, size=size))
 
 
-@pytest.mark.parametrize("op", by_marks(OPS[1:], ()), ids=str)
+@pytest.mark.interpreted
+@pytest.mark.parametrize("op", OPS[1:], ids=str)
 @pytest.mark.usefixtures("interpreting")
 def test_gradients(op):
     args = finite_args(op, rng(op), SMALL)
