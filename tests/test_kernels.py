@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from cases import OPS, SMALL, per_primitive, rng
+from cases import FLOAT_OPS, OPS, SMALL, finite_args, per_primitive, rng
 from compiled import for_h200, needs_pjrt, needs_plugin, whole_program_for_h200
+from conftest import KERNELS
 from jax import export
 from shapes import MODELS
 
@@ -108,6 +109,29 @@ def test_every_triton_kernel_interpreted(op):
     oracle.assert_matches(got, op.oracle(*args, size=SMALL))
 
 
+@pytest.mark.parametrize("implementation", KERNELS)
+@pytest.mark.parametrize("op", per_primitive(op for op in FLOAT_OPS if "route" not in op.name), ids=str)
+def test_gradients_of_every_kernel_interpreted(op, implementation):
+    """Of cotangents that are small integers, so that both implementations round alike."""
+    args = finite_args(op, rng(op), SMALL)
+
+    def backward(name, *floats):
+        def f(*floats):
+            given = dict(zip(op.floats, floats, strict=True))
+            filled = [given.get(i, x) for i, x in enumerate(args)]
+            return op.float_results(*filled, size=SMALL, implementation=name)
+
+        out, vjp = jax.vjp(f, *floats)
+        return vjp([rng("g").integers(-4, 5, size=x.shape).astype(x.dtype) for x in out])
+
+    floats = [args[i] for i in op.floats]
+    want = jax.jit(functools.partial(backward, "xla"))(*floats)
+    with ferrum_jax.interpret_kernels():
+        got = jax.jit(functools.partial(backward, implementation))(*floats)
+    for g, w in zip(got, want, strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5)
+
+
 @needs_plugin
 def test_one_module_for_cpu_and_cuda():
     def layer(logits, x):
@@ -199,7 +223,6 @@ def test_ids_and_tables_equal_xla_bit_for_bit(seed):
         np.testing.assert_array_equal(g, w)
 
 
-@pytest.mark.interpreted
 def test_three_launches_equal_one(monkeypatch):
     """Of many pairs the counts come through memory: here in tiles of 32 pairs, so that there are many, ranked by 16."""
     from ferrum_jax.kernels import triton

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from cases import FLOAT_OPS, SMALL, Size, finite_args, rng
+from cases import FLOAT_OPS, SMALL, Size, rng
 from compiled import launches, needs_pjrt, needs_plugin, on_h200, whole_program_for_h200
 from jax import lax
 from jax.experimental import pallas as pl
@@ -46,26 +46,6 @@ def test_values(op, size, dtype):
     args = op.args(rng(op, size), size, dtype)
     got = op.results(*args, size=size, implementation="pallas")
     oracle.assert_matches(got, op.oracle(*args, size=size))
-
-
-@pytest.mark.interpreted
-@pytest.mark.parametrize("op", OPS[1:], ids=str)
-@pytest.mark.usefixtures("interpreting")
-def test_gradients(op):
-    args = finite_args(op, rng(op), SMALL)
-
-    def backward(name):
-        f = lambda *floats: op.float_results(*_filled(op, args, floats), size=SMALL, implementation=name)  # noqa: E731
-        out, vjp = jax.vjp(f, *(args[i] for i in op.floats))
-        return vjp([jnp.asarray(rng("g").integers(-4, 5, size=x.shape)).astype(x.dtype) for x in out])
-
-    for a, b in zip(backward("pallas"), backward("xla"), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
-
-
-def _filled(op, args, floats):
-    given = dict(zip(op.floats, floats, strict=True))
-    return [given.get(i, x) for i, x in enumerate(args)]
 
 
 @pytest.mark.interpreted
