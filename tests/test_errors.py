@@ -264,7 +264,7 @@ def test_a_flag_may_be_numpys_and_a_scale_no_flag():
         fj.route_topk(X, 1, scale=True)
 
 
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("op", [op for op in OPS if op.name in ("moe_combine", "grouped_matmul")], ids=str)
 def test_unknown_implementation_lists_the_choices(op):
     function = op.name.partition("-")[0].removesuffix("_activated")
     with pytest.raises(ValueError, match=rf"^{function}: .* None, 'xla', 'triton', 'pallas'; got 'cuda'"):
