@@ -1,22 +1,22 @@
 """Mixture-of-Experts routing and combine for JAX, as primitives under every transformation."""
 
-from . import checkpoint as checkpoint
-from . import parallel as parallel
-from . import presets as presets
-from . import profile as profile
-from . import viz as viz
-from ._primitive import which
-from .capacity import limit_capacity
-from .check import check_routing
-from .combine import moe_combine, moe_dispatch, weighted_sum_batched
-from .grouped import grouped_matmul
-from .host import route_topk_into_host, upload_moe_routing
+from .model import checkpoint as checkpoint
+from .model import parallel as parallel
+from .model import presets as presets
+from .observe import profile as profile
+from .observe import viz as viz
+from .core.primitive import which
 from .kernels import export_checks, interpret_kernels
-from .layer import moe_mlp
-from .losses import expert_counts, load_balancing_loss, router_z_loss, update_routing_bias
-from .routing import RouterOutput, moe_route_plan, route_topk, route_topk_softmax
-from .stats import RoutingStats, routing_stats
-from .tables import (
+from .model.layer import moe_mlp
+from .observe.check import check_routing
+from .observe.host import route_topk_into_host, upload_moe_routing
+from .observe.stats import RoutingStats, routing_stats
+from .ops.capacity import limit_capacity
+from .ops.combine import moe_combine, moe_dispatch, weighted_sum_batched
+from .ops.grouped import grouped_matmul
+from .ops.losses import expert_counts, load_balancing_loss, router_z_loss, update_routing_bias
+from .ops.routing import RouterOutput, moe_route_plan, route_topk, route_topk_softmax
+from .ops.tables import (
     MoePlan,
     MoeRouting,
     TokenPairs,

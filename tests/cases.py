@@ -13,7 +13,7 @@ import oracle
 import pytest
 
 import ferrum_jax
-from ferrum_jax import combine
+from ferrum_jax.ops import combine
 
 
 class Size(NamedTuple):

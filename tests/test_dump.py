@@ -17,7 +17,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ferrum_jax as fj
-from ferrum_jax import host
+from ferrum_jax.observe import dump
 
 IDS = np.array([[1, 0], [1, 3]], np.int32)  # E = 4, blocks of 2: S = 8, three live blocks, one in the tail
 PACKED = """\
@@ -41,7 +41,7 @@ def dumped(monkeypatch, capsys):
     """Run a function as in a process of its own that has the variable set; what it printed to standard error."""
 
     def run(function, *args, **variables):
-        monkeypatch.setattr(host, "_once", threading.Lock())
+        monkeypatch.setattr(dump, "_once", threading.Lock())
         for name, value in {"FERRUM_MOE_DUMP": "", **variables}.items():
             monkeypatch.setenv(name, value)
         jax.block_until_ready(function(*args))
@@ -209,7 +209,7 @@ def test_x64(dumped, x64):
 def test_a_failing_dump_breaks_nothing(dumped, monkeypatch):
     monkeypatch.setattr(sys, "stderr", None)
     dumped(packed, IDS)
-    monkeypatch.setattr(host.profile, "event", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr(dump.profile, "event", lambda *args, **kwargs: 1 / 0)
     dumped(packed, IDS)
 
 

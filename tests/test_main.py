@@ -19,7 +19,7 @@ OPS = [
 ]
 BROKEN = """
 import sys
-from ferrum_jax import layer
+from ferrum_jax.model import layer
 from ferrum_jax import __main__ as program
 program.SMALL = program.SMALL._replace(num_experts=8, hidden=32, expert_width=32, tokens=48)
 right = layer.{op}

@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 from test_mlp import beyond_float16
 
 import ferrum_jax
-from ferrum_jax import parallel
+from ferrum_jax.model import parallel
 from ferrum_jax.parallel import exchange_sizes, moe_mlp
 
 EXCHANGES = ("gather", "padded", "ragged")

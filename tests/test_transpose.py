@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from cases import rng
 
-from ferrum_jax import combine, grouped
+from ferrum_jax.ops import combine, grouped
 
 T, K, R, H, E, N = 3, 2, 6, 4, 2, 5
 PAIRS = np.array([[0, 5], [2, -1], [1, 6]], np.int32)

@@ -29,7 +29,7 @@ PART = 160  # most slots whose rows a thread block gathers
 # one H100 that day, E=8 K=2 H=4096 N=28672, T=2048 dealt 144 1525, shares of 128 1445, 144 1455, 160 1500; T=4096
 # 2833, 2905, 2821, 2630; T=8192 5474, 5651, 5504, 5106. H=14336 N=4096, T=4096 1360, 1504, 1418, 1301. E=32 K=4
 # H=4096 N=4096, T=8192 1597, 1664, 1561, 1544. E=128, T=16384 1301, 1302, 1266, 1266. `python -m
-# ferrum_jax.kernels.pallas.tune` times them all.
+# ferrum_jax.bench.tune` times them all.
 TILES = {16: (32, False), 80: (96, False), 640: (144, True), math.inf: (160, False)}
 TIMED = 640  # up to which mean the choices were timed with an activation, and in the transposed form
 COMPARED = 2**25  # up to here each eight rows are compared with each slot: one launch in place of three

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from ._signature import ROW_DTYPES
+from ..core.signature import ROW_DTYPES
 
 
 class MoEParams(NamedTuple):

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._signature import INT32_MAX, as_int
-from .losses import expert_counts
-from .routing import RouterOutput, as_pair
+from ..core.signature import INT32_MAX, as_int
+from ..ops.losses import expert_counts
+from ..ops.routing import RouterOutput, as_pair
 
 
 class RoutingStats(NamedTuple):

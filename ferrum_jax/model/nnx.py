@@ -21,16 +21,16 @@ try:
 except ImportError as error:
     raise ImportError("ferrum_jax.nnx needs flax: pip install '.[nnx]' from a clone") from error
 
-from ._signature import ROW_DTYPES, as_bool, as_int, one_of
+from ..core.signature import ROW_DTYPES, as_bool, as_int, one_of
+from ..kernels import IMPLEMENTATIONS
+from ..ops.grouped import ACTIVATIONS, as_precision
+from ..ops.losses import NORMALIZATIONS, expert_counts, load_balancing_loss, router_z_loss, update_routing_bias
+from ..ops.routing import RouterOutput, route_topk
+from ..ops.routing import checked_settings as checked_routing
 from .checkpoint import MoEParams
-from .grouped import ACTIVATIONS, as_precision
-from .kernels import IMPLEMENTATIONS
 from .layer import checked_settings as checked_layer
 from .layer import moe_mlp
-from .losses import NORMALIZATIONS, expert_counts, load_balancing_loss, router_z_loss, update_routing_bias
 from .presets import Preset
-from .routing import RouterOutput, route_topk
-from .routing import checked_settings as checked_routing
 
 Initializer = Callable[..., jax.Array]
 _BY_FAN_IN = jax.nn.initializers.lecun_normal()

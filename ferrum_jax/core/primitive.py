@@ -20,12 +20,13 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-from . import _signature, kernels
+from .. import kernels
+from . import signature as signatures
 
 
 class Op(NamedTuple):
     name: str
-    signature: _signature.Signature
+    signature: signatures.Signature
     meaning: Callable[..., Any]
     sizes: Callable[..., dict[str, int]]
     leading_axes: bool
@@ -41,8 +42,8 @@ class Op(NamedTuple):
         Errors name the function that was `called`, if that is not the op's own.
         """
         name = called or self.name
-        _signature.one_of(name, "implementation", implementation, (None, *kernels.IMPLEMENTATIONS))
-        operands = equally_varying(_signature.canonical(name, self.signature, args))
+        signatures.one_of(name, "implementation", implementation, (None, *kernels.IMPLEMENTATIONS))
+        operands = equally_varying(signatures.canonical(name, self.signature, args))
         results = self.primitive.bind(*operands, implementation=implementation, **params)
         return results if len(self.signature.results) > 1 else results[0]
 
@@ -72,7 +73,7 @@ def define(
 ) -> Op:
     """Declare an op.
 
-    name, signature: the equation is named `ferrum_<name>`; see `_signature` for the signature's language.
+    name, signature: the equation is named `ferrum_<name>`; see `signature.py` for the signature's language.
     meaning(*operands, **params): the result (or a tuple of them) in jnp, of operands *without* leading axes.
     sizes(size, **params): sizes of the results' axes that are no operand's, from those that are.
     leading_axes: the meaning takes operands with their leading axes, and broadcasts these itself. For a meaning whose
@@ -96,7 +97,7 @@ def define(
     primitive.multiple_results = True
     op = _ops[primitive] = Op(
         name,
-        _signature.parse(signature),
+        signatures.parse(signature),
         meaning,
         sizes,
         leading_axes,
@@ -181,7 +182,7 @@ def _compiled(primitive: Primitive, params: tuple[tuple[str, Any], ...]) -> Call
 
 def _abstract(op: Op, *avals: Any, implementation: str | None, **params: Any) -> list[Any]:
     sizes = functools.partial(op.sizes, **params)
-    return _signature.results(op.name, op.signature, avals, sizes, params.get("dtype"))
+    return signatures.results(op.name, op.signature, avals, sizes, params.get("dtype"))
 
 
 def equally_varying(operands: Sequence[Array]) -> list[Array]:
@@ -275,7 +276,7 @@ def _by_shards(
     from jax.experimental.custom_partitioning import custom_partitioning
 
     without = _no_mesh()
-    factors = _signature.factors(op.signature, operands, results, op.independent, op.summed)
+    factors = signatures.factors(op.signature, operands, results, op.independent, op.summed)
     dtypes = [r.dtype for r in results]
 
     def run(*operands: Array, **params: Any) -> tuple[Array, ...]:
@@ -284,7 +285,7 @@ def _by_shards(
         def partition(mesh: Any, operands: Any, results: Any) -> tuple[Any, ...]:
             arrays = *operands, *results
             specs = [x.sharding.spec for x in arrays]
-            found = _signature.shards(factors, [x.shape for x in arrays], specs, mesh.shape)
+            found = signatures.shards(factors, [x.shape for x in arrays], specs, mesh.shape)
             # What is added across devices is made, and added, in float32.
             wide = {"dtype": "float32"} if "dtype" in params and any(map(found.get, factors.summed)) else {}
 

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._primitive import define
-from ._signature import as_bool
+from ..core.primitive import define
+from ..core.signature import as_bool
 from .tables import counting_sort
 
 

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._primitive import define
-from ._signature import INT32_MAX, as_bool, as_int, as_mask, canonical, one_of, parse
-from .tables import MoePlan, MoeRouting, checked, dump_if_asked, moe_plan, plan_meaning, table_sizes
+from ..core.primitive import define
+from ..core.signature import INT32_MAX, as_bool, as_int, as_mask, canonical, one_of, parse
+from .tables import MoePlan, MoeRouting, checked, moe_plan, plan_meaning, table_sizes, tell
 
 SCORINGS = ("softmax", "topk_softmax", "sigmoid", "sqrt_softplus")
 GROUP_SCORES = ("top2_sum", "max")
@@ -236,7 +236,7 @@ def moe_route_plan(
     given = (logits,) if bias is None else (logits, bias)
     found = _route_plan(*given, **settings, block_size=sizes["block_size"], pair_ids=pair_ids, **run)
     routed, plan = RouterOutput(*found[:2]), MoePlan(*found[2:])
-    dump_if_asked(MoeRouting(*plan[-3:]), routed.expert_ids, pair_ids, **sizes)
+    tell(MoeRouting(*plan[-3:]), routed.expert_ids, pair_ids, **sizes)
     return routed, plan
 
 

@@ -1,24 +1,15 @@
-"""Between device and host: routing read back, tables made on the host, and the routing dump."""
+"""Between device and host: routing read back, and tables made on the host."""
 
-import contextlib
-import functools
-import os
-import sys
-import threading
-import warnings
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
-from . import profile
-from ._primitive import define
-from ._signature import INT32_MAX, as_int
-from .routing import route_topk_softmax
-from .tables import MoeRouting
+from ..core.signature import INT32_MAX, as_int
+from ..ops.routing import route_topk_softmax
+from ..ops.tables import MoeRouting
 
 
 def route_topk_into_host(
@@ -161,72 +152,3 @@ def _refuse(name: str, values: np.ndarray, wrong: np.ndarray, rule: str) -> None
     if wrong.any():
         first = int(np.argmax(wrong))
         raise ValueError(f"upload_moe_routing: {name}[{first}] must be {rule}; got {values[first]}")
-
-
-# ---- the routing dump: the Ferrum engine's, https://github.com/sizzlecar/ferrum-infer-rs
-
-_SLOTS, _BLOCKS = 48, 32  # entries shown
-
-
-def dump_routing(kind: str, routing: MoeRouting, *, num_pairs: int, num_experts: int, block_size: int) -> None:
-    """Print one aligned table to standard error when it has been computed: the first of this process, and no other.
-
-    Called for every alignment that is traced while FERRUM_MOE_DUMP is set (any value), and for every eager one: what
-    jit has traced before does not change with the variable. With FERRUM_MOE_DUMP_BATCH_X_TOPK=<P>, tables of other
-    numbers of pairs do not count. P and the table are those of one slice, or of one shard inside shard_map; of several
-    the first is shown. vmap traces one callback a slice. The same figures go to `profile` as the event `moe_dump`.
-    """
-    wanted = os.environ.get("FERRUM_MOE_DUMP_BATCH_X_TOPK", "")
-    if wanted.isdecimal() and int(wanted) != num_pairs:
-        return
-    try:
-        jax.local_devices(backend="cpu")
-    except RuntimeError as error:  # where a callback would fail, and the computation with it
-        warnings.warn(f"FERRUM_MOE_DUMP: no dump without JAX's CPU backend: {error}", RuntimeWarning, stacklevel=4)
-        return
-    sizes = {"batch_x_topk": num_pairs, "block_size": block_size, "num_experts": num_experts}
-    slots, blocks = (min(most, x.shape[-1]) for most, x in zip((_SLOTS, _BLOCKS), routing[:2], strict=True))
-    summary = _summary(*routing, block_size=block_size)
-    jax.debug.callback(functools.partial(_print_dump, kind, sizes, slots, blocks), summary)
-
-
-_once = threading.Lock()
-
-
-def _print_dump(kind: str, sizes: dict[str, int], slots: int, blocks: int, summary: Any) -> None:
-    """Whatever fails here, the computation goes on."""
-    with contextlib.suppress(Exception):
-        slices = np.asarray(summary).reshape(-1, 3 + slots + blocks)
-        if not len(slices) or not _once.acquire(blocking=False):  # taken once, and kept
-            return
-        total, active, unique, *previews = slices[0].tolist()
-        facts = sizes | {"total_post_pad": total, "active_blocks": active, "unique_experts": unique}
-        tag = f"[MOE_DUMP:{kind}]"
-        with contextlib.suppress(Exception):
-            sys.stderr.write(
-                f"{tag} {' '.join(f'{name}={value}' for name, value in facts.items())}\n"
-                f"{tag} sorted_token_ids[0..{slots}] = {previews[:slots]}\n"
-                f"{tag} block_ids[0..{blocks}] = {previews[slots:]}\n"
-            )
-            sys.stderr.flush()
-        previews = {"sorted_token_ids_preview": previews[:slots], "block_ids_preview": previews[slots:]}
-        profile.event("moe_dump", shape={"kind": kind} | facts | previews)
-
-
-def _summary_meaning(slots: jax.Array, blocks: jax.Array, total: jax.Array, *, block_size: int) -> jax.Array:
-    """What the dump shows, cut down on the device: total, live blocks, their experts, then the previews."""
-    active = total // block_size
-    before = jnp.concatenate([jnp.full(1, -1, jnp.int32), blocks])[:-1]
-    starts = (jnp.arange(blocks.size, dtype=jnp.int32) < active) & (blocks != before)  # an expert's blocks are together
-    figures = jnp.stack([total, active, jnp.sum(starts, dtype=jnp.int32)])
-    return jnp.concatenate([figures, slots[:_SLOTS], blocks[:_BLOCKS]])
-
-
-_summary = define(
-    "moe_dump",
-    "sorted_token_ids: ids[S], block_ids: ids[B], total_tokens_post_pad: ids[] -> ids[N]",
-    _summary_meaning,
-    sizes=lambda size, block_size: {"N": 3 + min(_SLOTS, size["S"]) + min(_BLOCKS, size["B"])},
-    export_error="the routing dump prints in the process that traced it, so it cannot be exported: unset "
-    "FERRUM_MOE_DUMP while exporting",
-)

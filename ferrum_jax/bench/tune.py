@@ -1,6 +1,6 @@
 """Times the grouped product's choices on the GPU that is here, to refill the table in grouped.py.
 
-    python -m ferrum_jax.kernels.pallas.tune E K H N T [block_size ...]
+    python -m ferrum_jax.bench.tune E K H N T [block_size ...]
 
 prints for each choice the microseconds of all its kernels (the median of five runs, by CUPTI) and the TFLOP/s, the best
 first, and the same of the Triton kernel.
@@ -17,7 +17,7 @@ from jax.experimental.mosaic.gpu import profiler
 
 import ferrum_jax
 
-from . import grouped
+from ..kernels.pallas import grouped
 
 MOST, DEALT = (32, 64, 96, 128, 144, 160), (False, True)
 

@@ -1,15 +1,15 @@
 """Tables: which packed row each pair takes, and blocks of rows that belong to one expert."""
 
 import math
-import os
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._primitive import define
-from ._signature import INT32_MAX, as_bool, as_int
+from ..core.primitive import define
+from ..core.signature import INT32_MAX, as_bool, as_int
 
 
 class TokenPairs(NamedTuple):
@@ -184,7 +184,7 @@ def moe_plan(
     """
     sizes, pair_ids = checked("moe_plan", num_experts, block_size), as_bool("moe_plan", "pair_ids", pair_ids)
     plan = MoePlan(*_plan(expert_ids, **sizes, pair_ids=pair_ids, implementation=implementation))
-    dump_if_asked(MoeRouting(*plan[-3:]), expert_ids, pair_ids, **sizes)
+    tell(MoeRouting(*plan[-3:]), expert_ids, pair_ids, **sizes)
     return plan
 
 
@@ -194,16 +194,21 @@ def _align(
     sizes = checked(op, num_experts, block_size)
     run: dict[str, Any] = {"implementation": implementation, "called": op}
     routing = MoeRouting(*_aligned(expert_ids, **sizes, pair_ids=pair_ids, **run))
-    dump_if_asked(routing, expert_ids, pair_ids, **sizes)
+    tell(routing, expert_ids, pair_ids, **sizes)
     return routing
 
 
-def dump_if_asked(routing: MoeRouting, expert_ids: jax.Array, pair_ids: bool, **sizes: int) -> None:
-    if "FERRUM_MOE_DUMP" in os.environ:
-        from .host import dump_routing  # which builds on this file
+def _tell_nobody(routing: MoeRouting, **facts: Any) -> None:
+    pass
 
-        num_pairs = math.prod(jnp.shape(expert_ids)[-2:])
-        dump_routing("pair_ids" if pair_ids else "packed", routing, num_pairs=num_pairs, **sizes)
+
+# Called with each aligned table that is traced, and with pair_ids, num_pairs, num_experts and block_size. A floor above
+# sets it: the routing dump, which is built on the tables.
+on_aligned_table: Callable[..., None] = _tell_nobody
+
+
+def tell(routing: MoeRouting, expert_ids: jax.Array, pair_ids: bool, **sizes: int) -> None:
+    on_aligned_table(routing, pair_ids=pair_ids, num_pairs=math.prod(jnp.shape(expert_ids)[-2:]), **sizes)
 
 
 def checked(op: str, num_experts: int, block_size: int) -> dict[str, Any]:

@@ -8,12 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
-from . import _signature
-from ._signature import as_int, one_of
-from .combine import moe_combine, moe_dispatch, weighted_sum_batched
-from .grouped import ACTIVATIONS, as_precision, grouped_matmul, unfinished
-from .routing import RouterOutput, as_pair, route_topk_softmax
-from .tables import expert_of_row, moe_align_block_size_pair_ids, moe_plan
+from ..core.signature import Signature, as_int, canonical, one_of, parse
+from ..ops.combine import moe_combine, moe_dispatch, weighted_sum_batched
+from ..ops.grouped import ACTIVATIONS, as_precision, grouped_matmul, unfinished
+from ..ops.routing import RouterOutput, as_pair, route_topk_softmax
+from ..ops.tables import expert_of_row, moe_align_block_size_pair_ids, moe_plan
 
 _OP = "moe_mlp"
 
@@ -243,8 +242,8 @@ def checked(
 
 
 def _arrays(op: str, signature: str, *args: Any) -> list[Any]:
-    terms = _signature.parse(signature + " -> ").operands
+    terms = parse(signature + " -> ").operands
     given = [(term, arg) for term, arg in zip(terms, args, strict=True) if arg is not None]
-    present = _signature.Signature(tuple(term for term, _ in given), ())
-    checked = iter(_signature.canonical(op, present, tuple(arg for _, arg in given)))
+    present = Signature(tuple(term for term, _ in given), ())
+    checked = iter(canonical(op, present, tuple(arg for _, arg in given)))
     return [None if arg is None else next(checked) for arg in args]

@@ -14,13 +14,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
+from ..core.primitive import equally_varying, in_auto_mesh
+from ..core.signature import INT32_MAX, as_bool, as_int, canonical, one_of, parse
+from ..ops.combine import moe_combine, moe_dispatch
+from ..ops.grouped import as_precision
+from ..ops.routing import RouterOutput, route_topk_softmax
+from ..ops.tables import moe_build_pairs_by_token
 from . import layer
-from ._primitive import equally_varying, in_auto_mesh
-from ._signature import INT32_MAX, as_bool, as_int, canonical, one_of, parse
-from .combine import moe_combine, moe_dispatch
-from .grouped import as_precision
-from .routing import RouterOutput, route_topk_softmax
-from .tables import moe_build_pairs_by_token
 
 EXCHANGES = ("gather", "padded", "ragged")
 _OP = "parallel.moe_mlp"

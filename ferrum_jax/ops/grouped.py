@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._primitive import define, equally_varying
-from ._signature import INT32_MAX, ROW_DTYPES, as_bool, as_int, canonical, one_of
-from .kernels import IMPLEMENTATIONS, lead_axes
+from ..core.primitive import define, equally_varying
+from ..core.signature import INT32_MAX, ROW_DTYPES, as_bool, as_int, canonical, one_of
+from ..kernels import IMPLEMENTATIONS, lead_axes
 from .tables import MoePlan, MoeRouting
 
 

@@ -29,7 +29,7 @@ from jax import lax
 
 import ferrum_jax
 
-from .layer import usual_block_size
+from ..model.layer import usual_block_size
 
 
 class Model(NamedTuple):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ._signature import INT32_MAX, as_int, as_mask, canonical, one_of, parse
+from ..core.signature import INT32_MAX, as_int, as_mask, canonical, one_of, parse
 from .tables import moe_build_pairs_by_token
 
 NORMALIZATIONS = ("huggingface", "switch", "deepseek")

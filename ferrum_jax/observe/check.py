@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from ._signature import INT32_MAX, as_bool, as_int
-from .tables import MoePlan, MoeRouting, TokenPairs
+from ..core.signature import INT32_MAX, as_bool, as_int
+from ..ops.tables import MoePlan, MoeRouting, TokenPairs
 
 _OP = "check_routing"
 

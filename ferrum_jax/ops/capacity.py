@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._primitive import define
-from ._signature import INT32_MAX, as_int, canonical, one_of, parse
+from ..core.primitive import define
+from ..core.signature import INT32_MAX, as_int, canonical, one_of, parse
 from .routing import RouterOutput, as_pair, rankable
 from .tables import moe_build_pairs_by_token
 

@@ -1,0 +1,1 @@
+"""What a model uses: the layer, its module, its parameters, its devices."""

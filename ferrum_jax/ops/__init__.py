@@ -1,0 +1,1 @@
+"""The ops, a family a file: public function, meaning in jnp, derivative."""

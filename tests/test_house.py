@@ -1,0 +1,86 @@
+"""The house: which room may import from which. Imports point down, never up, and never in a circle."""
+
+import ast
+import graphlib
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+import ferrum_jax
+
+PACKAGE = Path(ferrum_jax.__file__).parent
+# From the ground up. The modules at the top name what users import; the command line and the benchmark use these.
+FLOORS = [{"kernels"}, {"core"}, {"ops"}, {"model", "observe"}, {""}, {"bench"}, {"__main__"}]
+
+
+def modules():
+    """Every module by its name inside the package: "ops.combine", "kernels", and "" for the package itself."""
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
+
+
+def imports(name, path, known):
+    """The package's modules that a module imports, also inside its functions."""
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            if node.level:
+                parts = [p for p in package.split(".") if p]
+                base = parts[: len(parts) - node.level + 1] + (node.module or "").split(".")
+            elif (node.module or "").split(".")[0] == "ferrum_jax":
+                base = node.module.split(".")[1:]
+            else:
+                continue
+            for alias in node.names:
+                within = ".".join(p for p in [*base, alias.name] if p)
+                yield within if within in known else ".".join(p for p in base if p)
+        elif isinstance(node, ast.Import) and any(a.name.split(".")[0] == "ferrum_jax" for a in node.names):
+            yield ""
+
+
+def graph():
+    known = dict(modules())
+    return {name: set(imports(name, path, known)) - {name} for name, path in known.items()}
+
+
+def room(name):
+    """A file at the top, but for the command line, is a name for what stands below."""
+    first = name.split(".")[0]
+    return first if first in set().union(*FLOORS) else ""
+
+
+def floor(name):
+    return next(i for i, rooms in enumerate(FLOORS) if room(name) in rooms)
+
+
+def test_imports_point_down():
+    arrows = defaultdict(set)
+    for name, targets in graph().items():
+        for target in targets:
+            assert floor(target) <= floor(name), f"{name} imports {target}, which stands above it"
+            assert floor(target) < floor(name) or room(target) == room(name), f"{name} imports {target}, beside it"
+            if room(target) != room(name):
+                arrows[room(name)].add(room(target))
+    for rooms in reversed(FLOORS):
+        for name in sorted(rooms):
+            below = ", ".join(other or "ferrum_jax" for other in sorted(arrows[name]))
+            print(f"{name or 'ferrum_jax'} -> {below or 'nothing'}")
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    # A package and its own files are one: each of them imports the other by being imported.
+    whole = {name: {t for t in targets if not name.startswith(f"{t}.") and t} for name, targets in graph().items()}
+    list(graphlib.TopologicalSorter(whole).static_order())  # raises CycleError
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "nnx", "parallel", "presets", "profile", "viz"])
+def test_what_users_import_stands_below(name):
+    """The module at the top names all that is public there, and nothing else."""
+    top = __import__(f"ferrum_jax.{name}", fromlist=["_"])
+    below = __import__(f"ferrum_jax.{'observe' if name in ('profile', 'viz') else 'model'}.{name}", fromlist=["_"])
+    mine = {n for n in vars(top) if not n.startswith("_")}
+    public = {n: v for n, v in vars(below).items() if not n.startswith("_")}
+    assert {n for n, v in public.items() if getattr(v, "__module__", "") == below.__name__} <= mine
+    assert all(getattr(top, n) is getattr(below, n) for n in mine)
