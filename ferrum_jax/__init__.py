@@ -1,10 +1,10 @@
 """Mixture-of-Experts routing and combine for JAX, as primitives under every transformation."""
 
-from .model import checkpoint as checkpoint
-from .model import parallel as parallel
-from .model import presets as presets
-from .observe import profile as profile
-from .observe import viz as viz
+from . import checkpoint as checkpoint
+from . import parallel as parallel
+from . import presets as presets
+from . import profile as profile
+from . import viz as viz
 from .core.primitive import which
 from .kernels import export_checks, interpret_kernels
 from .model.layer import moe_mlp
