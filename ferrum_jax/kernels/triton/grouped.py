@@ -223,7 +223,11 @@ HAVE_TF32 = 80, 90, 100, 103  # compute capabilities with TF32, and the shared m
 
 
 def _multipliers(dtype, precision):
-    """Who multiplies: threads, by float32 in full or where Triton has no tensor cores; else those, for whole groups."""
+    """Who multiplies, as a key of TILES.
+
+    Threads multiply float32 in full, and 16 bits where Triton has no tensor cores. Else tensor cores do, fed by warps,
+    by warpgroups, or with float32 rounded to TF32.
+    """
     if dtype == jnp.float32:
         return "tf32" if precision == "default" and capability() in HAVE_TF32 else "threads"
     if capability() < 80:
