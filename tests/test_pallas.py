@@ -16,8 +16,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from shapes import MODELS
 
 import ferrum_jax
-from ferrum_jax.kernels import pallas
 from ferrum_jax.kernels.pallas import combine
+from ferrum_jax.kernels.pallas.interpret import interpret
 
 of = jax.ShapeDtypeStruct
 OPS = [op for op in FLOAT_OPS if op.has_kernel("pallas") and not op.name.startswith("grouped")]
@@ -145,10 +145,10 @@ def test_the_interpreter_catches_a_missing_barrier(barrier):
 
     row = np.arange(128, dtype=np.float32)[None]
     if barrier:
-        np.testing.assert_array_equal(pallas._interpret(wrapper, row)[0], row)
+        np.testing.assert_array_equal(interpret(wrapper, row)[0], row)
     else:
         with pytest.raises(Exception, match="RACE DETECTED"):
-            pallas._interpret(wrapper, row)
+            interpret(wrapper, row)
 
 
 # ---- the choice

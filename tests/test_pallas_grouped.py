@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import itertools
-import math
 import re
 
 import jax
@@ -13,11 +12,15 @@ import oracle
 import pytest
 from cases import Size, grouped_args, grouped_matmul, rng, rows
 from compiled import needs_pjrt, needs_plugin, on_h200, whole_program_for_h200
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AxisType
 from test_grouped import MODELS, check
 
 import ferrum_jax
-from ferrum_jax.kernels.pallas import grouped
+from ferrum_jax.kernels import pallas
+from ferrum_jax.kernels.pallas import grouped, grouped_tables, tiles
+from ferrum_jax.kernels.pallas.activations import ACTIVATIONS
+from ferrum_jax.ops import grouped as meaning
 
 of = jax.ShapeDtypeStruct
 
@@ -43,16 +46,16 @@ def test_values_and_gradients(size, dtype, pair_ids):
 
 
 @pytest.mark.interpreted
-@pytest.mark.usefixtures("interpreting")
-@pytest.mark.parametrize("choice", grouped.TILES.values(), ids=str)
-def test_blocks_beyond_a_tile_many_columns_and_float32_results(choice, monkeypatch):
+@pytest.mark.parametrize("tile", tiles.PRODUCT["sm_90", "bfloat16"].values(), ids=str)
+def test_blocks_beyond_a_tile_many_columns_and_float32_results(tile):
     """One expert's rows in two tiles and more; more columns than one tile; experts without rows."""
-    monkeypatch.setattr(grouped, "TILES", {math.inf: choice})
     r = rng("large")
     routing = ferrum_jax.moe_plan(np.full((200, 1), 1, np.int32), 3, 256, implementation="xla")
     lhs, rhs = rows(r, (200, 64), "bfloat16"), rows(r, (3, 64, 320), "bfloat16")
     rhs[[0, 2]] = np.nan
-    got = grouped_matmul(lhs, rhs, *routing[3:], preferred_element_type="float32", implementation="pallas")
+    tables = routing.sorted_token_ids, routing.block_ids, routing.total_tokens_post_pad
+    product = pallas.interpreted("grouped").grouped_matmul
+    (got,) = product(lhs, rhs, *tables, top_k=1, dtype="float32", packed_rows=False, precision="highest", tile=tile)
     want = np.asarray(lhs, np.float64) @ np.asarray(rhs[1], np.float64)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
 
@@ -80,7 +83,7 @@ def test_a_batch_and_tables_made_by_hand():
 EPILOGUES = [
     ("silu", False, True, "bfloat16"),
     ("swiglu_oai", True, False, "float16"),
-    *((a, True, True, "bfloat16") for a in grouped.ACTIVATIONS),
+    *((a, True, True, "bfloat16") for a in ACTIVATIONS),
     (None, False, True, "float16"),
 ]
 
@@ -184,14 +187,14 @@ def test_transformations(name, activation, where):
 def test_what_is_stored_as_one_piece_of_memory_ends_with_its_row(width, top_k, monkeypatch):
     """Mosaic copies such a piece by addresses, past the row's end into the next; its interpreter does not."""
     args = grouped_args(rng("piece"), Size(5, 3, 2, 256, 8), "bfloat16", pair_ids=top_k == 2)
-    copy, pieces = grouped.plgpu.copy_smem_to_gmem, []
+    copy, pieces = plgpu.copy_smem_to_gmem, []
 
     def spy(source, to, **kwargs):
         (rows, columns), whole = to.shape, to.ref.shape[1]
         pieces.extend([(columns, whole)] if len(to.shape) == 2 and (rows == 1 or columns == whole) else [])
         return copy(source, to, **kwargs)
 
-    monkeypatch.setattr(grouped.plgpu, "copy_smem_to_gmem", spy)
+    monkeypatch.setattr(plgpu, "copy_smem_to_gmem", spy)
     rhs = np.zeros((3, 256, width), args[1].dtype)
     jax.make_jaxpr(
         lambda *a: grouped.grouped_matmul(*a, top_k=top_k, dtype="bfloat16", packed_rows=False, precision="highest")
@@ -200,16 +203,35 @@ def test_what_is_stored_as_one_piece_of_memory_ends_with_its_row(width, top_k, m
     assert all(whole % columns == 0 for columns, whole in pieces), pieces
 
 
+def test_activations_are_those_of_the_op():
+    """Mosaic has no erf, which "gelu" needs."""
+    assert set(ACTIVATIONS) == set(meaning.ACTIVATIONS) - {"gelu"}
+    gate, up = jnp.float32(rng("activations").normal(size=(2, 100)) * 5)
+    for name, activation in ACTIVATIONS.items():
+        np.testing.assert_allclose(activation(gate, up), meaning.ACTIVATIONS[name](gate, up), rtol=1e-4, atol=1e-5)
+
+
+# ---- tiles
+
+
+@pytest.mark.parametrize(
+    ("rows", "plain", "tile"),
+    [(16 * 8, True, 32), (16 * 8 + 1, True, 96), (641 * 8, True, 160), (641 * 8, False, 144)],
+)
+def test_the_tile_of_a_mean(rows, plain, tile):
+    assert tiles.product_tile("sm_90", np.dtype("float16"), rows, 8, plain).rows == tile
+
+
 # ---- what the kernels are told about a table
 
 
 def test_runs_are_told_from_other_slots():
     slots = jnp.array([[4, 5, 6], [4, 5, -1], [4, 6, -1], [4, -1, 6], [-1, 4, 5], [-1, -1, -1], [0, 9, -7], [5, 4, 3]])
-    live, last, first = grouped._runs(slots, jnp.zeros(8, jnp.int32), 9)
+    live, last, first = grouped_tables.runs(slots, jnp.zeros(8, jnp.int32), 9)
     assert first.tolist() == [4, 4, -1, -1, -1, -1, 0, -1]
     assert live.tolist() == [3, 2, 2, 2, 2, 0, 1, 3]
     assert last.tolist() == [3, 2, 2, 3, 3, 0, 1, 3]
-    assert grouped._runs(slots, jnp.full(8, -1, jnp.int32), 9)[0].tolist() == [0] * 8
+    assert grouped_tables.runs(slots, jnp.full(8, -1, jnp.int32), 9)[0].tolist() == [0] * 8
 
 
 @pytest.mark.parametrize("most", [16, 32, 144])
@@ -222,9 +244,9 @@ def test_tiles_hold_each_row_once_and_experts_stay_together(most):
     low[rows_of == 0] = high[rows_of == 0] = 0
     across = 3
     low, high = jnp.int32(low), jnp.int32(high)
-    table, count = grouped._tiles(low, high, most, grouped._most_tiles(int(high[-1]), 14, most))
+    table, count = grouped_tables.cut_into_tiles(low, high, most, grouped_tables.most_tiles(int(high[-1]), 14, most))
     at = np.arange(count[0] * across)
-    begin, size = np.divmod(np.asarray(table)[3, at // across], grouped.WINDOW + 1)
+    begin, size = np.divmod(np.asarray(table)[3, at // across], tiles.WINDOW + 1)
     column, number = np.divmod(at - begin * across, size)
     owner, first, height, _ = np.asarray(table)[:, begin + number]
     assert (np.diff(owner) >= 0).all()
@@ -237,23 +259,23 @@ def test_tiles_hold_each_row_once_and_experts_stay_together(most):
         covered = [row for t in np.flatnonzero(mine) for row in range(first[t], first[t] + height[t])]
         assert covered == list(range(covered[0], covered[-1] + 1))
         assert covered[0] == low[e] // 8 * 8
-        assert high[e] <= covered[-1] + 1 < high[e] + grouped.UNIT
+        assert high[e] <= covered[-1] + 1 < high[e] + tiles.UNIT
         assert (first[mine] % 8 == 0).all()
-        assert (height[mine] % grouped.UNIT == 0).all()
+        assert (height[mine] % tiles.UNIT == 0).all()
         assert max(height[mine]) <= most
-        assert max(height[mine]) - min(height[mine]) <= grouped.UNIT
+        assert max(height[mine]) - min(height[mine]) <= tiles.UNIT
         assert mine.sum() == -(-len(covered) // most)
         most_tiles = max(most_tiles, mine.sum())
         for c in range(1, across):
             assert (first[(owner == e) & (column == c)] == first[mine]).all()
     side_by_side = [len(list(run)) for _, run in itertools.groupby(zip(owner, column, strict=True))]
-    assert max(side_by_side) == min(grouped.WINDOW, most_tiles)
+    assert max(side_by_side) == min(tiles.WINDOW, most_tiles)
 
 
 def test_tiles_of_tables_that_break_the_rules_stay_inside():
     """Every expert claims every row: more tiles than there is room for."""
-    (_, _, _, order), count = grouped._tiles(jnp.zeros(5, jnp.int32), jnp.full(5, 100, jnp.int32), 16, 9)
-    begin, size = np.divmod(np.asarray(order), grouped.WINDOW + 1)
+    (_, _, _, order), count = grouped_tables.cut_into_tiles(jnp.zeros(5, jnp.int32), jnp.full(5, 100, jnp.int32), 16, 9)
+    begin, size = np.divmod(np.asarray(order), tiles.WINDOW + 1)
     assert count.tolist() == [9]
     assert (size > 0).all()
     assert (begin + size <= 9).all()
@@ -263,29 +285,33 @@ def test_an_expert_is_read_where_it_lies_if_its_rows_lie_together():
     # Rows 2 to 4; two runs; none; 7 and 1; after an end that is not full, row 0
     slots = jnp.array([[2, 3], [4, -1], [5, 6], [8, 9], [-1, -1], [7, 1], [10, -1], [0, -1]])
     owner = jnp.array([0, 0, 1, 1, 2, 3, 4, 4])
-    low, high, apart = grouped._ranges(slots, owner, 1, 5, 11, 1)
+    low, high, apart = grouped_tables.row_ranges(slots, owner, 1, 5, 11, 1)
     assert apart.tolist() == [0, 1, 0, 1, 1]
     assert list(zip(low.tolist(), high.tolist(), strict=True)) == [(2, 5), (4, 8), (0, 0), (10, 12), (12, 15)]
     # The same after a block of no expert, behind which there may be more of one expert: apart, if only maybe so.
-    holed = jnp.array([0, grouped.HOLE, 1, 1, 2, 2, grouped.END, grouped.END])
+    holed = jnp.array([0, grouped_tables.NO_EXPERT, 1, 1, 2, 2, grouped_tables.PAST_END, grouped_tables.PAST_END])
     after = jnp.array([[0, 1], [2, 3], [4, 5], [6, 7], [8, -1], [9, 10], [0, 1], [2, 3]])
-    low, high, apart = grouped._ranges(after, holed, 1, 5, 11, 1)
+    low, high, apart = grouped_tables.row_ranges(after, holed, 1, 5, 11, 1)
     assert [x.tolist() for x in (low, high, apart)] == [[0, 4, 8, 0, 0], [2, 8, 11, 0, 0], [0, 1, 0, 0, 0]]
     # Blocks of which the last slots are none, one's rows going on in the next's.
     padded = jnp.array([[2, 3, 4, -1], [5, 6, -1, -1]])
-    assert [x.tolist() for x in grouped._ranges(padded, jnp.zeros(2, jnp.int32), 1, 1, 11, 1)] == [[2], [7], [0]]
-    two = grouped._ranges(slots, jnp.where(jnp.arange(8) < 4, owner, owner + 5), 2, 5, 11, 1)
+    assert [x.tolist() for x in grouped_tables.row_ranges(padded, jnp.zeros(2, jnp.int32), 1, 1, 11, 1)] == [
+        [2],
+        [7],
+        [0],
+    ]
+    two = grouped_tables.row_ranges(slots, jnp.where(jnp.arange(8) < 4, owner, owner + 5), 2, 5, 11, 1)
     assert [x[:5].tolist() + x[5:].tolist() for x in two][2] == [0, 1, 0, 0, 0, 0, 0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("compared", [0, 2**25])
-def test_holes_are_the_rows_that_no_slot_names(compared, monkeypatch):
-    monkeypatch.setattr(grouped, "COMPARED", compared)
+def test_unnamed_rows_are_those_that_no_slot_names(compared, monkeypatch):
+    monkeypatch.setattr(grouped_tables, "COMPARED", compared)
     slots = np.full((4, 8), -1, np.int32)  # two blocks of each of two slices of 13 rows
     slots[:3, :5] = np.stack([rng("holes").permutation(13)[:5] for _ in range(3)])
     slots[1, :5] = np.setdiff1d(np.arange(13), slots[0, :5])[:5]
     slots[2, 5], slots[3] = 13, np.arange(8)  # no row, and a block that does not count
-    holes = np.asarray(grouped._holes(jnp.asarray(slots), jnp.array([0, 2, 3, -1]), 2, 13, 16, 128))
+    holes = np.asarray(grouped_tables.unnamed_rows(jnp.asarray(slots), jnp.array([0, 2, 3, -1]), 2, 13, 16, 128))
     assert holes.shape == (128,)
     unnamed = [s * 16 + r for s in range(2) for r in range(13) if r not in slots[2 * s : 3]]
     assert [8 * g + j for g in range(128) for j in range(8) if holes[g] >> j & 1] == unnamed

@@ -7,7 +7,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from . import THREADS, launch, lead_axes, loop, pad, split, vector
+from .launch import THREADS, launch, lead_axes, loop, pad, split, vector
 
 UNROLLED = 16  # up to here all of a token's rows are in flight at once, above 8 of them
 

@@ -9,7 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from . import launch, lead_axes, loop, pad, put
+from .launch import launch, lead_axes, loop, pad, put
 
 LOWEST = -(2**31)  # below every rank: no expert, or one that is taken
 LOG_EPS = math.log(1e-20)
