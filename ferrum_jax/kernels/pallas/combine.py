@@ -1,20 +1,35 @@
-"""Combine: rows to the experts and back. A block moves one chunk of columns, 16 bytes a thread of each row."""
+"""Combine: rows to the experts and back. A block moves chunks of rows, see chunks.py.
+
+The kernels' sizes: N tokens of a slice, K choices of a token, R rows of a slice, P terms of a slice, TOTAL tokens of
+all slices. An index outside [0, R) names no row. A *bare* row is one that no pair names.
+"""
 
 import math
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .launch import THREADS, launch, lead_axes, loop, pad, split, vector
-
-UNROLLED = 16  # up to here all of a token's rows are in flight at once, above 8 of them
+from .chunks import (
+    chunk_shape,
+    chunked,
+    fetch,
+    folded,
+    for_lists,
+    load,
+    store,
+    unchunked,
+    unrolled_loop,
+    where,
+    zeros,
+)
+from .launch import for_each, launch, lead_axes, loop, split
+from .tiles import COTANGENTS, DOTS
 
 
 def gather_sum(rows, index, weights, out, *, N, K, R):
     # out[n] = sum over k of weights[n,k] * rows[index[n,k]]; without an index, of the rows n*K + k. A block owns one
-    # chunk of one output row: it asks for the K rows' chunks before it uses the first, adds in float32, stores once.
+    # chunk of one output row: it loads the K rows' chunks before it uses the first, adds in float32 and stores once.
     # A pair without a row reads row 0, which is in the cache, and adds 0.
     n, chunk = split(lax.axis_index("program"), out.shape[1])
     slice_id, token = split(n, N)
@@ -29,13 +44,13 @@ def gather_sum(rows, index, weights, out, *, N, K, R):
             term *= weights[n, k]
         return sums + (term if valid is None else where(valid, term))
 
-    store(out, n, chunk, repeat(K, add, zeros(out)))
+    store(out, n, chunk, unrolled_loop(K, add, zeros(out)))
 
 
 def row_dot(rows, index, g, out, *, N, K, R, CHOICES):
     # out[n,k] = <rows[index[n,k]], g[n]>; without an index, with the rows n*K + k. A block owns CHOICES choices of one
-    # token and walks along the chunks: g's once, and CHOICES rows' at a time. A thread adds up its own columns, and
-    # only at the end do the block's threads add up theirs.
+    # token and goes through the chunks: it loads g's once, and that of CHOICES rows. Each thread adds up its own
+    # columns; only at the end does the block add up its threads' sums.
     n, group = split(lax.axis_index("program"), K // CHOICES)
     slice_id, token = split(n, N)
     choices = [group * CHOICES + j for j in range(CHOICES)]
@@ -54,45 +69,50 @@ def row_dot(rows, index, g, out, *, N, K, R, CHOICES):
 
 
 def invert(index, owner, *, N, K, R):
-    # The pair that names each row: a block takes a token's pairs, reads 4 bytes of each and writes 4 where its row is.
-    # A row that no pair names keeps whatever the memory held: who reads it asks that pair whether it names the row.
+    # owner[index[n,k]] = the pair n*K + k. A block takes a token's pairs: it reads 4 bytes of each and writes 4 at its
+    # row. A bare row's owner is garbage: a reader must ask the pair that stands there whether it names the row.
     n = lax.axis_index("program")
     slice_id, token = split(n, N)
 
-    @some(K)
-    def _(choices):
+    def write_owners(choices):
         rows = [index[n, k] for k in choices]
         for k, row in zip(choices, rows, strict=True):
 
             @pl.when((row >= 0) & (row < R))
-            def _(k=k, row=row):
+            def write_owner(k=k, row=row):
                 owner[slice_id, row] = token * K + k
+
+    for_lists(K, write_owners)
 
 
 def scatter(g, index, weights, owner, out, *, N, K, R, TOTAL, CLEARING):
     # out[index[n,k]] = weights[n,k] * g[n]; without an index, to the rows n*K + k. A block owns one chunk of one token:
-    # it reads it once and stores it K times. And it owns 8 rows, and writes zeros to those of them that no pair names.
-    # Of either there may be fewer.
+    # it reads the chunk once and stores it K times. It also owns 8 rows, and writes zeros to the bare ones. The grid is
+    # the larger of both counts: the last blocks have only one of the two.
     program, chunks = lax.axis_index("program"), out.shape[2]
 
     @pl.when(program < TOTAL * chunks)
-    def _():
+    def scatter_chunk():
         n, chunk = split(program, chunks)
         slice_id, token = split(n, N)
         own = load(g, slice_id, token, chunk)
 
-        def put(row, factor):
-            pl.when((row >= 0) & (row < R))(lambda: store(out, (slice_id, row), chunk, own * factor))
+        def store_scaled(row, weight):
+            pl.when((row >= 0) & (row < R))(lambda: store(out, (slice_id, row), chunk, own * weight))
+
+        def store_choice(k, state):
+            store_scaled(token * K + k, weights[n, k])
+            return state
+
+        def store_choices(choices):
+            named = [(index[n, k], weights[n, k]) for k in choices]
+            for row, weight in named:
+                store_scaled(row, weight)
 
         if index is None:
-            repeat(K, lambda k, _: put(token * K + k, weights[n, k]) or (), ())
-            return
-
-        @some(K)
-        def _(choices):
-            named = [(index[n, k], weights[n, k]) for k in choices]
-            for row, factor in named:
-                put(row, factor)
+            unrolled_loop(K, store_choice, ())
+        else:
+            for_lists(K, store_choices)
 
     if index is not None:
         pl.when(program < CLEARING)(lambda: clear(out, bare_rows(program, index, owner, N=N, K=K, R=R)))
@@ -100,31 +120,31 @@ def scatter(g, index, weights, owner, out, *, N, K, R, TOTAL, CLEARING):
 
 def cotangents(g, rows, index, weights, owner, g_rows, g_weights, *, N, K, R, TOTAL, CHOICES, CLEARING):
     # g_rows[index[n,k]] = weights[n,k] * g[n] and g_weights[n,k] = <rows[index[n,k]], g[n]>. A block owns CHOICES
-    # choices of one token and walks along the chunks: it asks for g's and for CHOICES rows', stores as many once g's is
-    # there, and adds up its dots last. And it owns 8 rows of g_rows, to clear as in `scatter`. Of either there may be
-    # fewer. A pair without a row reads row 0, which is in the cache; of its dot nothing is kept.
+    # choices of one token and goes through the chunks: it loads g's and those of CHOICES rows, stores as many, and adds
+    # up its dots last. It also owns 8 rows of g_rows, and clears the bare ones, as in `scatter`. A pair without a row
+    # reads row 0, which is in the cache; its dot is dropped.
     program = lax.axis_index("program")
 
     @pl.when(program < TOTAL * (K // CHOICES))
-    def _():
+    def scatter_and_dot():
         n, group = split(program, K // CHOICES)
         slice_id, token = split(n, N)
         choices = [group * CHOICES + j for j in range(CHOICES)]
-        named, factors = [index[n, k] for k in choices], [weights[n, k] for k in choices]
+        named, own_weights = [index[n, k] for k in choices], [weights[n, k] for k in choices]
         valid = [(row >= 0) & (row < R) for row in named]
         named = [jnp.where(ok, row, 0) for row, ok in zip(named, valid, strict=True)]
 
-        def walk(chunk, sums):
+        def one_chunk(chunk, sums):
             own, terms = load(g, slice_id, token, chunk), [fetch(rows, slice_id, row, chunk) for row in named]
-            for row, ok, factor in zip(named, valid, factors, strict=True):
+            for row, ok, weight in zip(named, valid, own_weights, strict=True):
 
                 @pl.when(ok)
-                def _(row=row, factor=factor):
-                    store(g_rows, (slice_id, row), chunk, own * factor)
+                def store_scaled(row=row, weight=weight):
+                    store(g_rows, (slice_id, row), chunk, own * weight)
 
             return tuple(s + term.astype(jnp.float32) * own for s, term in zip(sums, terms, strict=True))
 
-        sums = loop(rows.shape[2], walk, (zeros(rows),) * CHOICES)
+        sums = loop(rows.shape[2], one_chunk, (zeros(rows),) * CHOICES)
         for k, ok, total in zip(choices, valid, sums, strict=True):
             g_weights[n, k] = jnp.where(ok, jnp.sum(total), 0.0)
 
@@ -132,7 +152,7 @@ def cotangents(g, rows, index, weights, owner, g_rows, g_weights, *, N, K, R, TO
 
 
 def bare_rows(program, index, owner, *, N, K, R):
-    """A program's eight rows, and which of them no pair names. All are asked for before the first is used."""
+    """A block's eight rows, and whether each is bare. All loads start before the first result is used."""
     slice_id, first = split(program, pl.cdiv(R, 8))
     eight = [first * 8 + j for j in range(8)]
     pairs = [owner[slice_id, jnp.minimum(row, R - 1)] for row in eight]
@@ -146,32 +166,33 @@ def bare_rows(program, index, owner, *, N, K, R):
 
 
 def clear(out, rows):
+    """Write zeros to the bare ones of these rows."""
     for row, bare in rows:
 
         @pl.when(bare)
-        def _(row=row):
-            loop(out.shape[2], lambda chunk, _: store(out, row, chunk, zeros(out)) or (), ())
+        def clear_row(row=row):
+            for_each(out.shape[2], lambda chunk: store(out, row, chunk, zeros(out)))
 
 
 def segment_sum(rows, weights, order, dest, out, *, P, K, R):
     # out[r] = sum of the terms whose destination is r, in ascending order of the terms. A block owns one chunk of one
-    # output row, finds its terms in the sorted destinations by halving, and asks for 4 terms' chunks at a time.
+    # output row, finds its terms in the sorted destinations by bisection, and loads 4 terms' chunks at a time.
     n, chunk = split(lax.axis_index("program"), out.shape[1])
     slice_id, r = split(n, R)
 
     def first_at_least(value):
-        def halve(_, bounds):
+        def bisect(_, bounds):
             low, high = bounds
             middle = lax.div(low + high, jnp.int32(2))
             below = dest[slice_id, jnp.minimum(middle, P - 1)] < value
             inside = low < high
             return jnp.where(inside & below, middle + 1, low), jnp.where(below, high, middle)
 
-        return loop(P.bit_length() + 1, halve, (jnp.int32(0), jnp.int32(P)))[0]
+        return loop(P.bit_length() + 1, bisect, (jnp.int32(0), jnp.int32(P)))[0]
 
     start, stop = first_at_least(r), first_at_least(r + 1)
 
-    def add(four, sums):
+    def add_four(four, sums):
         for j in range(4):
             i = start + four * 4 + j
             term = order[slice_id, jnp.minimum(i, P - 1)]
@@ -181,123 +202,35 @@ def segment_sum(rows, weights, order, dest, out, *, P, K, R):
             sums += where(i < stop, value)
         return sums
 
-    store(out, n, chunk, loop(lax.div(stop - start + 3, jnp.int32(4)), add, zeros(out)))
+    store(out, n, chunk, loop(lax.div(stop - start + 3, jnp.int32(4)), add_four, zeros(out)))
 
 
-# ---- what the kernels have in common: rows are [slice, row, chunk, column], and a warpgroup holds one chunk
-
-
-def layout(ref):
-    return plgpu.Layout.WG_STRIDED((ref.shape[-1],), ref.shape[-1] // THREADS)
-
-
-def zeros(like):
-    return plgpu.layout_cast(jnp.zeros(like.shape[-1:], jnp.float32), layout(like))
-
-
-def load(rows, slice_id, row, chunk):
-    """A chunk of a row in float32."""
-    return fetch(rows, slice_id, row, chunk).astype(jnp.float32)
-
-
-def fetch(rows, slice_id, row, chunk):
-    """A chunk of a row; slices that share their rows have one copy of them."""
-    at = (slice_id if rows.shape[0] > 1 else 0, row, chunk)
-    return plgpu.load(rows.at[at], layout=layout(rows))
-
-
-def store(out, row, chunk, value):
-    at = (*row, chunk) if isinstance(row, tuple) else (row, chunk)
-    out[at] = plgpu.layout_cast(value.astype(out.dtype), layout(out))
-
-
-def where(valid, x):
-    return jnp.where(jnp.broadcast_to(valid, x.shape), x, jnp.zeros_like(x))
-
-
-def repeat(times, step, state):
-    """step(k, state) for each k, unrolled where they are few, else by eights."""
-    if times <= UNROLLED:
-        eights = 0
-    else:
-        eights = times // 8
-
-        def eight(i, state):
-            for j in range(8):
-                state = step(i * 8 + j, state)
-            return state
-
-        state = loop(eights, eight, state)
-    for k in range(eights * 8, times):
-        state = step(jnp.int32(k), state)
-    return state
-
-
-def some(times):
-    """The decorated function of lists of k, all together each k in [0, times): all at once where they are few, else by
-    eights. What it loads for a list before it stores anything is in flight at once: no load overtakes a store.
-    """
-
-    def run(body):
-        eights = 0 if times <= UNROLLED else times // 8
-        loop(eights, lambda i, _: body([i * 8 + j for j in range(8)]) or (), ())
-        if eights * 8 < times:
-            body([jnp.int32(k) for k in range(eights * 8, times)])
-
-    return run
-
-
-# ---- wrappers: leading axes become one; rows that the whole batch shares are not copied
-
-
-def _small(x, lead, *shape):
-    """Ids or weights over all the leading axes, folded into `shape`; they are small, so a copy is cheap."""
-    return jnp.reshape(jnp.broadcast_to(x, (*lead, *x.shape[len(lead) :])), shape)
-
-
-def _rows(x, lead):
-    """Rows as [slices, rows, chunks, columns]: one slice if the batch shares them, else the batch's."""
-    own = x.shape[: len(lead)]
-    if math.prod(own) != 1 and own != lead:
-        x = jnp.broadcast_to(x, (*lead, *x.shape[len(lead) :]))
-    chunks, columns = _chunks(x)
-    return jnp.reshape(pad(x, chunks * columns), (-1, x.shape[-2], chunks, columns))
-
-
-def _chunks(x):
-    """How many chunks a row of x is, and the columns of each: a vector a thread."""
-    columns = THREADS * vector(x.shape[-1], x.dtype.itemsize)
-    return pl.cdiv(x.shape[-1], columns), columns
-
-
-def _unchunked(out, shape):
-    """The inverse of `_rows`, without the padding."""
-    return jnp.reshape(jnp.reshape(out, (-1, math.prod(out.shape[-2:])))[:, : shape[-1]], shape)
+# ---- wrappers: what several of the ops share
 
 
 def _gather(rows, index, weights, lead, n, k):
-    total, (chunks, columns) = math.prod(lead) * n, _chunks(rows)
+    total, (chunks, columns) = math.prod(lead) * n, chunk_shape(rows)
     (out,) = launch(
         gather_sum,
-        _rows(rows, lead),
-        None if index is None else _small(index, lead, total, k),
-        None if weights is None else _small(weights, lead, total, k),
+        chunked(rows, lead),
+        None if index is None else folded(index, lead, total, k),
+        None if weights is None else folded(weights, lead, total, k),
         out=[((total, chunks, columns), rows.dtype)],
         grid=total * chunks,
         N=n,
         K=k,
         R=rows.shape[-2],
     )
-    return (_unchunked(out, (*lead, n, rows.shape[-1])),)
+    return (unchunked(out, (*lead, n, rows.shape[-1])),)
 
 
 def _dot(rows, index, g, lead, n, k):
-    total, choices = math.prod(lead) * n, _choices(k, 8)
+    total, choices = math.prod(lead) * n, _choices(k, DOTS)
     (out,) = launch(
         row_dot,
-        _rows(rows, lead),
-        None if index is None else _small(index, lead, total, k),
-        _rows(g, lead),
+        chunked(rows, lead),
+        None if index is None else folded(index, lead, total, k),
+        chunked(g, lead),
         out=[((total, k), jnp.float32)],
         grid=total * (k // choices),
         N=n,
@@ -314,23 +247,26 @@ def _choices(k, most):
 
 
 def _owner(index, n, k, num_rows):
-    """Inverting the table (4 bytes a row) tells which rows no pair names: so every row is written just once."""
+    """The pair that names each row, and how many eights of rows there are.
+
+    It tells the kernels which rows are bare, so that they write each row just once.
+    """
     sizes = {"N": n, "K": k, "R": num_rows}
     (owner,) = launch(invert, index, out=[((len(index) // n, num_rows), jnp.int32)], grid=len(index), **sizes)
     return owner, len(index) // n * pl.cdiv(num_rows, 8)
 
 
 def _scatter(g, index, weights, lead, n, k, num_rows):
-    slices, (chunks, columns) = math.prod(lead), _chunks(g)
+    slices, (chunks, columns) = math.prod(lead), chunk_shape(g)
     total, owner, clearing = slices * n, None, 0
     if index is not None:
-        index = _small(index, lead, total, k)
+        index = folded(index, lead, total, k)
         owner, clearing = _owner(index, n, k, num_rows)
     (out,) = launch(
         scatter,
-        _rows(g, lead),
+        chunked(g, lead),
         index,
-        _small(weights, lead, total, k),
+        folded(weights, lead, total, k),
         owner,
         out=[((slices, num_rows, chunks, columns), g.dtype)],
         grid=max(total * chunks, clearing),
@@ -340,19 +276,19 @@ def _scatter(g, index, weights, lead, n, k, num_rows):
         TOTAL=total,
         CLEARING=clearing,
     )
-    return (_unchunked(out, (*lead, num_rows, g.shape[-1])),)
+    return (unchunked(out, (*lead, num_rows, g.shape[-1])),)
 
 
 def _sorted_sum(rows, weights, dest, lead, num_rows, k):
     """Each row r of the result is the sum of the terms with dest r, found by a stable sort of the destinations."""
-    slices, (chunks, columns) = math.prod(lead), _chunks(rows)
-    dest = _small(dest, lead, slices, -1)
+    slices, (chunks, columns) = math.prod(lead), chunk_shape(rows)
+    dest = folded(dest, lead, slices, -1)
     dest = jnp.where((dest >= 0) & (dest < num_rows), dest, num_rows)
     order = jnp.argsort(dest, axis=-1, stable=True)
     (out,) = launch(
         segment_sum,
-        _rows(rows, lead),
-        None if weights is None else _small(weights, lead, slices, -1),
+        chunked(rows, lead),
+        None if weights is None else folded(weights, lead, slices, -1),
         order.astype(jnp.int32),
         jnp.take_along_axis(dest, order, axis=-1),
         out=[((slices * num_rows, chunks, columns), rows.dtype)],
@@ -361,7 +297,10 @@ def _sorted_sum(rows, weights, dest, lead, num_rows, k):
         K=k,
         R=num_rows,
     )
-    return (_unchunked(out, (*lead, num_rows, rows.shape[-1])),)
+    return (unchunked(out, (*lead, num_rows, rows.shape[-1])),)
+
+
+# ---- wrappers: the ops
 
 
 def moe_dispatch(x, packed_token_idx, *pairs_by_token):
@@ -398,17 +337,17 @@ def moe_combine_cotangents(g, packed_down, pair_weights, pairs_by_token):
     lead = lead_axes((g, 2), (packed_down, 2), (pair_weights, 2), (pairs_by_token, 2))
     n, k = pairs_by_token.shape[-2:]
     num_rows, width = packed_down.shape[-2:]
-    # Of the registers for 5 rows there are enough for 4 blocks a multiprocessor; a token's blocks share g in the cache.
-    slices, choices, (chunks, columns) = math.prod(lead), _choices(k, 5), _chunks(g)
+    # A token's blocks share g in the cache.
+    slices, choices, (chunks, columns) = math.prod(lead), _choices(k, COTANGENTS), chunk_shape(g)
     total = slices * n
-    index = _small(pairs_by_token, lead, total, k)
+    index = folded(pairs_by_token, lead, total, k)
     owner, clearing = _owner(index, n, k, num_rows)
     g_rows, g_weights = launch(
         cotangents,
-        _rows(g, lead),
-        _rows(packed_down, lead),
+        chunked(g, lead),
+        chunked(packed_down, lead),
         index,
-        _small(pair_weights, lead, total, k),
+        folded(pair_weights, lead, total, k),
         owner,
         out=[((slices, num_rows, chunks, columns), g.dtype), ((total, k), jnp.float32)],
         grid=max(total * (k // choices), clearing),
@@ -419,7 +358,7 @@ def moe_combine_cotangents(g, packed_down, pair_weights, pairs_by_token):
         CHOICES=choices,
         CLEARING=clearing,
     )
-    return _unchunked(g_rows, (*lead, num_rows, width)), jnp.reshape(g_weights, (*lead, n, k))
+    return unchunked(g_rows, (*lead, num_rows, width)), jnp.reshape(g_weights, (*lead, n, k))
 
 
 def weighted_sum_batched(slots, weights):
