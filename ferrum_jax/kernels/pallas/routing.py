@@ -1,5 +1,10 @@
-"""Routing: one launch, one read of the logits."""
+"""Routing: one launch, which reads the logits once.
 
+A *rank* is a logit's bits as an int32 that is ordered as the logits are. *Lanes* are the experts, filled up to what
+divides among the threads. A *column* is the number of a choice or a group, [rows, count] filled up to a warp's lanes.
+"""
+
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -9,12 +14,27 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .launch import launch, lead_axes, loop, pad, put
+from .launch import for_each, launch, lead_axes, loop, pad, put
+from .tiles import MAX_CHOICES, MAX_EXPERTS, MAX_GROUPS, WARP_EXPERTS
 
-LOWEST = -(2**31)  # below every rank: no expert, or one that is taken
+LOWEST = -(2**31)  # below every rank: no expert, or one that is taken already
 LOG_EPS = math.log(1e-20)
-WARP_EXPERTS = 1024  # up to here a warp holds a row
-MAX_EXPERTS, MAX_CHOICES, MAX_GROUPS = 8192, 512, 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Router:
+    """What is known of a routing when it is compiled: the op's parameters."""
+
+    num_experts: int
+    top_k: int
+    scoring: str
+    norm_topk_prob: bool
+    scale: float
+    zero_sum: str
+    num_groups: int
+    group_top_k: int | None
+    top2_sum: bool  # whether a group's rank is that of its two best scores' sum; else that of its best
+    bias_tokens: int  # neighbouring tokens that share a row of the bias
 
 
 def full(like, value):
@@ -30,7 +50,7 @@ def is_nan(x):
 
 
 def rank(x):
-    """A float32's place among all: -0 as +0, NaN of either sign below -inf."""
+    """The rank of a float32: -0 has that of +0, and NaN of either sign comes below -inf."""
     bits = lax.bitcast_convert_type(x, jnp.int32)
     bits = jnp.where(bits == LOWEST, full(bits, 0), bits)
     return jnp.where(is_nan(x), full(bits, LOWEST + 1), bits ^ ((bits >> 31) & 0x7FFFFFFF))
@@ -43,12 +63,12 @@ def unrank(key):
 def first_best(key, name):
     """Each row's largest rank, and the smallest name that has it."""
     best = jnp.max(key, axis=1)
-    # The smallest name is the largest negative: a maximum is one instruction for the whole warp, a minimum is not.
+    # The smallest name is found as the largest negative one: a maximum of a warp is one instruction, a minimum is not.
     return best, -jnp.max(jnp.where(key == wide(best, key), -name, full(name, LOWEST)), axis=1)
 
 
 def exponent(x, scoring):
-    """A score is factor * e^exponent, so that scores too small for a float still compare."""
+    """A score is factor * e^exponent. Kept apart, scores too small for a float still have the right ratios."""
     if scoring == "sigmoid":
         return jnp.where(x > 0, full(x, 0.0), x)
     if scoring == "sqrt_softplus":
@@ -69,7 +89,7 @@ def factor(x, scoring):
 
 
 def score(x, scoring, top):
-    """What a bias is added to, in every lane; a lane without an expert holds -inf."""
+    """The scores, to which a bias is added. A lane without an expert holds a logit of -inf."""
     if scoring == "topk_softmax":
         return x
     if scoring != "softmax":
@@ -79,39 +99,39 @@ def score(x, scoring, top):
     return e / wide(jnp.where(total == 0, full(total, 1.0), total), e)
 
 
-def in_best_groups(key, lane, column, columns, groups, kept, size, top2):
-    """The ranks, but those of other groups than the best. Each group's is found over the lanes that are its own."""
+def in_best_groups(key, lane, layout, router):
+    """The ranks of the experts of the best groups; LOWEST for the others."""
+    groups, size = router.num_groups, router.num_experts // router.num_groups
+    column, columns = _columns(*key.shape, groups, layout)
     group = lax.div(lane, full(lane, size))
-    at = lambda number, like: jnp.broadcast_to(number, like.shape)  # noqa: E731
 
     def rank_group(number, ranks):
-        own = jnp.where(group == at(number, group), key, full(key, LOWEST))
+        own = jnp.where(group == jnp.broadcast_to(number, group.shape), key, full(key, LOWEST))
         best, first = first_best(own, lane)
-        if top2:
+        if router.top2_sum:
             second = jnp.max(jnp.where(lane == wide(first, lane), full(own, LOWEST), own), axis=1)
             best = rank(unrank(best) + unrank(second))
-        return jnp.where(column == at(number, column), wide(best, column), ranks)
+        return jnp.where(column == jnp.broadcast_to(number, column.shape), wide(best, column), ranks)
 
-    def keep(_, state):
+    def keep_best(_, state):
         ranks, found = state
         _, first = first_best(ranks, column)
         found = jnp.where(group == wide(first, group), key, found)
         return jnp.where(column == wide(first, column), full(ranks, LOWEST), ranks), found
 
     ranks = loop(groups, rank_group, plgpu.layout_cast(full(column, LOWEST), columns))
-    return loop(kept, keep, (ranks, full(key, LOWEST)))[1]
+    return loop(router.group_top_k, keep_best, (ranks, full(key, LOWEST)))[1]
 
 
-def route(logits, bias, ids, weights, *, TOKENS, BIAS_TOKENS, **settings):
-    # Up to 1,024 experts a warp routes a token, so a block four; the last tokens that are fewer get a block each, whose
-    # warps do the same. Beyond, a block's four warps share a token. The logits are read once and stay in registers as
-    # rank keys; K times each row's largest key is taken, of equal ones the smallest id. The key is the logit's bits, or
-    # those of its score plus bias where experts are chosen by that; BIAS_TOKENS tokens share a row of the bias.
-    program, fours = lax.axis_index("program"), _fours(TOKENS, logits.shape[-1], BIAS_TOKENS)
-    run = functools.partial(route_rows, logits, bias, ids, weights, bias_tokens=BIAS_TOKENS, **settings)
+def route(logits, bias, ids, weights, *, tokens, router):
+    # A warp routes a token, so a block routes four; the tokens that are left over get a block each, whose warps all do
+    # the same. Beyond WARP_EXPERTS experts the four warps of a block share one token. The logits are read once and stay
+    # in registers as ranks: the largest is taken top_k times, of equal ones that of the smallest id.
+    program, fours = lax.axis_index("program"), _fours(tokens, logits.shape[-1], router.bias_tokens)
+    run = functools.partial(route_rows, logits, bias, ids, weights, router=router)
     if fours:
         pl.when(program < fours)(lambda: run(program * 4, 4))
-    if fours * 4 < TOKENS:
+    if fours * 4 < tokens:
         pl.when(program >= fours)(lambda: run(program + 3 * fours, 1))
 
 
@@ -120,32 +140,26 @@ def _fours(tokens, lanes, bias_tokens):
     return tokens // 4 if lanes <= WARP_EXPERTS and (bias_tokens % 4 == 0 or bias_tokens == tokens) else 0
 
 
-def route_rows(
-    logits, bias, ids, weights, start, rows, *, bias_tokens, E, K, SCORING, NORM, SCALE, ZERO_SUM, GROUPS, KEPT, TOP2
-):
-    lanes = logits.shape[-1]
+def route_rows(logits, bias, ids, weights, start, rows, *, router):
+    """Route `rows` tokens from `start` on."""
+    lanes, here = logits.shape[-1], pl.ds(start, rows)
     layout = _layout(rows, lanes, 16 // logits.dtype.itemsize, shared=lanes > WARP_EXPERTS)
-    here = pl.ds(start, rows)
     x = plgpu.load(logits.at[here], layout=layout, optimized=False).astype(jnp.float32)
     lane = plgpu.layout_cast(plgpu.broadcasted_iota(jnp.int32, (rows, lanes), 1), layout)
-    live = lambda key: jnp.where(lane < E, key, full(key, LOWEST)) if lanes > E else key  # noqa: E731
-    logit_key = live(rank(x))
+    logit_key = of_experts(rank(x), lane, router)
     top = finite(unrank(jnp.max(logit_key, axis=1)))
-    if SCORING == "softmax":  # what is asked of all logits is asked before the loop, which then holds nothing but ranks
-        bits = lax.bitcast_convert_type(x, jnp.int32)
-        broken = jnp.max(jnp.where(is_nan(x) | (bits == 0x7F800000), full(bits, 1), full(bits, 0)), axis=1)
-        everything = None if NORM and ZERO_SUM != "eps" else jnp.sum(jnp.exp(x - wide(top, x)), axis=1)
+    broken, everything = over_all(x, top, router)
 
-    key, by_logit = logit_key, bias is None and GROUPS == 1
+    key, by_logit = logit_key, bias is None and router.num_groups == 1
     if not by_logit:
-        value = score(x, SCORING, top)
+        value = score(x, router.scoring, top)
         if bias is not None:
-            own = plgpu.load(bias.at[start // bias_tokens], layout=layout.reduce(0), optimized=False)
+            own = plgpu.load(bias.at[start // router.bias_tokens], layout=layout.reduce(0), optimized=False)
             value += lax.broadcast_in_dim(own, value.shape, (1,))
-        key = live(rank(value))
-    if GROUPS > 1:
-        key = in_best_groups(key, lane, *_columns(rows, lanes, GROUPS, layout), GROUPS, KEPT, E // GROUPS, TOP2)
-    column, columns = _columns(rows, lanes, K, layout)
+        key = of_experts(rank(value), lane, router)
+    if router.num_groups > 1:
+        key = in_best_groups(key, lane, layout, router)
+    column, columns = _columns(rows, lanes, router.top_k, layout)
 
     def choose(k, state):
         key, chosen = state
@@ -157,44 +171,68 @@ def route_rows(
         key = jnp.where(mine, full(key, LOWEST), key)
         return key, jnp.where(column == jnp.broadcast_to(k, column.shape), wide(best, column), chosen)
 
-    _, chosen = loop(K, choose, (key, plgpu.layout_cast(full(column, LOWEST), columns)))
+    _, chosen = loop(router.top_k, choose, (key, plgpu.layout_cast(full(column, LOWEST), columns)))
+    weight = weigh(chosen, column, top, broken, everything, router)
 
-    if NORM:
-        base = finite(exponent(unrank(jnp.max(chosen, axis=1)), SCORING))
-    else:
-        base = top if SCORING == "softmax" else full(top, 0.0)
-    logit = unrank(jnp.where(column < K, chosen, full(chosen, 0)))
-    weight = jnp.exp(exponent(logit, SCORING) - wide(base, logit))
-    if SCORING in ("sigmoid", "sqrt_softplus"):
-        weight *= factor(logit, SCORING)
-    weight = jnp.where(column < K, weight, full(weight, 0.0))
-    if NORM or SCORING == "softmax":
-        total = jnp.sum(weight, axis=1) if NORM else everything
-        if NORM and ZERO_SUM == "eps" and SCORING != "topk_softmax":
-            total += jnp.exp(top - base + LOG_EPS) * everything if SCORING == "softmax" else jnp.exp(LOG_EPS - base)
-        zero = total == 0
-        otherwise = full(weight, 1 / K if NORM and ZERO_SUM == "uniform" else 0.0)
-        weight = weight / wide(jnp.where(zero, full(total, 1.0), total), weight)
-        weight = jnp.where(wide(total, weight) == 0, otherwise, weight)
-    if SCORING == "softmax":
-        weight = jnp.where(wide(broken, column) > 0, full(weight, jnp.nan), weight)
-    weight = lax.bitcast_convert_type(weight * SCALE if SCALE != 1 else weight, jnp.int32)
-
-    def store(k, _):
+    def store_choice(k):
         own = column == jnp.broadcast_to(k, column.shape)
         bits = jnp.max(jnp.where(own, weight, full(weight, LOWEST)), axis=1)
         put(weights.at[here, k], lax.bitcast_convert_type(bits, jnp.float32))
-        return ()
 
-    loop(K, store, ())
+    for_each(router.top_k, store_choice)
+
+
+def of_experts(key, lane, router):
+    """The ranks; LOWEST in lanes without an expert."""
+    return jnp.where(lane < router.num_experts, key, full(key, LOWEST)) if lane.shape[1] > router.num_experts else key
+
+
+def over_all(x, top, router):
+    """For softmax, of each row: whether it holds NaN or +inf, and the sum over all experts if the weights need it.
+
+    Both are computed before the loop over choices, which then keeps only ranks in registers.
+    """
+    if router.scoring != "softmax":
+        return None, None
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    broken = jnp.max(jnp.where(is_nan(x) | (bits == 0x7F800000), full(bits, 1), full(bits, 0)), axis=1)
+    if router.norm_topk_prob and router.zero_sum != "eps":
+        return broken, None
+    return broken, jnp.sum(jnp.exp(x - wide(top, x)), axis=1)
+
+
+def weigh(chosen, column, top, broken, everything, router):
+    """The bits of the weights of the chosen logits, given as ranks."""
+    scoring, norm, top_k = router.scoring, router.norm_topk_prob, router.top_k
+    if norm:
+        base = finite(exponent(unrank(jnp.max(chosen, axis=1)), scoring))
+    else:
+        base = top if scoring == "softmax" else full(top, 0.0)
+    logit = unrank(jnp.where(column < top_k, chosen, full(chosen, 0)))
+    weight = jnp.exp(exponent(logit, scoring) - wide(base, logit))
+    if scoring in ("sigmoid", "sqrt_softplus"):
+        weight *= factor(logit, scoring)
+    weight = jnp.where(column < top_k, weight, full(weight, 0.0))
+    if norm or scoring == "softmax":
+        total = jnp.sum(weight, axis=1) if norm else everything
+        if norm and router.zero_sum == "eps" and scoring != "topk_softmax":
+            total += jnp.exp(top - base + LOG_EPS) * everything if scoring == "softmax" else jnp.exp(LOG_EPS - base)
+        zero = total == 0
+        otherwise = full(weight, 1 / top_k if norm and router.zero_sum == "uniform" else 0.0)
+        weight = weight / wide(jnp.where(zero, full(total, 1.0), total), weight)
+        weight = jnp.where(wide(total, weight) == 0, otherwise, weight)
+    if scoring == "softmax":
+        weight = jnp.where(wide(broken, column) > 0, full(weight, jnp.nan), weight)
+    return lax.bitcast_convert_type(weight * router.scale if router.scale != 1 else weight, jnp.int32)
 
 
 def finite(largest):
+    """The largest of a row, or 0 where it is -inf."""
     return jnp.where(largest == -jnp.inf, full(largest, 0.0), largest)
 
 
 def _layout(rows: int, lanes: int, most: int = 1, shared: bool = False) -> Any:
-    """[rows, lanes] over the warpgroup: four rows by the warps, or one in each warp alike, or one shared by all."""
+    """[rows, lanes] over the warpgroup: a row a warp, or one row in each warp alike, or one row shared by all warps."""
     threads = min(32, lanes) * (4 if shared else 1)
     vector = min(most, (lanes // threads) & -(lanes // threads))
     tiles = ((rows, threads * vector), (32 * vector,), (vector,)) if shared else ((rows, threads * vector), (vector,))
@@ -204,14 +242,14 @@ def _layout(rows: int, lanes: int, most: int = 1, shared: bool = False) -> Any:
 
 
 def _columns(rows, lanes, count, layout):
-    """[rows, count], filled up to the lanes of a warp: each one's number, and their layout."""
+    """The numbers of the columns, [rows, count] filled up to the lanes of a warp, and their layout."""
     width = min(32, lanes) * pl.cdiv(count, min(32, lanes))
-    columns = layout if width == lanes else _layout(rows, width)  # one layout a shape, or Mosaic finds neither
+    columns = layout if width == lanes else _layout(rows, width)  # Mosaic wants one layout for one shape
     return plgpu.layout_cast(plgpu.broadcasted_iota(jnp.int32, (rows, width), 1), columns), columns
 
 
 def _lanes(experts: int) -> int:
-    """The experts, filled up to what divides among lanes."""
+    """The number of experts, filled up to what divides among threads."""
     if experts <= 32:
         return max(2, 1 << (experts - 1).bit_length())
     step = 32 if experts <= WARP_EXPERTS else 128
@@ -230,7 +268,7 @@ def refuse(operands, params):
 
 
 def _shared_by(bias, lead):
-    """The rows of bias that differ, and how many neighbouring tokens share one."""
+    """The rows of the bias, and how many neighbouring tokens share one."""
     outer = max((axis + 1 for axis, size in enumerate(bias.shape[:-1]) if size != 1), default=0)
     wide = jnp.broadcast_to(bias, (*lead[:outer], *bias.shape[outer:]))
     return jnp.reshape(wide, (-1, bias.shape[-1])), math.prod(lead[outer:])
@@ -246,22 +284,25 @@ def route_topk(
     if bias is not None:
         bias, bias_tokens = _shared_by(bias, lead)
         bias = pad(bias, lanes)
+    router = Router(
+        num_experts=experts,
+        top_k=top_k,
+        scoring=scoring,
+        norm_topk_prob=norm_topk_prob,
+        scale=scale,
+        zero_sum=zero_sum,
+        num_groups=num_groups or 1,
+        group_top_k=group_top_k,
+        top2_sum=group_score == "top2_sum",
+        bias_tokens=bias_tokens,
+    )
     ids, weights = launch(
         route,
         pad(logits, lanes, -jnp.inf),
         bias,
         out=[((tokens, top_k), jnp.int32), ((tokens, top_k), jnp.float32)],
         grid=tokens - 3 * _fours(tokens, lanes, bias_tokens),
-        TOKENS=tokens,
-        BIAS_TOKENS=bias_tokens,
-        E=experts,
-        K=top_k,
-        SCORING=scoring,
-        NORM=norm_topk_prob,
-        SCALE=scale,
-        ZERO_SUM=zero_sum,
-        GROUPS=num_groups or 1,
-        KEPT=group_top_k,
-        TOP2=group_score == "top2_sum",
+        tokens=tokens,
+        router=router,
     )
     return jnp.reshape(ids, (*lead, top_k)), jnp.reshape(weights, (*lead, top_k))
