@@ -79,7 +79,10 @@ def test_silent_exactly_on_what_some_ids_give(data):
             index = data.draw(st.integers(0, table.size - 1))
             delta = data.draw(st.sampled_from([-1, 1, -2, 2, 2**40]))
             table.reshape(-1)[index] += delta
-    same = lambda a, b: all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))  # noqa: E731
+
+    def same(a, b):
+        return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
     sizes = {"block_size": None if kind is fj.TokenPairs else block_size, "num_pairs": ids.size, "pair_ids": pair_ids}
     run = functools.partial(fj.check_routing, tables, num_experts, **sizes)
     source = ids_of(tables, shape, num_experts, block_size, pair_ids)

@@ -179,7 +179,9 @@ def test_partly_manual_mesh(dumped):
 
 
 def test_the_size_waited_for(dumped):
-    both = lambda: (packed(IDS[:1]), packed(IDS))  # noqa: E731
+    def both():
+        return packed(IDS[:1]), packed(IDS)
+
     assert "batch_x_topk=2 " in dumped(both)
     assert dumped(both, FERRUM_MOE_DUMP_BATCH_X_TOPK="4") == PACKED
     assert dumped(both, FERRUM_MOE_DUMP_BATCH_X_TOPK="5") == ""

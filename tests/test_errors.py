@@ -9,9 +9,18 @@ from jax.sharding import PartitionSpec as P
 
 import ferrum_jax as fj
 
-f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
-i32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
-of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
+
+def f32(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def i32(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+def of(dtype, *shape):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
 
 BIG = 2**31 - 1
 CASES = {
@@ -205,7 +214,9 @@ def mlp(**kwargs):
 
 
 def over_devices(**kwargs):
-    run = lambda *a: fj.parallel.moe_mlp(*a, axis_name="d", **kwargs)  # noqa: E731
+    def run(*a):
+        return fj.parallel.moe_mlp(*a, axis_name="d", **kwargs)
+
     args = X, X, np.ones((4, 4, 2)), np.ones((4, 1, 4))
     return jax.shard_map(run, mesh=jax.make_mesh((1,), ("d",)), in_specs=P(), out_specs=P())(*args)
 

@@ -47,7 +47,9 @@ def test_whole_layer():
 def test_symbolic_token_counts():
     """For a GPU too, on which None would take kernels."""
     (t,) = export.symbolic_shape("T")
-    of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
+
+    def of(dtype, *shape):
+        return jax.ShapeDtypeStruct(shape, dtype)
 
     def exported(f, *args):
         with on_h200():
@@ -68,7 +70,10 @@ def test_symbolic_token_counts():
     assert weighted.out_avals[0].shape == (t, 4)
     tables = of("int32", 96), of("int32", 6), of("int32")
     settings = {"activation": "silu", "packed_rows": True}
-    product = lambda x, w, *r: ferrum_jax.grouped_matmul(x, w, ferrum_jax.MoeRouting(*r), **settings)  # noqa: E731
+
+    def product(x, w, *r):
+        return ferrum_jax.grouped_matmul(x, w, ferrum_jax.MoeRouting(*r), **settings)
+
     assert exported(product, of("float32", t, 4), of("float32", 4, 4, 6), *tables).out_avals[0].shape == (t, 3)
     with pytest.raises(TypeError, match="num_pairs must be a Python int"):  # a table's length depends on it
         exported(lambda i: ferrum_jax.moe_plan(i, 4, 2), of("int32", t, 2))

@@ -113,8 +113,13 @@ def plain_combine(y, pairs, w):
 def test_the_tangent_of_combine_is_linear_in_each_operand():
     y, pairs, weights = combine_args(rng("lt"), SMALL, "float32")
     y, weights = np.nan_to_num(y), np.nan_to_num(weights)
-    combine = lambda y, w: ferrum_jax.moe_combine(y, pairs, w, unique_rows=True)  # noqa: E731
-    plain = lambda y, w: plain_combine(y, pairs, w)  # noqa: E731
+
+    def combine(y, w):
+        return ferrum_jax.moe_combine(y, pairs, w, unique_rows=True)
+
+    def plain(y, w):
+        return plain_combine(y, pairs, w)
+
     zeros, others = (jnp.zeros_like(y), jnp.zeros_like(weights)), (y[::-1], weights[::-1])
     for by_rows in (True, False):
 
@@ -140,14 +145,20 @@ def equations(f, *args):
 def test_unique_rows_have_both_cotangents_from_one_equation():
     """Under every transformation that a training step is made of; what is asked for alone comes alone."""
     y, pairs, weights = finite_args(BY_NAME["moe_combine"], rng("one"), SMALL)
-    combine = lambda y, w, unique=True: jnp.sum(jnp.sin(ferrum_jax.moe_combine(y, pairs, w, unique_rows=unique)))  # noqa: E731
+
+    def combine(y, w, unique=True):
+        return jnp.sum(jnp.sin(ferrum_jax.moe_combine(y, pairs, w, unique_rows=unique)))
+
     both = jax.grad(combine, (0, 1))
     one, wide = ["ferrum_moe_combine_cotangents"], (np.stack([y, y]), weights)
     assert equations(both, y, weights) == one
     assert equations(jax.vmap(both, (0, None)), *wide) == one
     assert equations(jax.grad(lambda *a: jnp.sum(jax.vmap(combine, (0, None))(*a)), (0, 1)), *wide) == one
     assert equations(jax.grad(jax.checkpoint(combine), (0, 1)), y, weights) == one
-    scanned = lambda y, w: jax.lax.scan(lambda c, _: (c + combine(y, w), None), 0.0, None, length=2)[0]  # noqa: E731
+
+    def scanned(y, w):
+        return jax.lax.scan(lambda c, _: (c + combine(y, w), None), 0.0, None, length=2)[0]
+
     assert equations(jax.grad(scanned, (0, 1)), y, weights) == one
     assert equations(lambda *a: jax.linear_transpose(jax.linearize(combine, *a)[1], *a)(1.0), y, weights) == one
     assert equations(jax.grad(combine), y, weights) == ["ferrum_moe_spread"]
@@ -169,11 +180,15 @@ def test_the_tangent_in_every_order(mapped, unique_rows, every_implementation):
     combine = functools.partial(ferrum_jax.moe_combine, unique_rows=unique_rows, implementation=every_implementation)
 
     def along(combine):
-        f = lambda y, w: jnp.sin(combine(y, pairs, w))  # noqa: E731
+        def f(y, w):
+            return jnp.sin(combine(y, pairs, w))
 
         def tangents(*args):
             y, w, dy, dw = args
-            step = lambda y, w, dy, dw: jax.jvp(f, (y, w), (dy, dw))[1]  # noqa: E731
+
+            def step(y, w, dy, dw):
+                return jax.jvp(f, (y, w), (dy, dw))[1]
+
             second = jax.jvp(step, args, (dy, dw, y, w))[1]
             only_rows = jax.jvp(lambda dy: step(y, w, dy, dw), (dy,), (y,))[1]
             return second, only_rows, jax.grad(lambda *a: jnp.sum(step(*a) ** 2), (0, 1, 2, 3))(*args)
@@ -219,9 +234,12 @@ def test_dispatch_against_oracle(with_pairs, dtype, implementation):
     x, tokens, pairs = dispatch_pairs_args(rng("dispatch"), size, dtype)
     (g,) = normal("g", like=[np.zeros((len(tokens), size.H), jnp.dtype(dtype))])
     g[tokens == size.T] = np.nan  # nobody reads these rows of the result
-    f = lambda x: ferrum_jax.moe_dispatch(  # noqa: E731
-        x, tokens, pairs_by_token=pairs if with_pairs else None, implementation=implementation
-    )
+
+    def f(x):
+        return ferrum_jax.moe_dispatch(
+            x, tokens, pairs_by_token=pairs if with_pairs else None, implementation=implementation
+        )
+
     oracle.assert_matches(vjp(f, (x,), g), oracle.moe_dispatch_grad(x, tokens, g))
 
 

@@ -24,7 +24,10 @@ of = jax.ShapeDtypeStruct
 def check(args, top_k, implementation, **kwargs):
     """Values and both gradients, with NaN in what no slot names."""
     lhs, rhs, *tables = args
-    f = lambda lhs, rhs: grouped_matmul(lhs, rhs, *tables, top_k=top_k, implementation=implementation, **kwargs)  # noqa: E731
+
+    def f(lhs, rhs):
+        return grouped_matmul(lhs, rhs, *tables, top_k=top_k, implementation=implementation, **kwargs)
+
     out, vjp = jax.vjp(f, jnp.asarray(lhs), jnp.asarray(rhs))
     oracle.assert_matches([out], oracle.grouped_matmul(*args, top_k=top_k))
     g = rows(rng("g"), out.shape, out.dtype)
@@ -102,7 +105,10 @@ def test_what_float16_cannot_hold_goes_through_the_activation(implementation):
 def test_differentiated_it_is_one_product_and_what_follows():
     size = Size(7, 3, 2, 16)
     args = activated_args(rng("once"), size, "float32")
-    loss = lambda lhs, rhs: jnp.sum(activated(lhs, rhs, *args[2:], activation="silu"))  # noqa: E731
+
+    def loss(lhs, rhs):
+        return jnp.sum(activated(lhs, rhs, *args[2:], activation="silu"))
+
     text = str(jax.make_jaxpr(jax.value_and_grad(loss, (0, 1)))(*args[:2]))
     products = re.findall(r"ferrum_grouped_(\w+)\[", text)
     assert sorted(products) == ["matmul", "matmul_transposed", "outer", "row_weights"]

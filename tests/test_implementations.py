@@ -120,7 +120,10 @@ def test_which_says_what_each_op_of_a_layer_takes():
     packed = ferrum_jax.which(ferrum_jax.moe_mlp, X, X, *w, top_k=2, **bias, platform="cpu")
     products = ["grouped_matmul", "moe_dispatch", "grouped_matmul"]
     assert [name for name, _ in packed] == ["route_topk", "moe_plan", "moe_dispatch", *products, "moe_combine"]
-    calls = lambda x: [route(x), route(x + 1), route(x, 3), route(x[:4]), route(x.astype("bfloat16")), tables(x)]  # noqa: E731
+
+    def calls(x):
+        return [route(x), route(x + 1), route(x, 3), route(x[:4]), route(x.astype("bfloat16")), tables(x)]
+
     assert [name for name, _ in ferrum_jax.which(calls, X, platform="cpu")] == ["route_topk"] * 4 + ["moe_plan"]
 
 
@@ -136,8 +139,13 @@ def test_which_says_what_each_shard_of_a_layer_takes():
 
 def test_which_sees_the_two_products_of_a_tangent():
     rows, pairs, weights = jnp.ones((4, 3)), jnp.array([[0, 1], [2, 3]]), jnp.ones((2, 2))
-    combine = lambda y, w: ferrum_jax.moe_combine(y, pairs, w)  # noqa: E731
-    tangent = lambda *a: jax.jvp(combine, a, a)[1]  # noqa: E731
+
+    def combine(y, w):
+        return ferrum_jax.moe_combine(y, pairs, w)
+
+    def tangent(*a):
+        return jax.jvp(combine, a, a)[1]
+
     assert ferrum_jax.which(tangent, rows, weights, platform="cpu").implementation == "xla"
 
 
@@ -195,11 +203,11 @@ def test_a_name_that_is_not_known_is_an_error(gpu):
 def test_a_mesh_whose_gpu_is_not_known():
     """xla runs on any; a kernel has to know."""
     with on_h200("Nonsense GPU"):
-        run = lambda name: (  # noqa: E731
-            jax.jit(lambda x: ferrum_jax.route_topk_softmax(x, 2, implementation=name).expert_ids)
-            .trace(X)
-            .lower(lowering_platforms=("cuda",))
-        )
+
+        def run(name):
+            route = jax.jit(lambda x: ferrum_jax.route_topk_softmax(x, 2, implementation=name).expert_ids)
+            return route.trace(X).lower(lowering_platforms=("cuda",))
+
         run("xla")
         with pytest.raises(ValueError, match="Nonsense GPU"):
             run(None)
@@ -328,7 +336,9 @@ def test_both_gradients_of_combine_by_their_size(tokens, taken):
     ],
 )
 def test_the_grouped_product_by_the_rows_of_an_expert(rows, packed, activation, taken):
-    of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
+    def of(dtype, *shape):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
     tables = of("int32", 8 * rows + 64), of("int32", 8 * rows // 8 + 8), of("int32")
 
     def product(x, w, *tables):

@@ -46,7 +46,10 @@ ACTIVATIONS = {
 def arguments(size=SIZE, dtype="float32", scale=1.0, seed=0):
     """x, logits, w_gate_up, w_down, and as keywords the biases."""
     r = rng("mlp", size, seed)
-    make = lambda *shape: (scale * r.normal(size=shape)).astype(np.float32).astype(jnp.dtype(dtype))  # noqa: E731
+
+    def make(*shape):
+        return (scale * r.normal(size=shape)).astype(np.float32).astype(jnp.dtype(dtype))
+
     args = make(size.T, size.H), make(size.T, size.E), make(size.E, size.H, 2 * F), make(size.E, F, size.H)
     return args, {"b_gate_up": make(size.E, 2 * F), "b_down": make(size.E, size.H)}
 
@@ -102,7 +105,10 @@ def test_router_output_with_pairs_that_have_no_expert(flow, implementation):
 
     got = layer(x, weights, *matrices, **biases)
     assert_close(got, *dense(x, ids, weights, *matrices, ACTIVATIONS["silu"], **biases), "float32")
-    loss = lambda *a: jnp.sum(jnp.sin(layer(*a[:4], b_gate_up=a[4], b_down=a[5])))  # noqa: E731
+
+    def loss(*a):
+        return jnp.sum(jnp.sin(layer(*a[:4], b_gate_up=a[4], b_down=a[5])))
+
     gradients = jax.jit(jax.grad(loss, range(6)))(x, weights, *matrices, *biases.values())
     assert all(bool(jnp.all(jnp.isfinite(g))) for g in gradients)
     assert not np.any(gradients[0][3])
@@ -134,10 +140,18 @@ def test_gradients_equal_the_dense_layers(size, flow, biased, every_implementati
     (x, logits, *matrices), biases = arguments(size, scale=0.5)
     args = x, logits, *matrices, *(biases.values() if biased else (None, None))
     fixed = {"top_k": size.K, "flow": flow, "implementation": every_implementation}
-    ours = lambda *a: moe_mlp(*a[:4], b_gate_up=a[4], b_down=a[5], **fixed)  # noqa: E731
-    loss = lambda f: lambda *a: jnp.sum(jnp.sin(f(*a)))  # noqa: E731
+
+    def ours(*a):
+        return moe_mlp(*a[:4], b_gate_up=a[4], b_down=a[5], **fixed)
+
+    def loss(f):
+        return lambda *a: jnp.sum(jnp.sin(f(*a)))
+
     operands = range(6 if biased else 4)
-    both = lambda f: jax.jit(lambda *a: (f(*a), *jax.grad(loss(f), operands)(*a)))(*args)  # noqa: E731
+
+    def both(f):
+        return jax.jit(lambda *a: (f(*a), *jax.grad(loss(f), operands)(*a)))(*args)
+
     for g, w in zip(both(ours), both(functools.partial(reference, top_k=size.K)), strict=True):
         assert_close(g, f64(w), np.abs(w).max(), "float32")  # sums that cancel: their terms' size is the largest's
 
@@ -276,10 +290,16 @@ def test_data_parallel_gradient(flow, kind):
     mesh = jax.make_mesh((devices,), ("d",), axis_types=(kind,))
     (x, logits, *matrices), biases = arguments(Size(8, 4, 2, 4))
     args, specs = (x, logits, *matrices, *biases.values()), (P("d"), P("d"), *[P()] * 4)
-    run = lambda *a: jnp.sum(jnp.sin(moe_mlp(*a[:4], top_k=2, b_gate_up=a[4], b_down=a[5], flow=flow)))  # noqa: E731
+
+    def run(*a):
+        return jnp.sum(jnp.sin(moe_mlp(*a[:4], top_k=2, b_gate_up=a[4], b_down=a[5], flow=flow)))
+
     want = jax.jit(jax.grad(run, range(6)))(*args)
     placed = [jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip(args, specs, strict=True)]
-    local = lambda *a: jax.lax.psum(run(*a), "d")  # noqa: E731
+
+    def local(*a):
+        return jax.lax.psum(run(*a), "d")
+
     sharded = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=True)
     with jax.set_mesh(mesh):
         for f in (sharded, run):
@@ -342,7 +362,10 @@ def test_x64_and_export():
 def test_peak_memory(flow):
     """Forward and backward: a fraction of the dense formulation's; rows of the pairs, not of pairs x experts."""
     t, e, k, h, f = 512, 32, 2, 64, 64
-    of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
+
+    def of(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
     args = of(t, h), of(t, e), of(e, h, 2 * f), of(e, f, h)
     ours = functools.partial(moe_mlp, top_k=k, flow=flow)
     other = functools.partial(reference, b_gate_up=None, b_down=None, top_k=k)

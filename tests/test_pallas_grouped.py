@@ -69,7 +69,9 @@ def test_a_batch_and_tables_made_by_hand():
     lhs, rhs = rows(r, (2, 13, 16), "bfloat16"), rows(r, (1, 3, 16, 24), "bfloat16")
 
     def both(name):
-        f = lambda lhs, rhs: grouped_matmul(lhs, rhs, slots, blocks, total, implementation=name)  # noqa: E731
+        def f(lhs, rhs):
+            return grouped_matmul(lhs, rhs, slots, blocks, total, implementation=name)
+
         out, vjp = jax.vjp(f, lhs, rhs)
         return out, *vjp(out)
 
@@ -323,9 +325,16 @@ def test_lowered_under_x64(activation):
 
 def test_float32_and_other_gpus_are_refused_by_name():
     size = Size(4, 3, 2, 16, 8)
-    call = lambda dtype, kind: ferrum_jax.which(  # noqa: E731
-        grouped_matmul, *grouped_args(rng("r"), size, dtype), platform="cuda", device_kind=kind, implementation="pallas"
-    )
+
+    def call(dtype, kind):
+        return ferrum_jax.which(
+            grouped_matmul,
+            *grouped_args(rng("r"), size, dtype),
+            platform="cuda",
+            device_kind=kind,
+            implementation="pallas",
+        )
+
     assert call("bfloat16", "NVIDIA H200").implementation == "pallas"
     with pytest.raises(NotImplementedError, match=r"wgmma multiplies float16 and bfloat16; got float32"):
         call("float32", "NVIDIA H200")

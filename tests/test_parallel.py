@@ -204,7 +204,10 @@ def test_axes_of_a_larger_mesh():
     every, spread = P(("data", "host", "chip")), ("host", "chip")
     run = functools.partial(moe_mlp, axis_name=spread, top_k=SIZE.K, exchange="padded")
     f = jax.shard_map(run, mesh=mesh, in_specs=(every, every, P(spread), P(spread)), out_specs=every)
-    loss = lambda f: lambda *a: jnp.sum(jnp.sin(f(*a)))  # noqa: E731
+
+    def loss(f):
+        return lambda *a: jnp.sum(jnp.sin(f(*a)))
+
     got = jax.jit(jax.grad(loss(f), 1))(x.reshape(8, 3, -1), logits.reshape(8, 3, -1), *rest[:2])
     want = jax.jit(jax.grad(loss(functools.partial(ferrum_jax.moe_mlp, top_k=SIZE.K)), 1))(x, logits, *rest[:2])
     close((got.reshape(logits.shape),), (want,))
@@ -256,7 +259,12 @@ def test_no_tokens(exchange):
     x, logits, _, gate_up, down, *_ = arguments()
     run = functools.partial(moe_mlp, axis_name="d", top_k=SIZE.K, exchange=exchange)
     f = jax.shard_map(run, mesh=mesh_of(4), in_specs=P("d"), out_specs=P("d"))
-    both = jax.jit(lambda *a: (lambda out, vjp: (out, *vjp(out)))(*jax.vjp(f, *a)))
+
+    @jax.jit
+    def both(*args):
+        out, vjp = jax.vjp(f, *args)
+        return out, *vjp(out)
+
     out, *gradients = both(x[:0], logits[:0], gate_up, down)
     assert out.shape == (0, SIZE.H)
     assert not any(np.any(g) for g in gradients)

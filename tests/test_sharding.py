@@ -44,7 +44,10 @@ def test_shard_map_over_a_batch(op, kind, every_implementation):
     slices = [finite_args(op, rng(op, i), SMALL) for i in range(DEVICES)]
     args = [np.stack([s[0] for s in slices]), *slices[0][1:]]
     mesh, f = mesh_of(kind), jax.jit(functools.partial(op.results, size=SMALL, implementation=every_implementation))
-    local = lambda x, *rest: [r[None] for r in f(x[0], *rest)]  # noqa: E731
+
+    def local(x, *rest):
+        return [r[None] for r in f(x[0], *rest)]
+
     specs = (P("d"), *(P() for _ in args[1:]))
     got = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P("d"), check_vma=True))(
         *place(mesh, specs, args)
@@ -135,7 +138,10 @@ def test_gradient_in_an_explicit_mesh(op, axis, every_implementation):
 def test_gradient_of_sharded_matrices_outside_set_mesh():
     mesh = jax.make_mesh((DEVICES,), ("d",))
     routing = ferrum_jax.moe_align_block_size_pair_ids(np.arange(8).reshape(8, 1) % 4, 4, 2)
-    loss = lambda w: jnp.sum(ferrum_jax.grouped_matmul(np.ones((8, 3), np.float32), w, routing) ** 2)  # noqa: E731
+
+    def loss(w):
+        return jnp.sum(ferrum_jax.grouped_matmul(np.ones((8, 3), np.float32), w, routing) ** 2)
+
     w = rng("w").normal(size=(4, 3, 5)).astype(np.float32)
     (placed,) = place(mesh, [P("d")], [w])
     gradient = jax.jit(jax.grad(loss))(placed)
@@ -162,7 +168,10 @@ def test_layer_gradient_with_tokens_sharded(kind, every_implementation):
     size = Size(8, 4, 2, 3)
     args = layer.init(3, size)
     run = functools.partial(layer.packed, top_k=2, implementation=every_implementation)
-    local = lambda *a: jax.lax.psum(jnp.sum(jnp.sin(run(*a))), "d")  # noqa: E731
+
+    def local(*a):
+        return jax.lax.psum(jnp.sum(jnp.sin(run(*a))), "d")
+
     specs, every = (P("d"), P(), P(), P()), (0, 1, 2, 3)
     sharded = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=True)
     got = jax.jit(jax.grad(sharded, every))(*place(mesh, specs, args))
@@ -196,7 +205,9 @@ def test_partly_manual_mesh():
     """shard_map over one axis while the other stays Explicit or Auto."""
     x = rng("partly").normal(size=(4, 8, 6)).astype(np.float32)
     want = ferrum_jax.route_topk_softmax(x, 2).expert_weights
-    f = lambda x: ferrum_jax.route_topk_softmax(x, 2).expert_weights  # noqa: E731
+
+    def f(x):
+        return ferrum_jax.route_topk_softmax(x, 2).expert_weights
 
     def sum_of_squares(x):  # tables, and the backward that sorts
         ids, weights = ferrum_jax.route_topk_softmax(x, 2)
@@ -212,6 +223,9 @@ def test_partly_manual_mesh():
             placed = jax.device_put(x, P("a", "b"))
             part = jax.shard_map(f, in_specs=P("a"), out_specs=P("a"), axis_names={"a"}, check_vma=True)
             np.testing.assert_allclose(jax.jit(part)(placed), want, rtol=1e-6)
-            total = lambda x: jax.lax.psum(sum_of_squares(x), "a")  # noqa: E731
+
+            def total(x):
+                return jax.lax.psum(sum_of_squares(x), "a")
+
             part = jax.shard_map(total, in_specs=P("a"), out_specs=P(), axis_names={"a"}, check_vma=True)
             np.testing.assert_allclose(jax.jit(jax.grad(part))(placed), gradient, rtol=1e-5)

@@ -68,7 +68,10 @@ def test_in_one_operand(name):
 def test_in_both_operands_at_once(name):
     op, shapes, others, params = BILINEAR[name]
     x, y = normal(name, *shapes)
-    f = lambda x, y: op(x, y, *others, **params)  # noqa: E731
+
+    def f(x, y):
+        return op(x, y, *others, **params)
+
     first, second = (term.name for term in op.signature.operands[:2])
     words = re.escape(f"{name}: it is linear in each of {first} and {second}, and not in both at once")
     with pytest.raises(TypeError, match=words):
@@ -77,7 +80,10 @@ def test_in_both_operands_at_once(name):
 
 def test_a_square_is_not_linear():
     x = jnp.ones((T, H))
-    f = lambda x: combine._slot_dot(jnp.stack([x, x], 1), x)  # noqa: E731
+
+    def f(x):
+        return combine._slot_dot(jnp.stack([x, x], 1), x)
+
     with pytest.raises(TypeError, match=r"slot_dot: .* at once"):
         jax.linear_transpose(f, x)(f(x))
 
@@ -97,8 +103,13 @@ def test_what_is_linear_in_two_operands_together():
     """The tangent of combine, in its rows and weights; and both gradients, in the same."""
     y, w, dy, dw, g = normal("together", rows, weights, rows, weights, tokens)
     f = functools.partial(combine._combine, unique_rows=True)
-    tangent = lambda y, w: jax.jvp(lambda y, w: f(y, w, PAIRS), (y, w), (dy, dw))[1]  # noqa: E731
-    gradients = lambda y, w: jax.vjp(lambda y, w: f(y, w, PAIRS), y, w)[1](g)  # noqa: E731
+
+    def tangent(y, w):
+        return jax.jvp(lambda y, w: f(y, w, PAIRS), (y, w), (dy, dw))[1]
+
+    def gradients(y, w):
+        return jax.vjp(lambda y, w: f(y, w, PAIRS), y, w)[1](g)
+
     for linear in (tangent, gradients):
         result = linear(y, w)
         transposed = jax.linear_transpose(linear, y, w)(result)
@@ -108,7 +119,10 @@ def test_what_is_linear_in_two_operands_together():
 @pytest.mark.parametrize("activation", [None, "silu"])
 def test_a_product_with_weights(activation):
     settings = {"activation": activation, "top_k": 1, **PRODUCT}
-    f = lambda x, w, weights: grouped._activated(x, w, *TABLES, weights, **settings)  # noqa: E731
+
+    def f(x, w, weights):
+        return grouped._activated(x, w, *TABLES, weights, **settings)
+
     x, w, scale = normal("weighted", lhs, (E, H, 2 * N), (R,))
     check(f, (x, w, scale), 2)
     for chosen in (0, 1):
