@@ -47,7 +47,7 @@ assert set(USUAL) <= set(SIZES)
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-class Op(NamedTuple):
+class Case(NamedTuple):
     name: str
     call: Callable[..., Any]  # (*arrays, size, implementation) -> result or tuple of results
     oracle: Callable[..., Any]  # (*arrays, size) -> pairs of value and magnitude
@@ -111,7 +111,7 @@ def router(name, settings, biased=False):
         given = {"bias": bias[0]} if bias else {}
         return ferrum_jax.route_topk(x, size.K, **given, **settings(size), implementation=implementation)
 
-    return Op(name, call, lambda *args, size: oracle.route_topk(*args, top_k=size.K, **settings(size)), args, (0,))
+    return Case(name, call, lambda *args, size: oracle.route_topk(*args, top_k=size.K, **settings(size)), args, (0,))
 
 
 def route_plan(name, settings=lambda size: {}, biased=False, pair_ids=False):
@@ -220,15 +220,15 @@ def grouped_matmul(lhs, rhs, *tables, top_k=1, implementation=None, **kwargs):
     return ferrum_jax.grouped_matmul(lhs, rhs, routing, top_k=top_k, implementation=implementation, **kwargs)
 
 
-OPS = (
-    Op(
+CASES = (
+    Case(
         "route_topk_softmax",
         lambda x, size, implementation: ferrum_jax.route_topk_softmax(x, size.K, implementation=implementation),
         lambda x, size: oracle.route_topk_softmax(x, top_k=size.K),
         logits,
         (0,),
     ),
-    Op(
+    Case(
         "route_topk_softmax-raw",
         lambda x, size, implementation: ferrum_jax.route_topk_softmax(
             x, size.K, norm_topk_prob=False, implementation=implementation
@@ -243,7 +243,7 @@ OPS = (
     route_plan(
         "moe_route_plan-groups", lambda size: {"scoring": "sigmoid", **groups(size)}, biased=True, pair_ids=True
     ),
-    Op(
+    Case(
         "moe_build_pairs_by_token",
         lambda ids, size, implementation: ferrum_jax.moe_build_pairs_by_token(
             ids, size.E, implementation=implementation
@@ -251,7 +251,7 @@ OPS = (
         lambda ids, size: oracle.moe_build_pairs_by_token(ids, num_experts=size.E),
         expert_ids,
     ),
-    Op(
+    Case(
         "moe_align_block_size",
         lambda ids, size, implementation: ferrum_jax.moe_align_block_size(
             ids, size.E, size.block, implementation=implementation
@@ -259,7 +259,7 @@ OPS = (
         lambda ids, size: oracle.moe_align_block_size(ids, num_experts=size.E, block_size=size.block),
         expert_ids,
     ),
-    Op(
+    Case(
         "moe_align_block_size_pair_ids",
         lambda ids, size, implementation: ferrum_jax.moe_align_block_size_pair_ids(
             ids, size.E, size.block, implementation=implementation
@@ -267,13 +267,13 @@ OPS = (
         lambda ids, size: oracle.moe_align_block_size_pair_ids(ids, num_experts=size.E, block_size=size.block),
         expert_ids,
     ),
-    Op(
+    Case(
         "moe_plan",
         lambda ids, size, implementation: ferrum_jax.moe_plan(ids, size.E, size.block, implementation=implementation),
         lambda ids, size: oracle.moe_plan(ids, num_experts=size.E, block_size=size.block),
         expert_ids,
     ),
-    Op(
+    Case(
         "moe_plan-pair_ids",
         lambda ids, size, implementation: ferrum_jax.moe_plan(
             ids, size.E, size.block, pair_ids=True, implementation=implementation
@@ -281,14 +281,14 @@ OPS = (
         lambda ids, size: oracle.moe_plan(ids, num_experts=size.E, block_size=size.block, pair_ids=True),
         expert_ids,
     ),
-    Op(
+    Case(
         "moe_dispatch",
         lambda x, idx, size, implementation: ferrum_jax.moe_dispatch(x, idx, implementation=implementation),
         lambda x, idx, size: oracle.moe_dispatch(x, idx),
         dispatch_args,
         (0,),
     ),
-    Op(
+    Case(
         "moe_dispatch-pairs",
         lambda x, idx, pairs, size, implementation: ferrum_jax.moe_dispatch(
             x, idx, pairs_by_token=pairs, implementation=implementation
@@ -297,7 +297,7 @@ OPS = (
         dispatch_pairs_args,
         (0,),
     ),
-    Op(
+    Case(
         "moe_combine",
         lambda y, pairs, w, size, implementation: ferrum_jax.moe_combine(
             y, pairs, w, unique_rows=True, implementation=implementation
@@ -306,14 +306,14 @@ OPS = (
         combine_args,
         (0, 2),
     ),
-    Op(
+    Case(
         "moe_combine-repeated",
         lambda y, pairs, w, size, implementation: ferrum_jax.moe_combine(y, pairs, w, implementation=implementation),
         lambda y, pairs, w, size: oracle.moe_combine(y, pairs, w),
         combine_repeated_args,
         (0, 2),
     ),
-    Op(
+    Case(
         "moe_combine_cotangents",
         lambda g, y, w, pairs, size, implementation: tuple(
             combine._cotangents(g, y, w, pairs, implementation=implementation)
@@ -322,14 +322,14 @@ OPS = (
         cotangents_args,
         (0, 1, 2),
     ),
-    Op(
+    Case(
         "weighted_sum_batched",
         lambda slots, w, size, implementation: ferrum_jax.weighted_sum_batched(slots, w, implementation=implementation),
         lambda slots, w, size: oracle.weighted_sum_batched(slots, w),
         weighted_sum_args,
         (0, 1),
     ),
-    Op(
+    Case(
         "grouped_matmul",
         lambda *args, size, implementation: grouped_matmul(*args, implementation=implementation),
         lambda *args, size: oracle.grouped_matmul(*args, top_k=1),
@@ -337,7 +337,7 @@ OPS = (
         (0, 1),
         (2, 3, 4),
     ),
-    Op(
+    Case(
         "grouped_matmul-pair_ids",
         lambda *args, size, implementation: grouped_matmul(*args, top_k=size.K, implementation=implementation),
         lambda *args, size: oracle.grouped_matmul(*args, top_k=size.K),
@@ -345,7 +345,7 @@ OPS = (
         (0, 1),
         (2, 3, 4),
     ),
-    Op(
+    Case(
         "grouped_matmul_activated",
         lambda *args, size, implementation: activated(*args, activation="silu", implementation=implementation),
         lambda *args, size: oracle.grouped_matmul_activated(*args, top_k=1, activation="silu"),
@@ -354,7 +354,7 @@ OPS = (
         (3, 4, 5),
     ),
 )
-FLOAT_OPS = tuple(op for op in OPS if op.floats)
+FLOAT_CASES = tuple(case for case in CASES if case.floats)
 
 # Rows that bind another row's primitive, with other parameters: JAX's rules, which never look at these, make the same
 # of both.
@@ -368,30 +368,30 @@ VARIANTS = {
 }
 
 
-def per_primitive(ops):
+def per_primitive(cases):
     """Parameters of a test of rules: the variants only in a full run."""
-    return [pytest.param(op, marks=[pytest.mark.full] if op.name in VARIANTS else []) for op in ops]
+    return [pytest.param(case, marks=[pytest.mark.full] if case.name in VARIANTS else []) for case in cases]
 
 
 def values():
-    """Parameters (op, dtype, size) of a test of values. All sizes and dtypes together: in a full run."""
+    """Parameters (case, dtype, size) of a test of values. All sizes and dtypes together: in a full run."""
     found = []
-    for op in OPS:
-        for dtype in DTYPES if op.floats else ["int32"]:
+    for case in CASES:
+        for dtype in DTYPES if case.floats else ["int32"]:
             usual = USUAL if dtype in ("float32", "int32") else USUAL[-1:]
-            found += [pytest.param(op, dtype, s, marks=[] if s in usual else [pytest.mark.full]) for s in SIZES]
+            found += [pytest.param(case, dtype, s, marks=[] if s in usual else [pytest.mark.full]) for s in SIZES]
     return found
 
 
-def finite_args(op, r, size, dtype="float32"):
+def finite_args(case, r, size, dtype="float32"):
     """Arguments without hostile values: for finite differences, and for comparing gradients with ==."""
-    args = op.args(r, size, dtype)
+    args = case.args(r, size, dtype)
     plain = list(args)
-    for i in op.floats:
+    for i in case.floats:
         wide = np.asarray(args[i], np.float32)
         wide = np.nan_to_num(wide, nan=0.5, posinf=2.0, neginf=-2.0)
-        plain[i] = (wide * (0.3 if "activated" in op.name else 1)).astype(args[i].dtype)  # where it curves little
-    if "route" in op.name:  # experts far enough apart that a finite difference changes no choice
+        plain[i] = (wide * (0.3 if "activated" in case.name else 1)).astype(args[i].dtype)  # where it curves little
+    if "route" in case.name:  # experts far enough apart that a finite difference changes no choice
         order = np.argsort(r.random(plain[0].shape), axis=-1)
         plain[0] = (order * 0.37 - 1).astype(plain[0].dtype)
     return tuple(plain)

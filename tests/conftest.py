@@ -57,8 +57,8 @@ def refused(item):
     if not backend.startswith("pallas"):
         return False
     half = params.get("dtype") in ("float16", "bfloat16")
-    if "op" in params:
-        return not params["op"].has_kernel("pallas") or (params["op"].name.startswith("grouped") and not half)
+    if "case" in params:
+        return not params["case"].has_kernel("pallas") or (params["case"].name.startswith("grouped") and not half)
     return item.get_closest_marker("tables") is not None and not half
 
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import OPS, SMALL, rng
+from cases import CASES, SMALL, rng
 from jax.sharding import PartitionSpec as P
 
 import ferrum_jax as fj
@@ -23,7 +23,7 @@ def of(dtype, *shape):
 
 
 BIG = 2**31 - 1
-CASES = {
+MISUSES = {
     # routing
     "top_k 0": (lambda x: fj.route_topk_softmax(x, 0), [f32(3, 4)], ValueError, ["top_k", "[1, 4]", "got 0"]),
     "top_k > E": (lambda x: fj.route_topk_softmax(x, 5), [f32(3, 4)], ValueError, ["top_k", "[1, 4]", "got 5"]),
@@ -194,10 +194,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", MISUSES)
 @pytest.mark.usefixtures("x64")
 def test_named_error_at_trace_time(name):
-    f, args, error, words = CASES[name]
+    f, args, error, words = MISUSES[name]
     with pytest.raises(error) as info:
         jax.eval_shape(f, *args)
     for word in words:
@@ -275,11 +275,11 @@ def test_a_flag_may_be_numpys_and_a_scale_no_flag():
         fj.route_topk(X, 1, scale=True)
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if op.name in ("moe_combine", "grouped_matmul")], ids=str)
-def test_unknown_implementation_lists_the_choices(op):
-    function = op.name.partition("-")[0].removesuffix("_activated")
+@pytest.mark.parametrize("case", [case for case in CASES if case.name in ("moe_combine", "grouped_matmul")], ids=str)
+def test_unknown_implementation_lists_the_choices(case):
+    function = case.name.partition("-")[0].removesuffix("_activated")
     with pytest.raises(ValueError, match=rf"^{function}: .* None, 'xla', 'triton', 'pallas'; got 'cuda'"):
-        op.results(*op.args(rng(op), SMALL, "float32"), size=SMALL, implementation="cuda")
+        case.results(*case.args(rng(case), SMALL, "float32"), size=SMALL, implementation="cuda")
 
 
 @pytest.mark.parametrize("wrong", [None, "rows", [[1.0], [2.0, 3.0]]])

@@ -6,7 +6,7 @@ import jax
 import layer
 import numpy as np
 import pytest
-from cases import FLOAT_OPS, OPS, SMALL, Size, finite_args, per_primitive, rng
+from cases import CASES, FLOAT_CASES, SMALL, Size, finite_args, per_primitive, rng
 from compiled import on_h200
 from jax import export
 
@@ -15,21 +15,21 @@ import ferrum_jax
 CHECKS = ferrum_jax.export_checks()
 
 
-@pytest.mark.parametrize("op", per_primitive(OPS), ids=str)
-def test_round_trip(op):
-    args = op.args(rng(op), SMALL, "float32")
-    f = functools.partial(op.results, size=SMALL)
+@pytest.mark.parametrize("case", per_primitive(CASES), ids=str)
+def test_round_trip(case):
+    args = case.args(rng(case), SMALL, "float32")
+    f = functools.partial(case.results, size=SMALL)
     stored = export.export(jax.jit(f), platforms=("cpu", "cuda"), disabled_checks=CHECKS)(*args).serialize()
     for got, want in zip(export.deserialize(stored).call(*args), f(*args), strict=True):
         np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
 
 
-@pytest.mark.parametrize("op", per_primitive(FLOAT_OPS), ids=str)
-def test_with_derivatives(op):
-    args = finite_args(op, rng(op), SMALL)
+@pytest.mark.parametrize("case", per_primitive(FLOAT_CASES), ids=str)
+def test_with_derivatives(case):
+    args = finite_args(case, rng(case), SMALL)
 
     def loss(x):
-        return (op.float_results(x, *args[1:], size=SMALL)[0] ** 2).sum()
+        return (case.float_results(x, *args[1:], size=SMALL)[0] ** 2).sum()
 
     stored = export.export(jax.jit(loss))(args[0]).serialize(vjp_order=1)
     got = jax.grad(export.deserialize(stored).call)(args[0])

@@ -10,9 +10,9 @@ import numpy as np
 import oracle
 import pytest
 from cases import (
+    CASES,
     DTYPES,
-    FLOAT_OPS,
-    OPS,
+    FLOAT_CASES,
     SMALL,
     Size,
     combine_args,
@@ -27,16 +27,16 @@ from derivatives import check_derivatives, inner
 
 import ferrum_jax
 
-BY_NAME = {op.name: op for op in OPS}
+BY_NAME = {case.name: case for case in CASES}
 
 
-def as_function_of_floats(op, args, size, implementation):
+def as_function_of_floats(case, args, size, implementation):
     def f(*floats):
         given = iter(floats)
-        full = [next(given) if i in op.floats else a for i, a in enumerate(args)]
-        return op.float_results(*full, size=size, implementation=implementation)
+        full = [next(given) if i in case.floats else a for i, a in enumerate(args)]
+        return case.float_results(*full, size=size, implementation=implementation)
 
-    return f, [args[i] for i in op.floats]
+    return f, [args[i] for i in case.floats]
 
 
 def normal(*seed, like):
@@ -44,37 +44,37 @@ def normal(*seed, like):
     return [rng(*seed, i).normal(size=x.shape).astype(np.float32).astype(x.dtype) for i, x in enumerate(like)]
 
 
-@pytest.mark.parametrize("op", per_primitive(FLOAT_OPS), ids=str)
-def test_both_modes_to_second_order(op, every_implementation):
-    f, floats = as_function_of_floats(op, finite_args(op, rng(op), SMALL), SMALL, every_implementation)
+@pytest.mark.parametrize("case", per_primitive(FLOAT_CASES), ids=str)
+def test_both_modes_to_second_order(case, every_implementation):
+    f, floats = as_function_of_floats(case, finite_args(case, rng(case), SMALL), SMALL, every_implementation)
     check_derivatives(f, floats, seed=0)
 
 
-@pytest.mark.parametrize("op", per_primitive(FLOAT_OPS), ids=str)
-def test_no_tokens(op, every_implementation):
+@pytest.mark.parametrize("case", per_primitive(FLOAT_CASES), ids=str)
+def test_no_tokens(case, every_implementation):
     """Nothing adds to a gradient: it has its operand's shape and is 0, where the operand has entries."""
     size = Size(0, 4, 2, 3)
-    f, floats = as_function_of_floats(op, finite_args(op, rng(op), size), size, every_implementation)
+    f, floats = as_function_of_floats(case, finite_args(case, rng(case), size), size, every_implementation)
     out, vjp = jax.vjp(f, *floats)
     gradient = vjp(out)
     for g, x in zip(gradient, floats, strict=True):
         assert (g.shape, g.dtype) == (x.shape, x.dtype)
         assert not np.any(g)
-    if op.name.startswith(("moe_combine", "grouped")):
+    if case.name.startswith(("moe_combine", "grouped")):
         assert any(g.size for g in gradient)
 
 
 @pytest.mark.parametrize(
-    "op",
+    "case",
     [
-        pytest.param(op, marks=[] if op.name in ("moe_combine", "grouped_matmul-pair_ids") else [pytest.mark.full])
-        for op in FLOAT_OPS
+        pytest.param(case, marks=[] if case.name in ("moe_combine", "grouped_matmul-pair_ids") else [pytest.mark.full])
+        for case in FLOAT_CASES
     ],
     ids=str,
 )
-def test_linearize_agrees_with_jvp_and_transpose(op, every_implementation):
-    f, floats = as_function_of_floats(op, finite_args(op, rng(op), SMALL), SMALL, every_implementation)
-    tangents = normal(op, like=floats)
+def test_linearize_agrees_with_jvp_and_transpose(case, every_implementation):
+    f, floats = as_function_of_floats(case, finite_args(case, rng(case), SMALL), SMALL, every_implementation)
+    tangents = normal(case, like=floats)
     out, linear = jax.linearize(f, *floats)
     jvp = jax.jvp(f, floats, tangents)[1]
     for got, want in zip(linear(*tangents), jvp, strict=True):

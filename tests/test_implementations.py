@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import OPS, SMALL, rng
+from cases import CASES, SMALL, rng
 from compiled import needs_plugin, on_h200
 
 import ferrum_jax
@@ -16,22 +16,22 @@ from ferrum_jax.kernels import targets
 @pytest.mark.parametrize("name", ["triton", "pallas"])
 def test_kernels_refuse_a_cpu_by_name(name):
     """Eagerly, under jit, and for the op that is made of others."""
-    for op in (op for op in OPS if op.name in ("moe_combine", "moe_route_plan")):
-        args = op.args(rng(op), SMALL, "float32")
+    for case in (case for case in CASES if case.name in ("moe_combine", "moe_route_plan")):
+        args = case.args(rng(case), SMALL, "float32")
         with pytest.raises(NotImplementedError, match=f"implementation='{name}' cannot be used: .*NVIDIA.*cpu"):
-            op.results(*args, size=SMALL, implementation=name)
+            case.results(*args, size=SMALL, implementation=name)
         with pytest.raises(NotImplementedError, match="cpu"):
-            jax.jit(lambda *a, op=op: op.results(*a, size=SMALL, implementation=name)).lower(*args)
+            jax.jit(lambda *a, case=case: case.results(*a, size=SMALL, implementation=name)).lower(*args)
 
 
 def test_which_names_every_other_implementation():
-    (op,) = (op for op in OPS if op.name == "moe_combine")
-    args = op.args(rng(op), SMALL, "float32")
-    choice = ferrum_jax.which(op.results, *args, size=SMALL, platform="cpu")
+    (case,) = (case for case in CASES if case.name == "moe_combine")
+    args = case.args(rng(case), SMALL, "float32")
+    choice = ferrum_jax.which(case.results, *args, size=SMALL, platform="cpu")
     assert choice.implementation == "xla"
     assert set(choice.passed_over) == {"triton", "pallas"}
     assert all("cpu" in reason for reason in choice.passed_over.values())
-    assert ferrum_jax.which(op.results, *args, size=SMALL) == choice
+    assert ferrum_jax.which(case.results, *args, size=SMALL) == choice
 
 
 def test_which_takes_shapes_and_keywords():
@@ -41,8 +41,8 @@ def test_which_takes_shapes_and_keywords():
 
 
 def test_which_takes_arrays_by_keyword():
-    (op,) = (op for op in OPS if op.name == "moe_dispatch-pairs")
-    x, tokens, pairs = op.args(rng(op), SMALL, "bfloat16")
+    (case,) = (case for case in CASES if case.name == "moe_dispatch-pairs")
+    x, tokens, pairs = case.args(rng(case), SMALL, "bfloat16")
     choice = ferrum_jax.which(ferrum_jax.moe_dispatch, x, tokens, pairs_by_token=pairs, platform="cpu")
     assert choice.implementation == "xla"
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from cases import FLOAT_OPS, OPS, SMALL, finite_args, per_primitive, rng
+from cases import CASES, FLOAT_CASES, SMALL, finite_args, per_primitive, rng
 from compiled import for_h200, needs_pjrt, needs_plugin, whole_program_for_h200
 from conftest import KERNELS
 from jax import export
@@ -79,52 +79,52 @@ def test_triton_compiles_for_an_h200_without_spills(model, tokens):
 
 @needs_plugin
 @pytest.mark.parametrize(
-    "op",
+    "case",
     [
         pytest.param(
-            op, marks=[] if op.name in ("moe_plan", "moe_combine", "grouped_matmul") else [pytest.mark.compiled]
+            case, marks=[] if case.name in ("moe_plan", "moe_combine", "grouped_matmul") else [pytest.mark.compiled]
         )
-        for op in OPS
+        for case in CASES
     ],
     ids=str,
 )
-def test_the_asked_implementation_is_what_is_lowered(op):
-    args = op.args(rng(op), SMALL, "bfloat16")
+def test_the_asked_implementation_is_what_is_lowered(case):
+    args = case.args(rng(case), SMALL, "bfloat16")
     launches = {
-        name: for_h200(lambda *a, name=name: op.results(*a, size=SMALL, implementation=name), *args).launches
+        name: for_h200(lambda *a, name=name: case.results(*a, size=SMALL, implementation=name), *args).launches
         for name in ("xla", "triton")
     }
     assert not launches["xla"]
     # These first note which rows are named, so that they zero only the others.
-    assert len(launches["triton"]) == (2 if op.name.startswith(("grouped", "moe_combine_cotangents")) else 1)
+    assert len(launches["triton"]) == (2 if case.name.startswith(("grouped", "moe_combine_cotangents")) else 1)
     assert all(name.startswith("triton_kernel_call") for name in launches["triton"])
 
 
-@pytest.mark.parametrize("op", per_primitive(op for op in OPS if op.has_kernel("triton")), ids=str)
-def test_every_triton_kernel_interpreted(op):
+@pytest.mark.parametrize("case", per_primitive(case for case in CASES if case.has_kernel("triton")), ids=str)
+def test_every_triton_kernel_interpreted(case):
     """Each once in every run, at one small size; with all sizes and dtypes on request, by test_values."""
-    args = op.args(rng(op), SMALL, "float32")
+    args = case.args(rng(case), SMALL, "float32")
     with ferrum_jax.interpret_kernels():
-        got = op.results(*args, size=SMALL, implementation="triton")
-    oracle.assert_matches(got, op.oracle(*args, size=SMALL))
+        got = case.results(*args, size=SMALL, implementation="triton")
+    oracle.assert_matches(got, case.oracle(*args, size=SMALL))
 
 
 @pytest.mark.parametrize("implementation", KERNELS)
-@pytest.mark.parametrize("op", per_primitive(op for op in FLOAT_OPS if "route" not in op.name), ids=str)
-def test_gradients_of_every_kernel_interpreted(op, implementation):
+@pytest.mark.parametrize("case", per_primitive(case for case in FLOAT_CASES if "route" not in case.name), ids=str)
+def test_gradients_of_every_kernel_interpreted(case, implementation):
     """Of cotangents that are small integers, so that both implementations round alike."""
-    args = finite_args(op, rng(op), SMALL)
+    args = finite_args(case, rng(case), SMALL)
 
     def backward(name, *floats):
         def f(*floats):
-            given = dict(zip(op.floats, floats, strict=True))
+            given = dict(zip(case.floats, floats, strict=True))
             filled = [given.get(i, x) for i, x in enumerate(args)]
-            return op.float_results(*filled, size=SMALL, implementation=name)
+            return case.float_results(*filled, size=SMALL, implementation=name)
 
         out, vjp = jax.vjp(f, *floats)
         return vjp([rng("g").integers(-4, 5, size=x.shape).astype(x.dtype) for x in out])
 
-    floats = [args[i] for i in op.floats]
+    floats = [args[i] for i in case.floats]
     want = jax.jit(functools.partial(backward, "xla"))(*floats)
     with ferrum_jax.interpret_kernels():
         got = jax.jit(functools.partial(backward, implementation))(*floats)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import OPS, Size, finite_args, rng
+from cases import CASES, Size, finite_args, rng
 from compiled import h200s, needs_pjrt, whole_program_for_h200
 from jax import export
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
@@ -16,14 +16,14 @@ from jax.sharding import PartitionSpec as P
 import ferrum_jax
 
 SIZE = Size(8, 8, 4, 16)
-BY_NAME = {op.name: op for op in OPS}
+BY_NAME = {case.name: case for case in CASES}
 T, H, HEAD, NONE = P("d"), P(None, "d"), P(None, None, "d"), P()
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 
 # op, whether under vmap, the operands' specs, the mesh, the collectives of its values, and whether its gradients too
 # gather nothing (a gradient to replicated rows needs every token)
-CASES = [
+LAYOUTS = [
     ("route_topk_softmax", False, (T,), AUTO, [], True),
     ("route_topk_softmax", True, (T,), EXPLICIT, [], True),
     ("moe_combine", False, (NONE, T, T), EXPLICIT, [], False),
@@ -56,15 +56,15 @@ def mesh_of(devices, kind=AxisType.Auto):
     return jax.make_mesh((devices,), ("d",), axis_types=(kind,))
 
 
-@pytest.mark.parametrize(("name", "mapped", "specs", "kind", "collected", "also_gradients"), CASES)
+@pytest.mark.parametrize(("name", "mapped", "specs", "kind", "collected", "also_gradients"), LAYOUTS)
 def test_shards_are_computed_where_they_are(name, mapped, specs, kind, collected, also_gradients):
-    op, mesh = BY_NAME[name], mesh_of(4, kind)
-    slices = [list(finite_args(op, rng(name, i), SIZE)) for i in range(4 if mapped else 1)]
+    case, mesh = BY_NAME[name], mesh_of(4, kind)
+    slices = [list(finite_args(case, rng(name, i), SIZE)) for i in range(4 if mapped else 1)]
     for args in slices if name.startswith("grouped") else []:
         args[1] = np.pad(args[1], ((0, 0), (0, 0), (0, -args[1].shape[2] % 4)))
     shared = {1} if name == "grouped_matmul" and mapped else set()
     args = [np.stack(a) if mapped and i not in shared else a[0] for i, a in enumerate(zip(*slices, strict=True))]
-    run = functools.partial(op.results, size=SIZE)
+    run = functools.partial(case.results, size=SIZE)
     f = jax.vmap(run, [None if i in shared else 0 for i in range(len(args))]) if mapped else run
 
     def loss(*args):
@@ -75,9 +75,9 @@ def test_shards_are_computed_where_they_are(name, mapped, specs, kind, collected
     assert found == collected
     want = f(*args)
     if also_gradients:
-        gradients, found = with_collectives(jax.grad(loss, op.floats), *placed)
+        gradients, found = with_collectives(jax.grad(loss, case.floats), *placed)
         assert set(found) <= {"all-reduce"}
-        results, want = (*results, *gradients), (*want, *jax.grad(loss, op.floats)(*args))
+        results, want = (*results, *gradients), (*want, *jax.grad(loss, case.floats)(*args))
     for g, w in zip(results, want, strict=True):
         np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5)
 
