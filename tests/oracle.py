@@ -337,23 +337,36 @@ def grouped_matmul(lhs, rhs, *tables, top_k):
     return (Sum(out, size, lhs.shape[1]),)
 
 
-def _sigmoid(x):
+def sigmoid(x):
     return 0.5 * (1 + np.tanh(x / 2))
 
 
-def _oai(gate, up):
-    gate, up = min(gate, 7), max(-7, min(up, 7))
-    return (up + 1) * gate * _sigmoid(1.702 * gate)
+def silu(gate, up):
+    return gate * sigmoid(gate) * up
 
 
-ACTIVATIONS = {
-    "silu": lambda gate, up: gate * _sigmoid(gate) * up,
-    "gelu": lambda gate, up: gate * 0.5 * (1 + math.erf(gate / math.sqrt(2))) * up,
-    "gelu_tanh": lambda gate, up: gate * 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))) * up,
-    "relu": lambda gate, up: max(gate, 0) * up,
-    "relu2": lambda gate, up: max(gate, 0) ** 2 * up,
-    "swiglu_oai": _oai,
-}
+def gelu(gate, up):
+    return gate * 0.5 * (1 + np.vectorize(math.erf, otypes=[float])(gate / math.sqrt(2))) * up
+
+
+def gelu_tanh(gate, up):
+    return gate * 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))) * up
+
+
+def relu(gate, up):
+    return np.maximum(gate, 0) * up
+
+
+def relu2(gate, up):
+    return np.maximum(gate, 0) ** 2 * up
+
+
+def swiglu_oai(gate, up):
+    gate, up = np.minimum(gate, 7), np.clip(up, -7, 7)
+    return (up + 1) * gate * sigmoid(1.702 * gate)
+
+
+ACTIVATIONS = {f.__name__: f for f in (silu, gelu, gelu_tanh, relu, relu2, swiglu_oai)}
 
 
 def grouped_matmul_activated(lhs, rhs, row_weights, *tables, top_k, activation):

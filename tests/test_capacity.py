@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
+from meshes import mesh_of
 from oracle import rank_key
 
 import ferrum_jax as fj
@@ -130,7 +131,7 @@ def test_gradient_of_what_is_kept(priority):
 @pytest.mark.parametrize("priority", PRIORITIES)
 def test_meshes(priority, kind):
     """Tokens sharded, one capacity for all of them; and inside shard_map, where each shard has its own."""
-    mesh = jax.make_mesh((2,), ("d",), axis_types=(kind,))
+    mesh = mesh_of(2, kind)
     r = rng("mesh")
     ids, weights = r.integers(-1, 3, (8, 2)).astype(np.int32), r.random((8, 2)).astype(np.float32)
 

@@ -13,6 +13,7 @@ import pytest
 from cases import DTYPES, Size, activated, activated_args, grouped_args, grouped_matmul, rng, rows
 from compiled import for_h200, loops, needs_plugin
 from hypothesis import HealthCheck, given, settings
+from shapes import PRODUCTS
 
 import ferrum_jax
 
@@ -357,7 +358,6 @@ def test_tensorfloat32_where_its_tiles_fit(gpu, want):
 
 # ---- code for an H200
 
-MODELS = {"qwen3": (128, 8, 2048, 1536), "mixtral": (8, 2, 4096, 28672), "deepseek_v3": (256, 8, 7168, 4096)}
 CODE = [
     ("qwen3", 128, 16, "bfloat16", True),
     ("qwen3", 1024, 64, "float16", False),
@@ -391,7 +391,7 @@ def check_code(code, kind):
 )
 def test_code_for_an_h200(model, tokens, block, kind, pair_ids):
     """All three forms, with asynchronous loads of 16 bytes; TF32's wgmma wants some operands turned, by 4 bytes."""
-    experts, k, height, width = MODELS[model]
+    experts, k, height, width = PRODUCTS[model]
     dtype, precision = dtype_and_precision(kind)
     slots = ferrum_jax.max_aligned_rows(tokens * k, experts, block)
     tables = of((slots,), jnp.int32), of((slots // block,), jnp.int32), of((), jnp.int32)
@@ -427,7 +427,7 @@ def test_code_for_an_h200(model, tokens, block, kind, pair_ids):
     ],
 )
 def test_code_of_an_epilogue(tokens, block, kind, activation, weighted):
-    experts, k, height, width = MODELS["qwen3"]
+    experts, k, height, width = PRODUCTS["qwen3"]
     dtype, precision = dtype_and_precision(kind)
     slots = ferrum_jax.max_aligned_rows(tokens * k, experts, block)
     tables = of((slots,), jnp.int32), of((slots // block,), jnp.int32), of((), jnp.int32)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from cases import CASES, SMALL, rng
 from compiled import needs_plugin, on_h200
+from meshes import mesh_of
 
 import ferrum_jax
 from ferrum_jax.kernels import targets
@@ -82,7 +83,7 @@ def apart(x):
 
 
 def sharded(f):
-    mesh = jax.make_mesh((min(4, jax.device_count()),), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = mesh_of(min(4, jax.device_count()))
     spec = jax.sharding.PartitionSpec("d")
     return jax.shard_map(f, mesh=mesh, in_specs=spec, out_specs=spec)
 
@@ -130,7 +131,7 @@ def test_which_says_what_each_op_of_a_layer_takes():
 def test_which_says_what_each_shard_of_a_layer_takes():
     layer = functools.partial(ferrum_jax.parallel.moe_mlp, axis_name="d", top_k=2, exchange="gather")
     w = jnp.ones((4, 4, 12)), jnp.ones((4, 6, 4))
-    mesh = jax.make_mesh((min(4, jax.device_count()),), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = mesh_of(min(4, jax.device_count()))
     spec = jax.sharding.PartitionSpec("d")
     f = jax.shard_map(layer, mesh=mesh, in_specs=spec, out_specs=spec)
     found = dict(ferrum_jax.which(f, X, X, *w, platform="cpu"))

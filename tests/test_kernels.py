@@ -15,6 +15,7 @@ from cases import CASES, FLOAT_CASES, SMALL, finite_args, per_primitive, rng
 from compiled import for_h200, needs_pjrt, needs_plugin, whole_program_for_h200
 from conftest import KERNELS
 from jax import export
+from meshes import mesh_of
 from shapes import MODELS
 
 import ferrum_jax
@@ -296,7 +297,7 @@ def test_programs_of_one_launch_write_the_same(router, step, monkeypatch):
 def test_devices_share_the_interpreter():
     """JAX calls back from a thread per device, and Triton's interpreter has one state."""
     x = rng("threads").normal(size=(4, 16, 8)).astype(np.float32)
-    mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = mesh_of(4)
     spec = jax.sharding.PartitionSpec("d")
     route = jax.jit(
         jax.shard_map(lambda x: ferrum_jax.route_topk_softmax(x, 8), mesh=mesh, in_specs=spec, out_specs=spec)

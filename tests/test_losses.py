@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
+from meshes import mesh_of
 
 import ferrum_jax as fj
 
@@ -236,7 +237,7 @@ def test_sharded_as_on_one_device(name):
 
 
 def test_sharded_over_one_axis_by_name():
-    mesh = jax.make_mesh((DEVICES,), ("d",), axis_types=(AxisType.Auto,))
+    mesh = mesh_of(DEVICES)
     logits, ids, mask = problem(8, (), 8)
     want = jax.jit(jax.grad(f_one))(logits, ids, mask)
 

@@ -1,7 +1,6 @@
 """moe_mlp against a dense layer in NumPy and in jnp: both flows, every activation, gradients, memory, meshes."""
 
 import functools
-import math
 import re
 
 import jax
@@ -13,7 +12,9 @@ from derivatives import check_derivatives
 from jax import export
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from oracle import assert_close, f64
+from layer import gated_dense
+from meshes import mesh_of
+from oracle import ACTIVATIONS, assert_close, f64
 
 import ferrum_jax
 from ferrum_jax import moe_mlp
@@ -22,25 +23,6 @@ pytestmark = pytest.mark.tables
 
 SIZE, F = Size(7, 5, 2, 4), 3
 FLOWS = ("packed", "pair_ids")
-
-
-def sigmoid(x):
-    return 1 / (1 + np.exp(-x))
-
-
-def swiglu_oai(g, u):
-    g, u = np.minimum(g, 7), np.clip(u, -7, 7)
-    return (u + 1) * g * sigmoid(1.702 * g)
-
-
-ACTIVATIONS = {
-    "silu": lambda g, u: g * sigmoid(g) * u,
-    "gelu": lambda g, u: g * (1 + np.vectorize(math.erf)(g / math.sqrt(2))) / 2 * u,
-    "gelu_tanh": lambda g, u: g / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (g + 0.044715 * g**3))) * u,
-    "relu": lambda g, u: np.maximum(g, 0) * u,
-    "relu2": lambda g, u: np.maximum(g, 0) ** 2 * u,
-    "swiglu_oai": swiglu_oai,
-}
 
 
 def arguments(size=SIZE, dtype="float32", scale=1.0, seed=0):
@@ -68,16 +50,6 @@ def dense(x, ids, weights, w_gate_up, w_down, activation, b_gate_up=None, b_down
             gate, up = np.split(terms, 2)
             size[t] += float(weights[t, k]) * (1 + (4 * gate * (1 + gate) * (1 + up)) @ np.abs(f64(w_down[e])))
     return out, size
-
-
-def reference(x, logits, w_gate_up, w_down, b_gate_up, b_down, top_k, act=jax.nn.silu):
-    """Every expert on every token, weighed by a [T, E] mask: what the layer must never do, in jnp."""
-    chosen = jax.nn.one_hot(jax.lax.top_k(logits, top_k)[1], logits.shape[-1]).sum(-2)
-    weights = jax.nn.softmax(jnp.where(chosen > 0, logits, -jnp.inf), axis=-1)
-    both = jnp.einsum("th,ehf->tef", x, w_gate_up) + (0 if b_gate_up is None else b_gate_up[None])
-    gate, up = jnp.split(both, 2, axis=-1)
-    rows = jnp.einsum("tef,efh->teh", act(gate) * up, w_down) + (0 if b_down is None else b_down[None])
-    return jnp.einsum("te,teh->th", weights, rows)
 
 
 @pytest.mark.parametrize("flow", FLOWS)
@@ -152,7 +124,7 @@ def test_gradients_equal_the_dense_layers(size, flow, biased, every_implementati
     def both(f):
         return jax.jit(lambda *a: (f(*a), *jax.grad(loss(f), operands)(*a)))(*args)
 
-    for g, w in zip(both(ours), both(functools.partial(reference, top_k=size.K)), strict=True):
+    for g, w in zip(both(ours), both(functools.partial(gated_dense, top_k=size.K)), strict=True):
         assert_close(g, f64(w), np.abs(w).max(), "float32")  # sums that cancel: their terms' size is the largest's
 
 
@@ -287,7 +259,7 @@ def test_flow_by_size():
 def test_data_parallel_gradient(flow, kind):
     """Tokens sharded, matrices shared: inside shard_map with check_vma, and as plain sharded arrays."""
     devices = min(4, jax.device_count())
-    mesh = jax.make_mesh((devices,), ("d",), axis_types=(kind,))
+    mesh = mesh_of(devices, kind)
     (x, logits, *matrices), biases = arguments(Size(8, 4, 2, 4))
     args, specs = (x, logits, *matrices, *biases.values()), (P("d"), P("d"), *[P()] * 4)
 
@@ -324,7 +296,7 @@ def test_data_parallel_gradient(flow, kind):
 )
 def test_tokens_sharded_along_any_axis(spec, flow, kind):
     """As in a residual block, which adds the result to what was given."""
-    mesh = jax.make_mesh((2,), ("d",), axis_types=(kind,))
+    mesh = mesh_of(2, kind)
     (x, logits, *matrices), _ = arguments(Size(12, 4, 2, 4))
     x, logits = (a.reshape(2, 6, -1) for a in (x, logits))
     ids, weights = ferrum_jax.route_topk_softmax(logits, 2)
@@ -368,7 +340,7 @@ def test_peak_memory(flow):
 
     args = of(t, h), of(t, e), of(e, h, 2 * f), of(e, f, h)
     ours = functools.partial(moe_mlp, top_k=k, flow=flow)
-    other = functools.partial(reference, b_gate_up=None, b_down=None, top_k=k)
+    other = functools.partial(gated_dense, b_gate_up=None, b_down=None, top_k=k)
     for transform in (lambda g: g, lambda g: jax.grad(lambda *a: jnp.sum(g(*a) ** 2), range(4))):
         peaks = [
             jax.jit(transform(g)).lower(*args).compile().memory_analysis().temp_size_in_bytes for g in (ours, other)

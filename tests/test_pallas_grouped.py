@@ -14,7 +14,9 @@ import pytest
 from cases import Size, grouped_args, grouped_matmul, rng, rows
 from compiled import needs_pjrt, needs_plugin, on_h200, whole_program_for_h200
 from jax.sharding import AxisType
-from test_grouped import MODELS, check
+from meshes import mesh_of
+from shapes import PRODUCTS
+from test_grouped import check
 
 import ferrum_jax
 from ferrum_jax.kernels.pallas import grouped
@@ -130,7 +132,7 @@ def repeated(f, x, matrices):
 
 def sharded(f, x, matrices, axis_types):
     """The batch over as many devices as there are, up to two: by hand in an Auto mesh, by shardings in an Explicit."""
-    mesh = jax.make_mesh((min(2, jax.device_count()),), ("d",), axis_types=(axis_types,))
+    mesh = mesh_of(min(2, jax.device_count()), axis_types)
     by_batch = jax.sharding.PartitionSpec("d")
     if axis_types == AxisType.Explicit:
         with jax.set_mesh(mesh):
@@ -388,7 +390,7 @@ def test_an_epilogue_that_pallas_lacks_is_left_to_the_parts():
 )
 def test_code_for_an_h200(model, tokens, block, dtype, pair_ids, gradients):
     """wgmma in the loops and no spills; what does not fit in shared memory would not compile."""
-    experts, k, height, width = (MODELS | {"qwen3_down": (128, 8, 768, 2048)})[model]
+    experts, k, height, width = PRODUCTS[model]
     slots = ferrum_jax.max_aligned_rows(tokens * k, experts, block)
     tables = of((slots,), jnp.int32), of((slots // block,), jnp.int32), of((), jnp.int32)
     top_k = k if pair_ids else 1
@@ -428,7 +430,7 @@ def test_code_for_an_h200(model, tokens, block, dtype, pair_ids, gradients):
     ],
 )
 def test_code_of_an_epilogue(tokens, block, activation, weighted, dtype):
-    experts, k, height, width = MODELS["qwen3"]
+    experts, k, height, width = PRODUCTS["qwen3"]
     slots = ferrum_jax.max_aligned_rows(tokens * k, experts, block)
     tables = of((slots,), jnp.int32), of((slots // block,), jnp.int32), of((), jnp.int32)
     weights = [of((tokens * k,), jnp.float32)] if weighted else []

@@ -16,10 +16,12 @@ import oracle
 import pytest
 from cases import Size, rng
 from compiled import h200s, needs_pjrt
+from derivatives import cotangent, with_gradients
 from jax import lax
 from jax.interpreters import mlir
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from meshes import mesh_of
 from test_mlp import beyond_float16
 
 import ferrum_jax
@@ -74,15 +76,9 @@ def layer(x, ids, weights, gate_up, down, b_gate_up, b_down, run=ferrum_jax.moe_
     return run(x, None, gate_up, down, router_output=routed, b_gate_up=b_gate_up, b_down=b_down, **kwargs)
 
 
-def cotangent(out):
-    """It does not depend on the result: of large results in 16 bits a sine would be another one."""
-    return np.sin(np.arange(out.size)).reshape(out.shape).astype(out.dtype)
-
-
 def value_and_gradients(f):
     def run(ids, x, weights, *rest):
-        out, vjp = jax.vjp(lambda x, weights, *rest: f(x, ids, weights, *rest), x, weights, *rest)
-        return out, *vjp(cotangent(out))
+        return with_gradients(lambda x, weights, *rest: f(x, ids, weights, *rest))(x, weights, *rest)
 
     return jax.jit(run)
 
@@ -90,10 +86,6 @@ def value_and_gradients(f):
 @functools.cache
 def unsharded():
     return value_and_gradients(layer)
-
-
-def mesh_of(devices, kind=AxisType.Auto):
-    return jax.make_mesh((devices,), ("d",), axis_types=(kind,))
 
 
 def close(got, want, dtype="float32"):

@@ -12,6 +12,7 @@ from compiled import h200s, needs_pjrt, whole_program_for_h200
 from jax import export
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from meshes import mesh_of
 
 import ferrum_jax
 
@@ -50,10 +51,6 @@ def collectives(program):
 def with_collectives(f, *args):
     compiled = jax.jit(f).lower(*args).compile()
     return compiled(*args), collectives(compiled.as_text())
-
-
-def mesh_of(devices, kind=AxisType.Auto):
-    return jax.make_mesh((devices,), ("d",), axis_types=(kind,))
 
 
 @pytest.mark.parametrize(("name", "mapped", "specs", "kind", "collected", "also_gradients"), LAYOUTS)

@@ -11,18 +11,13 @@ import pytest
 from cases import CASES, FLOAT_CASES, SMALL, VARIANTS, Size, finite_args, per_primitive, rng
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from meshes import mesh_of
 
 import ferrum_jax
 
 DEVICES = min(4, jax.device_count())
-
-
 KINDS = [AxisType.Explicit, AxisType.Auto]
 ONE_A_FAMILY = {"route_topk_softmax", "moe_plan", "moe_combine", "grouped_matmul_activated"}
-
-
-def mesh_of(kind):
-    return jax.make_mesh((DEVICES,), ("d",), axis_types=(kind,))
 
 
 def on_each_mesh(cases):
@@ -43,7 +38,10 @@ def test_shard_map_over_a_batch(case, kind, every_implementation):
     """The first operand differs between devices, the others do not: they vary over fewer axes."""
     slices = [finite_args(case, rng(case, i), SMALL) for i in range(DEVICES)]
     args = [np.stack([s[0] for s in slices]), *slices[0][1:]]
-    mesh, f = mesh_of(kind), jax.jit(functools.partial(case.results, size=SMALL, implementation=every_implementation))
+    mesh, f = (
+        mesh_of(DEVICES, kind),
+        jax.jit(functools.partial(case.results, size=SMALL, implementation=every_implementation)),
+    )
 
     def local(x, *rest):
         return [r[None] for r in f(x[0], *rest)]
@@ -59,7 +57,7 @@ def test_shard_map_over_a_batch(case, kind, every_implementation):
 @pytest.mark.parametrize(("case", "kind"), on_each_mesh(FLOAT_CASES), ids=str)
 def test_gradient_through_shard_map(case, kind, every_implementation):
     """Operands that every device shares get the sum of all devices' gradients."""
-    mesh = mesh_of(kind)
+    mesh = mesh_of(DEVICES, kind)
     slices = [finite_args(case, rng(case, i), SMALL) for i in range(DEVICES)]
     args = [np.stack([s[0] for s in slices]), *slices[0][1:]]
 
@@ -164,7 +162,7 @@ def test_vmap_in_an_explicit_mesh(spec):
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_layer_gradient_with_tokens_sharded(kind, every_implementation):
     """Data parallel: tokens sharded, weights shared, inside shard_map with check_vma."""
-    mesh = mesh_of(kind)
+    mesh = mesh_of(DEVICES, kind)
     size = Size(8, 4, 2, 3)
     args = layer.init(3, size)
     run = functools.partial(layer.packed, top_k=2, implementation=every_implementation)
