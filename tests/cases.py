@@ -60,7 +60,7 @@ class Case(NamedTuple):
 
     def results(self, *args, size, implementation=None):
         out = self.call(*args, size=size, implementation=implementation)
-        return tuple(out) if isinstance(out, tuple) else (out,)
+        return (out,) if hasattr(out, "shape") else tuple(out)  # the tables unpack into their arrays
 
     def has_kernel(self, backend):
         return any(self.name.startswith(tuple(ops)) for ops in ferrum_jax.kernels.KERNELS[backend].values())
@@ -179,7 +179,7 @@ def cotangents_args(r, size, dtype):
     y, pairs, weights = combine_args(r, size, dtype)
     g = rows(r, (size.T, size.H), dtype)
     g[np.flatnonzero(((pairs < 0) | (pairs >= len(y))).any(1))[:1]] = np.nan
-    return g, y, weights, pairs
+    return g, y, pairs, weights
 
 
 def weighted_sum_args(r, size, dtype):
@@ -315,12 +315,12 @@ CASES = (
     ),
     Case(
         "moe_combine_cotangents",
-        lambda g, y, w, pairs, size, implementation: tuple(
-            combine._cotangents(g, y, w, pairs, implementation=implementation)
+        lambda g, y, pairs, w, size, implementation: tuple(
+            combine._cotangents(g, y, pairs, w, implementation=implementation)
         ),
-        lambda g, y, w, pairs, size: oracle.moe_combine_grads(y, pairs, w, g),
+        lambda g, y, pairs, w, size: oracle.moe_combine_grads(y, pairs, w, g),
         cotangents_args,
-        (0, 1, 2),
+        (0, 1, 3),
     ),
     Case(
         "weighted_sum_batched",

@@ -457,6 +457,7 @@ def assert_near(got, want, dtype, stored=4):
 
 def assert_matches(got, wanted):
     """A function's results (arrays) against an oracle's, each a `Sum`; what has no size is int32, and exact."""
+    got = tuple(got)
     assert len(got) == len(wanted)
     for result, want in zip(got, wanted, strict=True):
         value, size, *bound = Sum(*want)

@@ -55,12 +55,12 @@ MISUSES = {
     "pairs, no experts": (lambda i: fj.moe_build_pairs_by_token(i, -1), [i32(3, 2)], ValueError, ["num_experts", "-1"]),
     "block 0": (lambda i: fj.moe_align_block_size(i, 4, 0), [i32(3, 2)], ValueError, ["block_size", "got 0"]),
     "block str": (lambda i: fj.moe_align_block_size_pair_ids(i, 4, "2"), [i32(3, 2)], TypeError, ["block_size", "str"]),
-    "P past int32": (lambda i: fj.moe_build_pairs_by_token(i, 4), [i32(2**20, 2**12)], ValueError, ["num_pairs"]),
+    "P past int32": (lambda i: fj.moe_build_pairs_by_token(i, 4), [i32(2**20, 2**12)], ValueError, [f"{2**32} pairs"]),
     "S past int32": (lambda i: fj.moe_plan(i, 4, 2**30), [i32(3, 2)], ValueError, ["block_size", str(BIG)]),
     "rows past int32": (fj.moe_dispatch, [f32(2**31, 1), i32(3)], ValueError, ["x", str(2**31), str(BIG)]),
     # combine
-    "combine T": (fj.moe_combine, [f32(9, 4), i32(3, 2), f32(4, 2)], ValueError, ["pairs_by_token", "T = 4", "(3, 2)"]),
-    "combine K": (fj.moe_combine, [f32(9, 4), i32(3, 2), f32(3, 1)], ValueError, ["pairs_by_token", "K = 1", "(3, 2)"]),
+    "combine T": (fj.moe_combine, [f32(9, 4), i32(3, 2), f32(4, 2)], ValueError, ["pair_weights", "T = 3", "(4, 2)"]),
+    "combine K": (fj.moe_combine, [f32(9, 4), i32(3, 2), f32(3, 1)], ValueError, ["pair_weights", "K = 2", "(3, 1)"]),
     "combine rank": (
         fj.moe_combine,
         [f32(4), i32(3, 2), f32(3, 2)],
@@ -166,12 +166,6 @@ MISUSES = {
         ValueError,
         ["grouped_matmul:", "row_weights", "P = 0", "(5,)"],
     ),
-    "packed rows": (
-        lambda x, w, i: fj.grouped_matmul(x, w, fj.moe_plan(i, 3, 2), packed_rows="no"),
-        [f32(6, 4), f32(3, 4, 5), i32(6, 1)],
-        TypeError,
-        ["packed_rows", "str"],
-    ),
     "activation's type": (
         lambda x, w, i: fj.grouped_matmul(x, w, fj.moe_plan(i, 3, 2), activation=("silu",)),
         [f32(6, 4), f32(3, 4, 6), i32(6, 1)],
@@ -254,9 +248,6 @@ FLAGS = {
     "moe_route_plan: pair_ids": lambda v: fj.moe_route_plan(X, 1, 2, pair_ids=v),
     "moe_plan: pair_ids": lambda v: fj.moe_plan(IDS, 4, 2, pair_ids=v),
     "moe_combine: unique_rows": lambda v: fj.moe_combine(X, IDS, np.ones((3, 2)), unique_rows=v),
-    "grouped_matmul: packed_rows": lambda v: fj.grouped_matmul(
-        f32(6, 4), f32(4, 4, 2), fj.moe_plan(IDS, 4, 2), packed_rows=v
-    ),
     "check_routing: pair_ids": lambda v: fj.check_routing(PAIRS, 4, pair_ids=v),
     "parallel.moe_mlp: return_dropped": lambda v: over_devices(top_k=1, return_dropped=v),
 }

@@ -78,7 +78,7 @@ MEASURED: Mapping[str, Sequence[Measured]] = {
         Measured(
             "xla",
             "K >= 8, but for 4096 <= T*K <= 16384",
-            lambda shapes, params: shapes[2][-1] >= 8 and not 4096 <= _pairs(shapes[2]) <= 16384,
+            lambda shapes, params: shapes[1][-1] >= 8 and not 4096 <= _pairs(shapes[1]) <= 16384,
         ),
     ),
     # With pairs_by_token: T=16 2.1/3.9/2.2, T=128 3.5/5.2/3.7, T=1024 15.5/15.8/14.6, T=8192 104/104/103.
@@ -93,7 +93,7 @@ MEASURED: Mapping[str, Sequence[Measured]] = {
     # This and the next in turn, the gradients of combine: T=16 4.7/6.7/7.2, T=128 7.7/9.2/9.4, T=8192 268/278/236;
     # H=7168 965/1004/752; K=2 H=4096 156/168/150.
     "moe_spread": (
-        Measured("xla", "T*K <= 4096", lambda shapes, params: params["unique_rows"] and _pairs(shapes[2]) <= 4096),
+        Measured("xla", "T*K <= 4096", lambda shapes, params: params["unique_rows"] and _pairs(shapes[1]) <= 4096),
         Measured("pallas", "T*K > 4096", lambda shapes, params: params["unique_rows"]),
     ),
     "moe_row_dot": (
@@ -136,22 +136,28 @@ class Choice(NamedTuple):
     passed_over: dict[str, str]
 
 
-def choose(
-    op: str,
-    asked: str | None,
-    operands: Sequence[Any],
-    params: Mapping[str, Any],
-    platform: str,
-    device_kind: str | None = None,
-    made_of_ops: bool = False,
-) -> Choice:
-    """The implementation that runs `op` on these shapes; NotImplementedError if one was asked for that cannot.
+class Call(NamedTuple):
+    """What is known of one call when its kernel is chosen."""
 
-    An op made of others can be run as those, of which each then chooses for itself: that is its "xla". What refuses it
-    whatever its parameters are refuses those too.
-    """
+    op: str
+    operands: Mapping[str, Any]
+    sizes: Mapping[str, Any]
+    params: Mapping[str, Any]
+    devices: int = 1
+    made_of_ops: bool = False
+
+
+def choose(call: Call, asked: str | None, platform: str, device_kind: str | None = None) -> Choice:
+    op, params, made_of_ops = call.op, call.params, call.made_of_ops
+    operands = [x for x in call.operands.values() if x is not None]
     capability = _capability(op, asked, platform, device_kind)
     reasons = {name: _refusal(name, op, operands, params, platform, capability) for name in KERNELS}
+    if call.devices > 1:
+        many = (
+            f"the program runs on {call.devices} devices under plain jit, and a kernel is not divided: call it inside "
+            "jax.shard_map"
+        )
+        reasons = {name: reason or many for name, reason in reasons.items()}
     if asked and reasons.get(asked):
         if not made_of_ops or _refusal(asked, op, operands, {}, platform, capability):
             raise NotImplementedError(f"{op}: implementation={asked!r} cannot be used: {reasons[asked]}")
@@ -254,8 +260,8 @@ def _family(backend: str, op: str) -> str | None:
 
 
 def lead_axes(*operands: tuple[Any, int]) -> tuple[int, ...]:
-    """The broadcast leading axes of operands, each given with its count of trailing axes."""
-    leads = (x.shape[: x.ndim - trailing] for x, trailing in operands)
+    """The broadcast leading axes of operands, each given with its count of trailing axes; None has none."""
+    leads = (x.shape[: x.ndim - trailing] for x, trailing in operands if x is not None)
     return tuple(next((n for n in sizes if n != 1), 1) for sizes in zip(*leads, strict=True))
 
 

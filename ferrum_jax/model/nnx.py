@@ -22,11 +22,13 @@ except ImportError as error:
     raise ImportError("ferrum_jax.nnx needs flax: pip install '.[nnx]' from a clone") from error
 
 from ..core.signature import ROW_DTYPES, as_bool, as_int, one_of
+from ..core.types import RouterOutput
 from ..kernels import IMPLEMENTATIONS
-from ..ops.grouped import ACTIVATIONS, as_precision
+from ..ops.activations import ACTIVATIONS
+from ..ops.grouped import as_precision
 from ..ops.losses import NORMALIZATIONS, expert_counts, load_balancing_loss, router_z_loss, update_routing_bias
-from ..ops.routing import RouterOutput, route_topk
-from ..ops.routing import checked_settings as checked_routing
+from ..ops.routing import route_topk
+from ..ops.scoring import checked_settings as checked_routing
 from .checkpoint import MoEParams
 from .layer import checked_settings as checked_layer
 from .layer import moe_mlp

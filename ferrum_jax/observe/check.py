@@ -9,7 +9,7 @@ import numpy as np
 from jax.core import Tracer
 
 from ..core.signature import INT32_MAX, as_bool, as_int
-from ..ops.tables import MoePlan, MoeRouting, TokenPairs
+from ..core.types import MoePlan, MoeRouting, TokenPairs
 
 _OP = "check_routing"
 

@@ -8,8 +8,8 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ..core.signature import INT32_MAX, as_int
+from ..core.types import MoeRouting
 from ..ops.routing import route_topk_softmax
-from ..ops.tables import MoeRouting
 
 
 def route_topk_into_host(

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..core.signature import INT32_MAX, as_int
+from ..core.types import RouterOutput
 from ..ops.losses import expert_counts
-from ..ops.routing import RouterOutput, as_pair
+from ..ops.routing import as_pair
 
 
 class RoutingStats(NamedTuple):

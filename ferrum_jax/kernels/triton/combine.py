@@ -284,8 +284,8 @@ def _owner(index, lead, num_rows):
     return owner
 
 
-def moe_dispatch(x, packed_token_idx, *pairs_by_token):
-    lead = lead_axes((x, 2), (packed_token_idx, 1), *((table, 2) for table in pairs_by_token))
+def moe_dispatch(x, packed_token_idx, pairs_by_token=None):
+    lead = lead_axes((x, 2), (packed_token_idx, 1), (pairs_by_token, 2))
     return _gather(x, whole(packed_token_idx, lead), None, lead, packed_token_idx.shape[-1], 1, "table")
 
 
@@ -297,13 +297,13 @@ def moe_collect(rows, packed_token_idx, pairs_by_token=None, *, num_tokens):
     return _gather(rows, whole(pairs_by_token, lead), None, lead, num_tokens, pairs_by_token.shape[-1], "table")
 
 
-def moe_combine(packed_down, pair_weights, pairs_by_token, *, unique_rows):
+def moe_combine(packed_down, pairs_by_token, pair_weights, *, unique_rows):
     lead = lead_axes((packed_down, 2), (pair_weights, 2), (pairs_by_token, 2))
     index, weights = whole(pairs_by_token, lead), whole(pair_weights, lead)
     return _gather(packed_down, index, weights, lead, *index.shape[-2:], "table")
 
 
-def moe_spread(g, pair_weights, pairs_by_token, *, num_rows, unique_rows):
+def moe_spread(g, pairs_by_token, pair_weights, *, num_rows, unique_rows):
     lead = lead_axes((g, 2), (pair_weights, 2), (pairs_by_token, 2))
     index, weights = whole(pairs_by_token, lead), whole(pair_weights, lead)
     num_tokens, top_k = index.shape[-2:]
@@ -318,7 +318,7 @@ def moe_row_dot(packed_down, g, pairs_by_token, *, unique_rows):
     return _dot(packed_down, whole(pairs_by_token, lead), g, lead, *pairs_by_token.shape[-2:])
 
 
-def moe_combine_cotangents(g, packed_down, pair_weights, pairs_by_token):
+def moe_combine_cotangents(g, packed_down, pairs_by_token, pair_weights):
     lead = lead_axes((g, 2), (packed_down, 2), (pair_weights, 2), (pairs_by_token, 2))
     index, weights = whole(pairs_by_token, lead), whole(pair_weights, lead)
     *_, num_rows, width = packed_down.shape
