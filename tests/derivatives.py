@@ -6,9 +6,10 @@ import numpy as np
 
 
 def check_derivatives(f, floats, seed, bound=1e-2):
-    """f takes the arrays `floats` to a sequence of arrays. One compiled program makes everything that is compared.
+    """Check f, which maps the arrays `floats` to a sequence of arrays, along one random direction.
 
-    `bound` is that of the finite differences, relative to the largest entry of a derivative, or to 1.
+    One compiled program computes everything that is compared. `bound` limits the error of the finite differences,
+    relative to the derivative's largest entry or to 1, whichever is larger.
     """
     r, step = np.random.default_rng(seed), np.float32(1e-2)
     every = tuple(range(len(floats)))
