@@ -69,10 +69,9 @@ def test_symbolic_token_counts():
     weighted = exported(ferrum_jax.weighted_sum_batched, of("float32", t, 2, 4), of("float32", t, 2))
     assert weighted.out_avals[0].shape == (t, 4)
     tables = of("int32", 96), of("int32", 6), of("int32")
-    settings = {"activation": "silu", "packed_rows": True}
 
     def product(x, w, *r):
-        return ferrum_jax.grouped_matmul(x, w, ferrum_jax.MoeRouting(*r), **settings)
+        return ferrum_jax.grouped_matmul(x, w, ferrum_jax.MoeRouting(*r, kind="packed"), activation="silu")
 
     assert exported(product, of("float32", t, 4), of("float32", 4, 4, 6), *tables).out_avals[0].shape == (t, 3)
     with pytest.raises(TypeError, match="num_pairs must be a Python int"):  # a table's length depends on it

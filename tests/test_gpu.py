@@ -216,7 +216,7 @@ def test_epilogues_of_grouped_products(tokens, pair_ids, name):
         jnp.asarray(r.normal(size=shape) * scale, "bfloat16") for shape, scale in zip(shapes, (1, 0.05), strict=True)
     )
     weights = r.normal(size=tokens * k).astype(np.float32)
-    settings = {"top_k": choices, "activation": "silu", "row_weights": weights, "packed_rows": not pair_ids}
+    settings = {"top_k": choices, "activation": "silu", "row_weights": weights}
     got = ferrum_jax.grouped_matmul(x, w, plan, implementation=name, **settings)
     wide = [oracle.f64(a) for a in (x, w)]
     none = np.zeros((tokens * k, 2 * width))

@@ -121,8 +121,9 @@ def test_packed_rows_change_nothing(implementation):
     lhs, rhs, *tables = (np.nan_to_num(a) for a in grouped_args(rng("packed"), size, "bfloat16"))
 
     def both(packed):
-        run = functools.partial(grouped_matmul, packed_rows=packed, implementation=implementation)
-        out, vjp = jax.vjp(lambda *a: run(*a, *tables), jnp.asarray(lhs), jnp.asarray(rhs))
+        routing = ferrum_jax.MoeRouting(*tables, kind="packed" if packed else None)
+        run = functools.partial(ferrum_jax.grouped_matmul, routing=routing, implementation=implementation)
+        out, vjp = jax.vjp(run, jnp.asarray(lhs), jnp.asarray(rhs))
         return out, *vjp(out)
 
     for got, want in zip(both(True), both(False), strict=True):

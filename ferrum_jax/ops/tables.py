@@ -39,7 +39,9 @@ def max_aligned_rows(num_pairs: int, num_experts: int, block_size: int) -> int:
 
 
 def aligned_rows(num_pairs: int, num_experts: int, block_size: int) -> int:
-    """`max_aligned_rows` of sizes that have been checked."""
+    """`max_aligned_rows` of sizes that have been checked, but that one of them may be symbolic."""
+    if not isinstance(num_pairs, int):
+        as_int("max_aligned_rows", "num_pairs", num_pairs)
     busy = min(num_experts, num_pairs)
     rows = (busy + (num_pairs - busy) // block_size) * block_size
     if rows > INT32_MAX:
