@@ -28,6 +28,7 @@ import numpy as np
 # Ops are called through the package, so that what is checked is what a user's import finds.
 import ferrum_jax
 from ferrum_jax import bench
+from ferrum_jax.bench import report, today
 
 
 class Layer(NamedTuple):
@@ -86,7 +87,7 @@ def _table(title: str, rows: Iterable[Sequence[str]]) -> None:
 def info(layer: Layer) -> None:
     """Print versions, devices, and which implementation of each op would run on them."""
     own = [("python", platform.python_version()), ("ferrum_jax", ferrum_jax.__version__)]
-    others = [(name, bench.version(name) or "not installed") for name in ("jax", "jaxlib", "triton", "jax_triton")]
+    others = [(name, report.version(name) or "not installed") for name in ("jax", "jaxlib", "triton", "jax_triton")]
     devices = collections.Counter(d.device_kind for d in jax.devices())
     _table("Here", own + others + [("devices", f"{number} x {kind}") for kind, number in devices.items()])
     rows: list[tuple[str, ...]] = [("op", "runs", "not", "because")]
@@ -218,8 +219,8 @@ def _moe(layer: Layer, flow: str | None, inputs: tuple[jax.Array, ...]) -> Ran:
     logits = _product(x, router)
     routing = ferrum_jax.route_topk_softmax(logits, layer.top_k)
     if flow is None:
-        chosen = ferrum_jax.RouterOutput(*bench.softmax_top_k(logits, layer.top_k))
-        return Ran(logits, chosen, bench.ragged_layer(x, logits, gate_up, down, layer.top_k))
+        chosen = ferrum_jax.RouterOutput(*today.softmax_top_k(logits, layer.top_k))
+        return Ran(logits, chosen, today.ragged_layer(x, logits, gate_up, down, layer.top_k))
     out = ferrum_jax.moe_mlp(x, None, gate_up, down, router_output=routing, flow=flow, block_size=layer.block_size)
     return Ran(logits, routing, out)
 
