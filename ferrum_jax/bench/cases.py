@@ -96,6 +96,10 @@ def shape(model: str, tokens: int) -> Shape:
     return Shape(model, tokens, experts, top_k, *widths, jnp.float32)
 
 
+def _no_flops(s: Shape) -> float:
+    return 0
+
+
 class Workload(NamedTuple):
     """One thing to time: how to make its arguments, the functions to run, and what they must move and compute.
 
@@ -109,7 +113,7 @@ class Workload(NamedTuple):
     ours: Callable[[Shape, str | None], Function]
     rivals: Callable[[Shape], dict[str, Function]]
     bytes: Callable[[Shape], float]
-    flops: Callable[[Shape], float] = lambda s: 0
+    flops: Callable[[Shape], float] = _no_flops
     steps: int = 0
 
 
