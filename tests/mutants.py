@@ -280,7 +280,7 @@ MUTANTS = (
     ),
     Mutant(
         "a checkpoint's up stands where gate belongs",
-        "model/checkpoint.py",
+        "model/layouts.py",
         f'"F H", 0),\n        {UP}1)',
         f'"F H", 1),\n        {UP}0)',
         "test_checkpoint.py::test_the_block_is_that_of_the_model[mixtral]",

@@ -161,7 +161,7 @@ def test_one_expert_owns_all_rows(dtype, implementation):
 
 def test_no_rows(implementation):
     routing = ferrum_jax.moe_plan(np.zeros((0, 2), np.int32), 5, 4)
-    f = functools.partial(ferrum_jax.grouped_matmul, routing=routing, top_k=2, implementation=implementation)
+    f = functools.partial(ferrum_jax.grouped_matmul, routing=routing, implementation=implementation)
     out, vjp = jax.vjp(f, jnp.zeros((0, 6)), jnp.full((5, 6, 7), jnp.nan))
     assert out.shape == (0, 7)
     assert not np.any(vjp(out)[1])

@@ -373,7 +373,7 @@ WRONG = {
     "implementation": ({"implementation": "cuda"}, ValueError, ["implementation", "'cuda'"]),
     "x rank": ({"x": ONES(4)}, ValueError, ["x", "[..., T, H]", "(4,)"]),
     "x dtype": ({"x": ONES((7, 4), int)}, TypeError, ["x", "int32"]),
-    "logits rows": ({"router_logits": ONES((6, 5))}, ValueError, ["router_logits", "(7,)", "(6, 5)"]),
+    "logits rows": ({"router_logits": ONES((6, 5))}, ValueError, ["router_logits", "T = 7", "(6, 5)"]),
     "logits experts": ({"router_logits": ONES((7, 4))}, ValueError, ["router_logits", "5", "(7, 4)"]),
     "one dtype": ({"w_gate_up": ONES((5, 4, 6), BF16)}, TypeError, ["w_down", "bfloat16", "float32"]),
     "x and matrices": ({"x": ONES((7, 4), BF16)}, TypeError, ["w_gate_up", "bfloat16", "float32"]),
@@ -413,7 +413,7 @@ WRONG = {
     "its rows": (
         {"router_output": (ZEROS((6, 2), int), ONES((6, 2))), **NO_LOGITS},
         ValueError,
-        ["router_output", "(7,)", "(6, 2)"],
+        ["expert_ids", "T = 7", "(6, 2)"],
     ),
 }
 

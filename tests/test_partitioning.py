@@ -1,4 +1,4 @@
-"""Plain jit over sharded arrays: each device computes its shards, and nothing is gathered."""
+"""Plain jit over sharded arrays: XLA divides the ops' meanings. Kernels run inside shard_map, and say so elsewhere."""
 
 import functools
 import re
@@ -22,11 +22,9 @@ T, H, HEAD, NONE = P("d"), P(None, "d"), P(None, None, "d"), P()
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 
-# op, whether under vmap, the operands' specs, the mesh, the collectives of its values, and whether its gradients too
+# Layouts in which nothing is gathered: op, whether under vmap, the operands' specs, the mesh, the collectives of its values, and whether its gradients too
 # gather nothing (a gradient to replicated rows needs every token)
 LAYOUTS = [
-    ("route_topk_softmax", False, (T,), AUTO, [], True),
-    ("route_topk_softmax", True, (T,), EXPLICIT, [], True),
     ("moe_combine", False, (NONE, T, T), EXPLICIT, [], False),
     ("moe_combine", False, (H, NONE, NONE), AUTO, [], True),
     ("moe_combine", True, (T, T, T), AUTO, [], True),
@@ -36,7 +34,6 @@ LAYOUTS = [
     ("moe_dispatch", True, (T, T), AUTO, [], True),
     ("weighted_sum_batched", False, (T, T), EXPLICIT, [], True),
     ("weighted_sum_batched", False, (HEAD, NONE), AUTO, [], True),
-    ("grouped_matmul", True, (T, NONE, T, T, T), AUTO, [], True),
     ("grouped_matmul", False, (NONE, HEAD, NONE, NONE, NONE), EXPLICIT, [], True),
     ("grouped_matmul-pair_ids", False, (H, H, NONE, NONE, NONE), AUTO, ["all-reduce"], True),
     ("moe_plan", True, (T,), AUTO, [], False),
@@ -114,30 +111,32 @@ def test_two_axes_and_a_mesh_that_is_not_the_results():
         np.testing.assert_allclose(result, want, rtol=1e-6)
 
 
-def test_other_numbers_of_devices():
-    """Three and eight are powers of a prime. Six is not: there the compiler decides, and values are the same."""
-    logits = rng("n").normal(size=(24, 8)).astype(np.float32)
+@pytest.mark.parametrize(
+    ("name", "mapped", "specs", "kind"),
+    [
+        ("route_topk_softmax", False, (T,), AUTO),
+        ("route_topk_softmax", True, (T,), EXPLICIT),
+        ("grouped_matmul", True, (T, NONE, T, T, T), AUTO),
+    ],
+)
+def test_what_xla_may_gather_has_the_same_values(name, mapped, specs, kind):
+    case, mesh = BY_NAME[name], mesh_of(4, kind)
+    args = finite_args(case, rng(name), SIZE)
+    args = [np.stack([a] * 4) if mapped and s != NONE else a for a, s in zip(args, specs, strict=True)]
+    run = functools.partial(case.results, size=SIZE)
+    f = jax.vmap(run, [None if s == NONE else 0 for s in specs]) if mapped else run
+    placed = [jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip(args, specs, strict=True)]
+    for got, want in zip(jax.jit(f)(*placed), f(*args), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
-    def f(x):
-        return ferrum_jax.route_topk_softmax(x, 2)
 
-    for devices in (3, 8, 6):
-        results, found = with_collectives(f, jax.device_put(logits, NamedSharding(mesh_of(devices), P("d"))))
-        assert not found or devices == 6
-        for g, w in zip(results, f(logits), strict=True):
-            np.testing.assert_allclose(g, w, rtol=1e-6)
-
-
-@pytest.mark.parametrize("shardy", [None, True, False])
-def test_a_jax_without_the_flag_of_shardy_divides_programs(shardy, monkeypatch):
-    """None: its partitioner is then the only one, and the flag is gone. Off, it is the other one, which cannot."""
-    if shardy is None:
-        monkeypatch.delattr(type(jax.config), "jax_use_shardy_partitioner")
-    else:
-        monkeypatch.setattr(type(jax.config), "jax_use_shardy_partitioner", shardy)
-    x = jax.device_put(np.zeros((4, 8), np.float32), NamedSharding(mesh_of(2), P("d")))
-    text = jax.jit(lambda x: ferrum_jax.route_topk_softmax(x, 2)).lower(x).as_text()
-    assert ("CustomSPMDPartitioning" in text) == (shardy is not False)
+def test_any_number_of_devices():
+    slots, weights = rng("n").normal(size=(24, 3, 4)).astype(np.float32), np.ones((24, 3), np.float32)
+    for devices in (3, 6, 8):
+        placed = [jax.device_put(a, NamedSharding(mesh_of(devices), P("d"))) for a in (slots, weights)]
+        got, found = with_collectives(ferrum_jax.weighted_sum_batched, *placed)
+        assert found == []
+        np.testing.assert_allclose(got, slots.sum(1), rtol=1e-5, atol=1e-6)
 
 
 def test_programs_without_devices_and_exported_ones():
@@ -152,12 +151,33 @@ def test_programs_without_devices_and_exported_ones():
 
 
 @needs_pjrt
-def test_kernels_run_on_shards_on_gpus():
+def test_kernels_run_inside_shard_map_and_nowhere_else_on_several_gpus():
     """Triton's custom call has the shapes of one device's part."""
     mesh = jax.sharding.Mesh(np.array(h200s(4)), ("d",), axis_types=(AUTO,))
     x = jax.ShapeDtypeStruct((512, 128), jnp.bfloat16, sharding=NamedSharding(mesh, P("d")))
-    program, _ = whole_program_for_h200(
-        lambda x: ferrum_jax.route_topk_softmax(x, 2, implementation="triton").expert_weights, x
-    )
+
+    def route(x, implementation=None):
+        return ferrum_jax.route_topk_softmax(x, 2, implementation=implementation).expert_weights
+
+    program, _ = whole_program_for_h200(jax.shard_map(route, mesh=mesh, in_specs=P("d"), out_specs=P("d")), x)
     assert re.findall(r"f32\[([\d,]+)\][^=]*custom-call\(.*triton_kernel_call", program) == ["128,2"]
     assert collectives(program) == []
+    assert "triton_kernel_call" not in whole_program_for_h200(route, x)[0]
+    with pytest.raises(NotImplementedError, match=r"runs on 4 devices .*: call it inside jax.shard_map"):
+        whole_program_for_h200(functools.partial(route, implementation="triton"), x)
+
+
+def test_which_says_where_kernels_do_not_run():
+    x = jax.ShapeDtypeStruct((512, 128), jnp.bfloat16)
+
+    def route(x):
+        return ferrum_jax.route_topk_softmax(x, 2).expert_weights
+
+    ask = functools.partial(ferrum_jax.which, platform="cuda", device_kind="NVIDIA H200")
+    for kind in (AUTO, EXPLICIT):
+        with jax.set_mesh(mesh_of(4, kind)):
+            choice = ask(route, x)
+            assert choice.implementation == "xla"
+            assert "runs on 4 devices" in choice.passed_over["triton"]
+            inside = ask(jax.shard_map(route, in_specs=P("d"), out_specs=P("d")), x)
+        assert not any("devices" in reason for reason in inside.passed_over.values())

@@ -19,7 +19,7 @@ from shapes import MODELS
 
 import ferrum_jax
 from ferrum_jax import route_topk
-from ferrum_jax.ops.routing import GROUP_SCORES, SCORINGS, ZERO_SUMS
+from ferrum_jax.ops.scoring import GROUP_SCORES, SCORINGS, ZERO_SUMS
 
 GROUPS = ({}, *({"num_groups": 5, "group_top_k": 3, "group_score": score} for score in GROUP_SCORES))
 DIVISIONS = [*({"norm_topk_prob": True, "zero_sum": rule} for rule in ZERO_SUMS), {"norm_topk_prob": False}]

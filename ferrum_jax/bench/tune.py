@@ -1,9 +1,9 @@
-"""Times the grouped product's choices on the GPU that is here, to refill the table in grouped.py.
+"""Time every choice of tiles of Pallas' grouped product on this GPU, to fill in the table TILES of its file.
 
     python -m ferrum_jax.bench.tune E K H N T [block_size ...]
 
-prints for each choice the microseconds of all its kernels (the median of five runs, by CUPTI) and the TFLOP/s, the best
-first, and the same of the Triton kernel.
+prints, for each choice and for the Triton kernel, the microseconds of all kernels of a call (a median, by CUPTI) and
+the TFLOP/s, the best first.
 """
 
 import datetime
@@ -42,7 +42,7 @@ def main(experts, top_k, height, width, tokens, *block_sizes):
 
 
 def time(name, lhs, rhs, plan):
-    # A function of its own each time: what was compiled for the choice before must not be used.
+    # A new function each time, so that JAX compiles again for this choice of tiles.
     f = jax.jit(lambda *args: ferrum_jax.grouped_matmul(*args, implementation=name))
     jax.block_until_ready(f(lhs, rhs, plan))
     measured: Any = profiler.measure(f, aggregate=False, iterations=5)(lhs, rhs, plan)

@@ -8,7 +8,7 @@ from ..core.primitive import define
 from ..core.signature import as_bool, as_int, checked, one_of
 from ..core.types import MoePlan, RouterOutput
 from ..kernels import IMPLEMENTATIONS
-from .routing import checked_bias, route_jvp, route_meaning, route_topk
+from .routing import with_leading_axes, route_jvp, route_meaning, route_topk
 from .scoring import checked_settings
 from .tables import as_plan, checked_sizes, moe_plan, plan_meaning, table_sizes
 
@@ -71,7 +71,7 @@ def moe_route_plan(
     *lead, tokens, experts = logits.shape
     num_experts, block_size = checked_sizes(op, experts if num_experts is None else num_experts, block_size)
     pair_ids = as_bool(op, "pair_ids", pair_ids)
-    bias = None if bias is None else checked_bias(op, bias, len(lead))
+    bias = None if bias is None else with_leading_axes(op, bias, len(lead))
     top_k = as_int(op, "top_k", top_k, 1, experts) if experts else top_k
     beside = forced_ids is not None or token_mask is not None or expert_map is not None
     bias_of_tokens = bias is not None and bias.ndim == logits.ndim
@@ -95,6 +95,7 @@ def moe_route_plan(
         plan = moe_plan(routed.expert_ids, num_experts, block_size, pair_ids=pair_ids, implementation=implementation)
         return routed, plan
     one_of(op, "implementation", implementation, (None, *IMPLEMENTATIONS))
+    logits, bias = checked(op, _route_plan.signature, logits, bias)
     selection, weighing = checked_settings(
         op,
         experts,

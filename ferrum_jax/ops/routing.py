@@ -104,7 +104,8 @@ def route_topk(
         scale=scale,
         zero_sum=zero_sum,
     )
-    bias = None if bias is None else checked_bias(op, bias, len(lead))
+    if bias is not None:
+        logits, bias = checked(op, _route.signature, logits, with_leading_axes(op, bias, len(lead)))
     forced_ids = _beside(op, "forced_ids", forced_ids, (*lead, selection.top_k))
     expert_map = _beside(op, "expert_map", expert_map, (experts,))
     token_mask = None if token_mask is None else as_mask(op, token_mask, tuple(lead))
@@ -179,7 +180,7 @@ def _route_op(
     return _route.bind(logits, bias, **selection._asdict(), **weighing._asdict(), implementation=implementation)
 
 
-def checked_bias(op: str, bias: Any, leading: int) -> jax.Array:
+def with_leading_axes(op: str, bias: Any, leading: int) -> jax.Array:
     """The bias with as many leading axes as an operand beside it."""
     (array,) = checked(op, "bias: weights[E]", bias)
     return jnp.expand_dims(array, tuple(range(array.ndim - 1, leading)))
