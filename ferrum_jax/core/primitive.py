@@ -203,7 +203,7 @@ def _lower(op: Op, platform: str | None, ctx: Any, *operands: Any, implementatio
     if op.export_error and ctx.module_context.lowering_parameters.for_export:
         raise NotImplementedError(f"{op.name}: {op.export_error}")
     platform = platform or "/".join(p for p in ctx.module_context.platforms if p != "cuda")
-    choice = kernels.choose(op.name, implementation, ctx.avals_in, params, platform, None, op.made_of_ops)
+    choice = kernels.choose(_call(op, ctx.avals_in, params), implementation, platform)
     empty = any(0 in aval.shape for aval in (*ctx.avals_in, *ctx.avals_out))
     divided = None if empty else _for_partitioning(ctx.module_context)
     if op.made_of_ops and (empty or divided or choice.implementation == "xla"):
@@ -225,6 +225,14 @@ def _lower(op: Op, platform: str | None, ctx: Any, *operands: Any, implementatio
             return run(*operands, **params)
 
     return mlir.lower_fun(traced, multiple_results=True)(ctx, *operands)
+
+
+def _call(op: Op, avals: Sequence[Any], params: dict[str, Any]) -> kernels.Call:
+    """What a kernel's choice may look at."""
+    terms = op.signature.operands
+    operands = dict.fromkeys(term.name for term in terms) | {t.name: a for t, a in zip(terms, avals, strict=False)}
+    sizes = signatures.sizes(op.name, terms[: len(avals)], avals)
+    return kernels.Call(op.name, operands, sizes, params, made_of_ops=op.made_of_ops)
 
 
 def in_auto_mesh(run: Callable[..., Any], mesh: AbstractMesh, out_sharding: Any) -> Callable[..., Any]:
@@ -502,7 +510,7 @@ def which(
         key = op.name, tuple((a.shape, a.dtype) for a in avals), tuple(sorted(params.items()))
         asked = params.pop("implementation")
         if key not in choices:
-            choice = kernels.choose(op.name, asked, avals, params, platform, device_kind, op.made_of_ops)
+            choice = kernels.choose(_call(op, avals, params), asked, platform, device_kind)
             choices[key] = op.name, choice
     (_, first), *more = several = tuple(choices.values())
     return several if more else first
