@@ -1,6 +1,6 @@
 """The launcher of the Triton kernels, for both generations of jax-triton, and the GPU that they are compiled for.
 
-An interpreted kernel file has `interpret.py` in this module's place: it offers the same names.
+For interpreted kernel files `interpret.py`, which offers the same names, takes the place of this module.
 """
 
 import inspect
