@@ -326,14 +326,14 @@ MUTANTS = (
     ),
     Mutant(
         "Triton ranks NaN first",
-        "kernels/triton/routing.py",
-        "tl.where(first > _INF, 1, unsure)",
+        "kernels/triton/ranking.py",
+        "tl.where(first > INF, 1, unsure)",
         "unsure",
         values(f"route_topk_softmax-bfloat16-{MANY}", INTERPRETED),
     ),
     Mutant(
         "of equal ranks Triton chooses the last",
-        "kernels/triton/routing.py",
+        "kernels/triton/ranking.py",
         "best = first_best(key, lane, x.shape[1])",
         "best = x.shape[1] - 1 - first_best(key, x.shape[1] - 1 - lane, x.shape[1])",
         values(f"route_topk_softmax-float32-{WIDE}", INTERPRETED),

@@ -1,5 +1,6 @@
 """The kernels without a GPU: compiled to machine code, exported, and interpreted against xla bit for bit."""
 
+import dataclasses
 import functools
 import pathlib
 import re
@@ -224,13 +225,19 @@ def test_ids_and_tables_equal_xla_bit_for_bit(seed):
         np.testing.assert_array_equal(g, w)
 
 
-def test_three_launches_equal_one(monkeypatch):
-    """Of many pairs the counts come through memory: here in tiles of 32 pairs, so that there are many, ranked by 16."""
+def divided(monkeypatch, **changes):
+    """The interpreted file of the tables, with changes of its tiles."""
     from ferrum_jax.kernels import triton
 
     tables = triton.interpreted("tables")
-    for name, value in {"ONE_LAUNCH": 0, "TILE": (32, 32), "RANKED": 16, "FILL": 64}.items():
-        monkeypatch.setattr(tables, name, value)
+    (usual,) = tables.tiles.COUNTING
+    monkeypatch.setattr(tables.tiles, "COUNTING", (dataclasses.replace(usual, **changes),))
+    return tables
+
+
+def test_three_launches_equal_one(monkeypatch):
+    """For many pairs the counts go through memory. Small tiles, so that there are many of them."""
+    tables = divided(monkeypatch, one_launch=0, least_pairs=32, most_pairs=32, ranked=16, filled=64)
     ids = rng("tiles").integers(-1, 8, size=(3, 150, 2)).astype(np.int32)
     for pair_ids in (False, True):
         got = tables.moe_plan(ids, num_experts=7, block_size=4, pair_ids=pair_ids)
@@ -241,11 +248,7 @@ def test_three_launches_equal_one(monkeypatch):
 @pytest.mark.interpreted
 def test_experts_are_counted_in_portions(monkeypatch):
     """More experts than a program counts at a time: here 16, in one launch and in three."""
-    from ferrum_jax.kernels import triton
-
-    tables = triton.interpreted("tables")
-    for name, value in {"ONE_LAUNCH": 40 * 70, "TILE": (16, 16), "BINS": 16}.items():
-        monkeypatch.setattr(tables, name, value)
+    tables = divided(monkeypatch, one_launch=40 * 70, least_pairs=16, most_pairs=16, bins=16)
     for tokens in (20, 90):
         ids = rng("portions", tokens).integers(-1, 71, size=(2, tokens, 2)).astype(np.int32)
         for pair_ids in (False, True):

@@ -103,5 +103,6 @@ def choose(
     terms, operands = op.signature.operands, op.signature.by_place(avals, given)
     present = [(t, x) for t, x in zip(terms, operands, strict=True) if x is not None]
     by_name = {t.name: x for t, x in zip(terms, operands, strict=True)}
-    call = kernels.Call(op.name, by_name, sizes_of(*zip(*present, strict=True)), params, devices, op.made_of_ops)
+    sizes = sizes_of(*zip(*present, strict=True))
+    call = kernels.Call(op.name, by_name, sizes, params, devices, op.made_of_ops)
     return kernels.choose(call, asked, platform, device_kind)

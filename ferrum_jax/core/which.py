@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 
 from .. import kernels
 from .lowering import OPS, choose, over_leading_axes
@@ -68,7 +68,8 @@ def which(
         key = op.name, tuple((a.shape, a.dtype) for a in avals), tuple(sorted(params.items()))
         asked, given = params.pop("implementation"), params.pop("given", ())
         if key not in choices:
-            choice = choose(op, asked, avals, given, params, platform, device_kind, _devices(avals))
+            devices = _devices([a.sharding.mesh for a in avals], leaves)
+            choice = choose(op, asked, avals, given, params, platform, device_kind, devices)
             choices[key] = op.name, choice
     (_, first), *more = several = tuple(choices.values())
     return several if more else first
@@ -78,13 +79,14 @@ def _is_array(x: Any) -> bool:
     return isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
 
 
-def _devices(avals: list[Any]) -> int:
-    """Over how many devices the compiler divides what stands in the context's mesh."""
-    mesh = next((a.sharding.mesh for a in avals if not a.sharding.mesh.empty), None)
-    if mesh is None:
-        return 1
-    sizes = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
-    return math.prod(size for size, kind in sizes if kind != AxisType.Manual)
+def _devices(meshes: list[Any], arguments: list[Any]) -> int:
+    """Over how many devices the compiler divides an op: by its operands' mesh, the context's, or the arguments'."""
+    for mesh in (*meshes, jax.sharding.get_abstract_mesh()):
+        if not mesh.empty:
+            axes = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+            return math.prod(size for size, kind in axes if kind != AxisType.Manual)
+    shardings = [getattr(x, "sharding", None) for x in arguments]
+    return max([s.mesh.size for s in shardings if isinstance(s, NamedSharding)], default=1)
 
 
 def _equations(jaxpr: Any) -> Iterator[Any]:

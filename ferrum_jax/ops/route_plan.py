@@ -8,7 +8,7 @@ from ..core.primitive import define
 from ..core.signature import as_bool, as_int, checked, one_of
 from ..core.types import MoePlan, RouterOutput
 from ..kernels import IMPLEMENTATIONS
-from .routing import with_leading_axes, route_jvp, route_meaning, route_topk
+from .routing import route_jvp, route_meaning, route_topk, with_leading_axes
 from .scoring import checked_settings
 from .tables import as_plan, checked_sizes, moe_plan, plan_meaning, table_sizes
 
