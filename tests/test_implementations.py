@@ -354,8 +354,8 @@ def test_the_grouped_product_by_the_rows_of_an_expert(rows, packed, activation, 
     tables = of("int32", 8 * rows + 64), of("int32", 8 * rows // 8 + 8), of("int32")
 
     def product(x, w, *tables):
-        settings = {"packed_rows": packed, "activation": activation}
-        return ferrum_jax.grouped_matmul(x, w, ferrum_jax.MoeRouting(*tables), **settings)
+        routing = ferrum_jax.MoeRouting(*tables, kind="packed" if packed else None)
+        return ferrum_jax.grouped_matmul(x, w, routing, activation=activation)
 
     def which(dtype, gpu):
         operands = of(dtype, 8 * rows, 64), of(dtype, 8, 64, 256)

@@ -1,5 +1,6 @@
 """Plain jit over sharded arrays: XLA divides the ops' meanings. Kernels run inside shard_map, and say so elsewhere."""
 
+import contextlib
 import functools
 import re
 
@@ -22,8 +23,8 @@ T, H, HEAD, NONE = P("d"), P(None, "d"), P(None, None, "d"), P()
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 
-# Layouts in which nothing is gathered: op, whether under vmap, the operands' specs, the mesh, the collectives of its values, and whether its gradients too
-# gather nothing (a gradient to replicated rows needs every token)
+# Layouts in which nothing is gathered: op, whether under vmap, the operands' specs, the mesh, the collectives of its
+# values, and whether its gradients too gather nothing (a gradient to replicated rows needs every token).
 LAYOUTS = [
     ("moe_combine", False, (NONE, T, T), EXPLICIT, [], False),
     ("moe_combine", False, (H, NONE, NONE), AUTO, [], True),
@@ -167,17 +168,21 @@ def test_kernels_run_inside_shard_map_and_nowhere_else_on_several_gpus():
         whole_program_for_h200(functools.partial(route, implementation="triton"), x)
 
 
-def test_which_says_where_kernels_do_not_run():
-    x = jax.ShapeDtypeStruct((512, 128), jnp.bfloat16)
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=str)
+def test_which_says_where_kernels_do_not_run(kind):
+    mesh = mesh_of(4, kind)
+    x = jax.ShapeDtypeStruct((512, 128), jnp.bfloat16, sharding=NamedSharding(mesh, P("d")))
 
     def route(x):
         return ferrum_jax.route_topk_softmax(x, 2).expert_weights
 
     ask = functools.partial(ferrum_jax.which, platform="cuda", device_kind="NVIDIA H200")
-    for kind in (AUTO, EXPLICIT):
-        with jax.set_mesh(mesh_of(4, kind)):
+    many = "runs on 4 devices under plain jit"
+    for context in (jax.set_mesh(mesh), contextlib.nullcontext()):  # the mesh of the context, and the argument's
+        with context:
             choice = ask(route, x)
-            assert choice.implementation == "xla"
-            assert "runs on 4 devices" in choice.passed_over["triton"]
-            inside = ask(jax.shard_map(route, in_specs=P("d"), out_specs=P("d")), x)
-        assert not any("devices" in reason for reason in inside.passed_over.values())
+        assert choice.implementation == "xla"
+        assert many in choice.passed_over["triton"]
+    with jax.set_mesh(mesh):
+        inside = ask(jax.shard_map(route, in_specs=P("d"), out_specs=P("d")), x)
+    assert not any(many in reason for reason in inside.passed_over.values())
