@@ -5,27 +5,27 @@ from . import parallel as parallel
 from . import presets as presets
 from . import profile as profile
 from . import viz as viz
-from .core.primitive import which
+from .core.types import MoePlan, MoeRouting, RouterOutput, TokenPairs
+from .core.which import which
 from .kernels import export_checks, interpret_kernels
 from .model.layer import moe_mlp
 from .observe.check import check_routing
 from .observe.host import route_topk_into_host, upload_moe_routing
 from .observe.stats import RoutingStats, routing_stats
 from .ops.capacity import limit_capacity
-from .ops.combine import moe_combine, moe_dispatch, weighted_sum_batched
+from .ops.combine import moe_combine, moe_dispatch
 from .ops.grouped import grouped_matmul
 from .ops.losses import expert_counts, load_balancing_loss, router_z_loss, update_routing_bias
-from .ops.routing import RouterOutput, moe_route_plan, route_topk, route_topk_softmax
+from .ops.route_plan import moe_route_plan
+from .ops.routing import route_topk, route_topk_softmax
 from .ops.tables import (
-    MoePlan,
-    MoeRouting,
-    TokenPairs,
     max_aligned_rows,
     moe_align_block_size,
     moe_align_block_size_pair_ids,
     moe_build_pairs_by_token,
     moe_plan,
 )
+from .ops.weighted_sum import weighted_sum_batched
 
 __version__ = "0.1.0"
 

@@ -1,6 +1,6 @@
-"""One row per op: how to make its arguments, what they mean, which of them it is differentiated by.
+"""The table of cases: an op with fixed parameters, its oracle, and how to make arguments for it.
 
-A test takes an op and a size from here and adds the transformation. Arguments are NumPy arrays of one slice.
+A test takes a case and a size from here and adds a transformation. Arguments are NumPy arrays without leading axes.
 """
 
 import functools
@@ -41,29 +41,29 @@ SIZES = (
     Size(2, 2048, 10, 3, 5),
     Size(2, 4096, 64, 7, 3),
 )
-# No tokens; K = E; many experts and choices; and one that no length divides.
+# No tokens; K = E; many experts and choices; and an H of 130, which is no multiple of a kernel's tile.
 USUAL = (Size(0, 8, 2, 16), Size(7, 3, 3, 5, 2), Size(9, 257, 10, 20, 8), Size(7, 8, 2, 130, 16))
 assert set(USUAL) <= set(SIZES)
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-class Op(NamedTuple):
+class Case(NamedTuple):
     name: str
     call: Callable[..., Any]  # (*arrays, size, implementation) -> result or tuple of results
     oracle: Callable[..., Any]  # (*arrays, size) -> pairs of value and magnitude
     args: Callable[[np.random.Generator, Size, str], tuple[np.ndarray, ...]]
-    floats: tuple[int, ...] = ()
-    tables: tuple[int, ...] = ()  # operands of one origin, which vmap maps together
+    floats: tuple[int, ...] = ()  # the arguments that it is differentiated by
+    tables: tuple[int, ...] = ()  # arguments that describe one routing, so vmap maps all of them or none
 
     def __str__(self):
         return self.name
 
     def results(self, *args, size, implementation=None):
         out = self.call(*args, size=size, implementation=implementation)
-        return tuple(out) if isinstance(out, tuple) else (out,)
+        return (out,) if hasattr(out, "shape") else tuple(out)  # the tables unpack into their arrays
 
     def has_kernel(self, backend):
-        return any(self.name.startswith(tuple(ops)) for ops in ferrum_jax.kernels.KERNELS[backend].values())
+        return any(self.name.startswith(row.op) for row in ferrum_jax.kernels.KERNELS if row.backend == backend)
 
     def float_results(self, *args, **kwargs):
         return [r for r in self.results(*args, **kwargs) if jnp.issubdtype(r.dtype, jnp.floating)]
@@ -74,7 +74,7 @@ def rng(*seed):
 
 
 def logits(r, size, dtype):
-    """Rows with ties, masked experts, and each hostile value; the first three rows are plain."""
+    """Rows with ties, masked experts, and hostile values. The first three rows have no masks or hostile values."""
     x = r.normal(size=(size.T, size.E)).astype(np.float32)
     x[1::2] = np.round(x[1::2])
     hostile = [-np.inf, np.inf, np.nan, -np.nan, 0.0, -0.0, 1e-40, -1e-40, 1e-45, 3e38, -3e38]
@@ -89,13 +89,13 @@ def logits(r, size, dtype):
 
 
 def groups(size):
-    """Half of the groups, and more where K experts need them."""
+    """As many groups as divide E, up to 8. Half of them are chosen, or more if K experts need more."""
     count = max(n for n in (8, 4, 3, 2, 1) if size.E % n == 0)
     return {"num_groups": count, "group_top_k": max(-(-count // 2), -(-size.K * count // size.E))}
 
 
 def router(name, settings, biased=False):
-    """A row for route_topk, with logits and a bias which leave one choice."""
+    """A case of route_topk. Arguments are drawn until rounding cannot change which experts are chosen."""
 
     def args(r, size, dtype):
         while True:
@@ -111,11 +111,11 @@ def router(name, settings, biased=False):
         given = {"bias": bias[0]} if bias else {}
         return ferrum_jax.route_topk(x, size.K, **given, **settings(size), implementation=implementation)
 
-    return Op(name, call, lambda *args, size: oracle.route_topk(*args, top_k=size.K, **settings(size)), args, (0,))
+    return Case(name, call, lambda *args, size: oracle.route_topk(*args, top_k=size.K, **settings(size)), args, (0,))
 
 
 def route_plan(name, settings=lambda size: {}, biased=False, pair_ids=False):
-    """A row for moe_route_plan: the router's arguments, and the tables of what it chose."""
+    """A case of moe_route_plan: the arguments of the router, and the tables for the experts that it chose."""
     route = router(name, lambda size: {"scoring": "softmax", **settings(size)}, biased)
 
     def call(x, *bias, size, implementation):
@@ -133,7 +133,7 @@ def route_plan(name, settings=lambda size: {}, biased=False, pair_ids=False):
 
 
 def expert_ids(r, size, dtype=None):
-    """Distinct experts, but for some pairs without one; the first token crowds one expert."""
+    """Tokens name distinct experts, except the first, which names one expert K times. Some ids are out of range."""
     ids = np.argsort(r.random((size.T, size.E)), axis=1)[:, : size.K].astype(np.int32)
     ids[:1] = size.E // 2
     strays = r.random(ids.shape) < 0.15
@@ -160,7 +160,7 @@ def dispatch_pairs_args(r, size, dtype):
 
 
 def combine_args(r, size, dtype):
-    """Two rows that nobody names hold NaN; some indices are out of range on either side."""
+    """Rows that no pair names hold NaN; there are two or more. Some indices are out of range, on either side."""
     pairs, _ = tables(r, size)
     y = rows(r, (size.T * size.K + 2, size.H), dtype)
     y[~np.isin(np.arange(len(y)), pairs)] = np.nan
@@ -175,11 +175,11 @@ def combine_repeated_args(r, size, dtype):
 
 
 def cotangents_args(r, size, dtype):
-    """As for combine; and a token that has a pair without a row holds NaN, which must not reach that pair's weight."""
+    """As for combine. The cotangent of a token with an invalid pair is NaN, which must not reach that weight."""
     y, pairs, weights = combine_args(r, size, dtype)
     g = rows(r, (size.T, size.H), dtype)
     g[np.flatnonzero(((pairs < 0) | (pairs >= len(y))).any(1))[:1]] = np.nan
-    return g, y, weights, pairs
+    return g, y, pairs, weights
 
 
 def weighted_sum_args(r, size, dtype):
@@ -202,7 +202,7 @@ def grouped_args(r, size, dtype, pair_ids=False):
 
 
 def activated_args(r, size, dtype, pair_ids=False):
-    """As above, with gate and up side by side, and NaN as the weight of a row that no slot names."""
+    """As for grouped_matmul, with gate and up side by side. The weight of a row that no slot names is NaN."""
     lhs, gate, *tables = grouped_args(r, size, dtype, pair_ids)
     up = np.where(np.isnan(gate), gate, rows(r, gate.shape, dtype))
     weights = r.normal(size=size.T * size.K).astype(np.float32)
@@ -220,15 +220,15 @@ def grouped_matmul(lhs, rhs, *tables, top_k=1, implementation=None, **kwargs):
     return ferrum_jax.grouped_matmul(lhs, rhs, routing, top_k=top_k, implementation=implementation, **kwargs)
 
 
-OPS = (
-    Op(
+CASES = (
+    Case(
         "route_topk_softmax",
         lambda x, size, implementation: ferrum_jax.route_topk_softmax(x, size.K, implementation=implementation),
         lambda x, size: oracle.route_topk_softmax(x, top_k=size.K),
         logits,
         (0,),
     ),
-    Op(
+    Case(
         "route_topk_softmax-raw",
         lambda x, size, implementation: ferrum_jax.route_topk_softmax(
             x, size.K, norm_topk_prob=False, implementation=implementation
@@ -243,7 +243,7 @@ OPS = (
     route_plan(
         "moe_route_plan-groups", lambda size: {"scoring": "sigmoid", **groups(size)}, biased=True, pair_ids=True
     ),
-    Op(
+    Case(
         "moe_build_pairs_by_token",
         lambda ids, size, implementation: ferrum_jax.moe_build_pairs_by_token(
             ids, size.E, implementation=implementation
@@ -251,7 +251,7 @@ OPS = (
         lambda ids, size: oracle.moe_build_pairs_by_token(ids, num_experts=size.E),
         expert_ids,
     ),
-    Op(
+    Case(
         "moe_align_block_size",
         lambda ids, size, implementation: ferrum_jax.moe_align_block_size(
             ids, size.E, size.block, implementation=implementation
@@ -259,7 +259,7 @@ OPS = (
         lambda ids, size: oracle.moe_align_block_size(ids, num_experts=size.E, block_size=size.block),
         expert_ids,
     ),
-    Op(
+    Case(
         "moe_align_block_size_pair_ids",
         lambda ids, size, implementation: ferrum_jax.moe_align_block_size_pair_ids(
             ids, size.E, size.block, implementation=implementation
@@ -267,13 +267,13 @@ OPS = (
         lambda ids, size: oracle.moe_align_block_size_pair_ids(ids, num_experts=size.E, block_size=size.block),
         expert_ids,
     ),
-    Op(
+    Case(
         "moe_plan",
         lambda ids, size, implementation: ferrum_jax.moe_plan(ids, size.E, size.block, implementation=implementation),
         lambda ids, size: oracle.moe_plan(ids, num_experts=size.E, block_size=size.block),
         expert_ids,
     ),
-    Op(
+    Case(
         "moe_plan-pair_ids",
         lambda ids, size, implementation: ferrum_jax.moe_plan(
             ids, size.E, size.block, pair_ids=True, implementation=implementation
@@ -281,14 +281,14 @@ OPS = (
         lambda ids, size: oracle.moe_plan(ids, num_experts=size.E, block_size=size.block, pair_ids=True),
         expert_ids,
     ),
-    Op(
+    Case(
         "moe_dispatch",
         lambda x, idx, size, implementation: ferrum_jax.moe_dispatch(x, idx, implementation=implementation),
         lambda x, idx, size: oracle.moe_dispatch(x, idx),
         dispatch_args,
         (0,),
     ),
-    Op(
+    Case(
         "moe_dispatch-pairs",
         lambda x, idx, pairs, size, implementation: ferrum_jax.moe_dispatch(
             x, idx, pairs_by_token=pairs, implementation=implementation
@@ -297,7 +297,7 @@ OPS = (
         dispatch_pairs_args,
         (0,),
     ),
-    Op(
+    Case(
         "moe_combine",
         lambda y, pairs, w, size, implementation: ferrum_jax.moe_combine(
             y, pairs, w, unique_rows=True, implementation=implementation
@@ -306,30 +306,30 @@ OPS = (
         combine_args,
         (0, 2),
     ),
-    Op(
+    Case(
         "moe_combine-repeated",
         lambda y, pairs, w, size, implementation: ferrum_jax.moe_combine(y, pairs, w, implementation=implementation),
         lambda y, pairs, w, size: oracle.moe_combine(y, pairs, w),
         combine_repeated_args,
         (0, 2),
     ),
-    Op(
+    Case(
         "moe_combine_cotangents",
-        lambda g, y, w, pairs, size, implementation: tuple(
-            combine._cotangents(g, y, w, pairs, implementation=implementation)
+        lambda g, y, pairs, w, size, implementation: tuple(
+            combine._cotangents(g, y, pairs, w, implementation=implementation)
         ),
-        lambda g, y, w, pairs, size: oracle.moe_combine_grads(y, pairs, w, g),
+        lambda g, y, pairs, w, size: oracle.moe_combine_grads(y, pairs, w, g),
         cotangents_args,
-        (0, 1, 2),
+        (0, 1, 3),
     ),
-    Op(
+    Case(
         "weighted_sum_batched",
         lambda slots, w, size, implementation: ferrum_jax.weighted_sum_batched(slots, w, implementation=implementation),
         lambda slots, w, size: oracle.weighted_sum_batched(slots, w),
         weighted_sum_args,
         (0, 1),
     ),
-    Op(
+    Case(
         "grouped_matmul",
         lambda *args, size, implementation: grouped_matmul(*args, implementation=implementation),
         lambda *args, size: oracle.grouped_matmul(*args, top_k=1),
@@ -337,7 +337,7 @@ OPS = (
         (0, 1),
         (2, 3, 4),
     ),
-    Op(
+    Case(
         "grouped_matmul-pair_ids",
         lambda *args, size, implementation: grouped_matmul(*args, top_k=size.K, implementation=implementation),
         lambda *args, size: oracle.grouped_matmul(*args, top_k=size.K),
@@ -345,7 +345,7 @@ OPS = (
         (0, 1),
         (2, 3, 4),
     ),
-    Op(
+    Case(
         "grouped_matmul_activated",
         lambda *args, size, implementation: activated(*args, activation="silu", implementation=implementation),
         lambda *args, size: oracle.grouped_matmul_activated(*args, top_k=1, activation="silu"),
@@ -354,10 +354,10 @@ OPS = (
         (3, 4, 5),
     ),
 )
-FLOAT_OPS = tuple(op for op in OPS if op.floats)
+FLOAT_CASES = tuple(case for case in CASES if case.floats)
 
-# Rows that bind another row's primitive, with other parameters: JAX's rules, which never look at these, make the same
-# of both.
+# Cases that share another case's primitive and differ in its parameters. JAX's rules do not depend on the parameters,
+# so tests of these rules cover the variants only in a full run.
 VARIANTS = {
     "route_topk_softmax-raw",
     "route_topk-max",
@@ -368,30 +368,32 @@ VARIANTS = {
 }
 
 
-def per_primitive(ops):
-    """Parameters of a test of rules: the variants only in a full run."""
-    return [pytest.param(op, marks=[pytest.mark.full] if op.name in VARIANTS else []) for op in ops]
+def per_primitive(cases):
+    """Parameters of a test of JAX's rules. The variants run only in a full run."""
+    return [pytest.param(case, marks=[pytest.mark.full] if case.name in VARIANTS else []) for case in cases]
 
 
 def values():
-    """Parameters (op, dtype, size) of a test of values. All sizes and dtypes together: in a full run."""
+    """Parameters (case, dtype, size) of a test of values. Only a full run has every size with every dtype."""
     found = []
-    for op in OPS:
-        for dtype in DTYPES if op.floats else ["int32"]:
+    for case in CASES:
+        for dtype in DTYPES if case.floats else ["int32"]:
             usual = USUAL if dtype in ("float32", "int32") else USUAL[-1:]
-            found += [pytest.param(op, dtype, s, marks=[] if s in usual else [pytest.mark.full]) for s in SIZES]
+            found += [pytest.param(case, dtype, s, marks=[] if s in usual else [pytest.mark.full]) for s in SIZES]
     return found
 
 
-def finite_args(op, r, size, dtype="float32"):
+def finite_args(case, r, size, dtype="float32"):
     """Arguments without hostile values: for finite differences, and for comparing gradients with ==."""
-    args = op.args(r, size, dtype)
+    args = case.args(r, size, dtype)
     plain = list(args)
-    for i in op.floats:
+    for i in case.floats:
         wide = np.asarray(args[i], np.float32)
         wide = np.nan_to_num(wide, nan=0.5, posinf=2.0, neginf=-2.0)
-        plain[i] = (wide * (0.3 if "activated" in op.name else 1)).astype(args[i].dtype)  # where it curves little
-    if "route" in op.name:  # experts far enough apart that a finite difference changes no choice
+        plain[i] = (wide * (0.3 if "activated" in case.name else 1)).astype(
+            args[i].dtype
+        )  # small: finite differences are then exact enough
+    if "route" in case.name:  # experts far enough apart that a finite difference changes no choice
         order = np.argsort(r.random(plain[0].shape), axis=-1)
         plain[0] = (order * 0.37 - 1).astype(plain[0].dtype)
     return tuple(plain)

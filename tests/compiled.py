@@ -51,8 +51,13 @@ def assemble(ptx, capability=90, shared=0):
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
         sass = subprocess.run([TOOLS / "cuobjdump", "--dump-sass", cubin], capture_output=True, text=True, check=True)
     (name,) = re.findall(r"\.visible \.entry (\w+)", ptx)
-    number = lambda pattern: sum(map(int, re.findall(pattern, log)))  # noqa: E731
-    return Code(name, number(r"Used (\d+) registers"), number(r"(\d+) bytes spill"), shared, sass.stdout)
+    registers, spilled = total(r"Used (\d+) registers", log), total(r"(\d+) bytes spill", log)
+    return Code(name, registers, spilled, shared, sass.stdout)
+
+
+def total(pattern, log):
+    """The sum of the numbers that a pattern finds in the assembler's log."""
+    return sum(map(int, re.findall(pattern, log)))
 
 
 def on_h200(gpu="NVIDIA H200"):
@@ -122,7 +127,10 @@ def whole_program_for_h200(f, *args):
     For several, where the arguments are ShapeDtypeStructs with shardings of their own.
     """
     there = jax.sharding.SingleDeviceSharding(h200s(1)[0])
-    own = lambda x: x.sharding if isinstance(x, jax.ShapeDtypeStruct) else None  # noqa: E731
+
+    def own(x):
+        return x.sharding if isinstance(x, jax.ShapeDtypeStruct) else None
+
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own(x) or there), args)
     with on_h200(), pytest.MonkeyPatch.context() as patch, _written_to_stdout() as log:
         patch.setenv("PATH", _newer_assembler().name, prepend=os.pathsep)
@@ -130,9 +138,8 @@ def whole_program_for_h200(f, *args):
         patch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
         text = jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).compile().as_text()
     found = re.findall(r"(\.visible \.entry (\w+?)_mosaic_gpu_kernel.*?Used (\d+) registers)", log(), re.DOTALL)
-    spilled = lambda part: sum(map(int, re.findall(r"(\d+) bytes spill", part)))  # noqa: E731
-    frame = lambda part: sum(map(int, re.findall(r"(\d+) bytes stack frame", part)))  # noqa: E731
-    return text, [Kernel(name, int(n), spilled(part), frame(part), part) for part, name, n in found]
+    spill, frame = r"(\d+) bytes spill", r"(\d+) bytes stack frame"
+    return text, [Kernel(name, int(n), total(spill, part), total(frame, part), part) for part, name, n in found]
 
 
 @functools.cache

@@ -1,9 +1,9 @@
-"""JAX as strict as it gets: on eight CPU devices, or with `-m gpu` on the GPUs there are."""
+"""Set JAX up for the tests, with strict promotion: eight CPU devices, or with `-m gpu` all GPUs of the machine."""
 
 import os
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # workers that all take every core wait for each other
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # one thread a worker: with more, the workers compete for cores
 
 import jax
 import pytest
@@ -12,7 +12,7 @@ import ferrum_jax
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_default_matmul_precision", "highest")  # the tests' own products, on a GPU
+jax.config.update("jax_default_matmul_precision", "highest")  # for products in the tests themselves, on a GPU
 
 
 def on_gpu(config):
@@ -25,9 +25,9 @@ def pytest_configure(config):
     else:
         os.environ["JAX_PLATFORMS"] = "cpu"
         jax.config.update("jax_platforms", "cpu")
-    # XLA's passes run as ever; LLVM takes less time over programs that run for microseconds.
+    # XLA's own passes stay on. LLVM optimizes less, since these programs take longer to compile than to run.
     jax.config.update("jax_disable_most_optimizations", True)
-    # Most of the time is XLA's compilation. Its results are kept from run to run beside pytest's own, for all workers.
+    # Compilation takes most of the time, so all workers share a cache of compiled programs, which lasts between runs.
     if hasattr(config, "cache"):
         jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir(f"xla-{jax.__version__}")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
@@ -35,9 +35,10 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """What Pallas has no kernel for it refuses, which test_implementations tests; here is nothing more to test.
+    """Drop the tests that cannot run here.
 
-    Nor is there with a JAX that has no Pallas kernels, or for several GPUs where there are fewer.
+    These are tests of Pallas on ops that it refuses (test_implementations tests the refusal), tests of Pallas with a
+    JAX that is too old for it, and tests that need more GPUs than the machine has.
     """
     items[:] = [item for item in items if not (refused(item) or lacks_pallas(item) or lacks_gpus(item))]
 
@@ -57,8 +58,8 @@ def refused(item):
     if not backend.startswith("pallas"):
         return False
     half = params.get("dtype") in ("float16", "bfloat16")
-    if "op" in params:
-        return not params["op"].has_kernel("pallas") or (params["op"].name.startswith("grouped") and not half)
+    if "case" in params:
+        return not params["case"].has_kernel("pallas") or (params["case"].name.startswith("grouped") and not half)
     return item.get_closest_marker("tables") is not None and not half
 
 
@@ -74,15 +75,15 @@ def pytest_runtest_teardown(item, nextitem):
         jax.clear_caches()
 
 
-# Pallas kernels need a newer JAX than the rest; an older one has nothing there to test but the refusal.
+# The Pallas kernels need a newer JAX than the rest of the library. An older JAX refuses them.
 KERNELS = ["triton", "pallas"] if jax.__version_info__ >= (0, 11, 2) else ["triton"]
 collect_ignore = [] if "pallas" in KERNELS else ["test_pallas.py", "test_pallas_grouped.py"]
 
 
 def implementations(*marks):
-    """xla on a CPU; the kernels interpreted on a CPU; all on the GPU. All but the first have these marks too.
+    """xla on a CPU; each kernel backend interpreted on a CPU, and on a GPU; and xla on a GPU, in a full run only.
 
-    xla on a GPU is no kernel of the library's: a full run has it.
+    `marks` are added to the kernels' parameters.
     """
     interpreted = (pytest.param(f"{name}-interpreted", marks=[pytest.mark.interpreted, *marks]) for name in KERNELS)
     on_gpu = (pytest.param(f"{name}-gpu", marks=[pytest.mark.gpu, *marks]) for name in KERNELS)
@@ -100,16 +101,16 @@ def run_by(param):
 
 @pytest.fixture(params=implementations())
 def implementation(request):
-    """Each implementation, for what a kernel computes: its values, dtypes, sizes, and patterns of leading axes."""
+    """Each implementation, for tests of what a kernel computes: values, dtypes, sizes, and patterns of leading axes."""
     yield from run_by(request.param)
 
 
 @pytest.fixture(params=implementations(pytest.mark.full))
 def every_implementation(request):
-    """Each implementation, for what JAX's rules make of an op.
+    """Each implementation, for tests of JAX's rules (grad, vmap, sharding). The kernels run only in a full run.
 
-    The rules never look at the implementation, and a kernel sees nothing of them but leading axes, which the tests of
-    values cover. So xla proves them; the kernels are put through all of them by a full run.
+    The rules do not depend on the implementation. All that a kernel sees of them is leading axes, which the tests of
+    values cover.
     """
     yield from run_by(request.param)
 

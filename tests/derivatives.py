@@ -1,4 +1,4 @@
-"""Derivatives of first and second order along one direction, in every mode, against finite differences."""
+"""Functions with their gradients; and derivatives of every mode, to second order, against finite differences."""
 
 import jax
 import jax.numpy as jnp
@@ -6,9 +6,10 @@ import numpy as np
 
 
 def check_derivatives(f, floats, seed, bound=1e-2):
-    """f takes the arrays `floats` to a sequence of arrays. One compiled program makes everything that is compared.
+    """Check f, which maps the arrays `floats` to a sequence of arrays, along one random direction.
 
-    `bound` is that of the finite differences, relative to the largest entry of a derivative, or to 1.
+    One compiled program computes everything that is compared. `bound` limits the error of the finite differences,
+    relative to the derivative's largest entry or to 1, whichever is larger.
     """
     r, step = np.random.default_rng(seed), np.float32(1e-2)
     every = tuple(range(len(floats)))
@@ -33,6 +34,21 @@ def check_derivatives(f, floats, seed, bound=1e-2):
     np.testing.assert_allclose(inner(first, direction), inner(map(np.cos, out), tangent), rtol=1e-4, atol=1e-4)
     for a, b in zip(forward, reverse, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * most(b))
+
+
+def cotangent(out):
+    """A cotangent that does not depend on the result: the sine of a large result in 16 bits would be all rounding."""
+    return jnp.sin(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape).astype(out.dtype)
+
+
+def with_gradients(f):
+    """f, and its gradient by each argument for that cotangent, as one compiled program."""
+
+    def run(*args):
+        out, vjp = jax.vjp(f, *args)
+        return out, *vjp(cotangent(out))
+
+    return jax.jit(run)
 
 
 def most(x):

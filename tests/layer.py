@@ -40,8 +40,20 @@ def pair_ids(x, router, up, down, *, top_k, implementation=None):
 
 def dense(x, router, up, down, *, top_k, implementation=None):
     """The same mathematics with lax.top_k and every expert on every token."""
-    logits = x @ router
+    every = jnp.einsum("tef,efh->teh", jnp.tanh(jnp.einsum("th,ehf->tef", x, up)), down)
+    return weighted_by_topk(x @ router, every, top_k)
+
+
+def gated_dense(x, logits, w_gate_up, w_down, b_gate_up, b_down, top_k, act=jax.nn.silu):
+    """What moe_mlp computes, in jnp, with every expert on every token."""
+    both = jnp.einsum("th,ehf->tef", x, w_gate_up) + (0 if b_gate_up is None else b_gate_up[None])
+    gate, up = jnp.split(both, 2, axis=-1)
+    every = jnp.einsum("tef,efh->teh", act(gate) * up, w_down) + (0 if b_down is None else b_down[None])
+    return weighted_by_topk(logits, every, top_k)
+
+
+def weighted_by_topk(logits, every, top_k):
+    """Sum each token's rows of its top-k experts, out of its rows of every expert [T, E, H]."""
     chosen = jax.nn.one_hot(jax.lax.top_k(logits, top_k)[1], logits.shape[-1]).sum(-2)
     weights = jax.nn.softmax(jnp.where(chosen > 0, logits, -jnp.inf), axis=-1)
-    every = jnp.einsum("tef,efh->teh", jnp.tanh(jnp.einsum("th,ehf->tef", x, up)), down)
     return jnp.einsum("te,teh->th", weights, every)

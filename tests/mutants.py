@@ -1,8 +1,9 @@
-"""Do the tests see what they are there to see? Each mutant is one small fault, and a test that must fail on it.
+"""Mutation tests: each mutant is one small fault in the package, with a test that must fail on it.
 
-`python -m tests.mutants` breaks copies of the package, a fault each, runs each fault's test there, and prints which
-test caught what. `--only WORD` takes the mutants with that word. Faults are silent where they can be: results of the
-right shapes, without an error. So a test has caught one if an assertion of its own failed, and nothing else.
+`python -m tests.mutants` puts each fault into its own copy of the package, runs the fault's test there, and prints
+which test caught what. `--only WORD` selects the mutants that contain that word. Most faults change values, but no
+shapes, and raise no errors. So a fault counts as caught only if an assertion of
+the test failed.
 
 The exit status is 1 if a mutant survives, or if its text is not found once in its file, or if a test fails on the
 package as it is.
@@ -24,13 +25,13 @@ import jax
 
 ROOT = next(folder for folder in Path(__file__).resolve().parents if (folder / "pyproject.toml").exists())
 AT_A_TIME = 2
-SECONDS = 120  # that a test may take
+SECONDS = 120  # the time limit of a test
 
 
 class Mutant(NamedTuple):
-    """A fault in words; the text in a file of the package that is replaced; the test that catches it.
+    """A fault in words; the text to replace in a file of the package; the test that catches it.
 
-    A test is named by its file, wherever under tests/ that stands, and its id.
+    A test is named by its file's name, which may lie in any folder under tests/, and its id.
     """
 
     fault: str
@@ -50,7 +51,7 @@ IN_SUMS = "return jnp.sum(jnp.where(valid, weights[..., None] * taken, 0), axis=
 UP = 'Tensor(f"experts.{{}}.{up}.weight", "w_gate_up", "F H", '
 
 MUTANTS = (
-    # ---- sums in 16 bits; jnp.sum and XLA's products would add those in float32
+    # ---- sums in 16 bits. Some are written out, since jnp.sum and XLA's products add 16-bit values in float32
     Mutant(
         "combine adds in 16 bits",
         "ops/combine.py",
@@ -279,7 +280,7 @@ MUTANTS = (
     ),
     Mutant(
         "a checkpoint's up stands where gate belongs",
-        "model/checkpoint.py",
+        "model/layouts.py",
         f'"F H", 0),\n        {UP}1)',
         f'"F H", 1),\n        {UP}0)',
         "test_checkpoint.py::test_the_block_is_that_of_the_model[mixtral]",
@@ -325,14 +326,14 @@ MUTANTS = (
     ),
     Mutant(
         "Triton ranks NaN first",
-        "kernels/triton/routing.py",
-        "tl.where(first > _INF, 1, unsure)",
+        "kernels/triton/ranking.py",
+        "tl.where(first > INF, 1, unsure)",
         "unsure",
         values(f"route_topk_softmax-bfloat16-{MANY}", INTERPRETED),
     ),
     Mutant(
         "of equal ranks Triton chooses the last",
-        "kernels/triton/routing.py",
+        "kernels/triton/ranking.py",
         "best = first_best(key, lane, x.shape[1])",
         "best = x.shape[1] - 1 - first_best(key, x.shape[1] - 1 - lane, x.shape[1])",
         values(f"route_topk_softmax-float32-{WIDE}", INTERPRETED),
@@ -363,7 +364,7 @@ MUTANTS = (
 
 
 class Verdict(NamedTuple):
-    """What became of a test: whether it passed, or an assertion failed; what pytest said; seconds."""
+    """The outcome of a test: whether it passed, whether an assertion failed, pytest's output, and seconds."""
 
     passed: bool
     failed: bool
@@ -397,7 +398,7 @@ def verdict(place: Path, test: str) -> Verdict:
 
 
 def broken(mutant: Mutant, folder: Path) -> Verdict:
-    """What becomes of the mutant's test on a copy of the package with this fault."""
+    """Run the mutant's test on a copy of the package with this fault."""
     place = Path(tempfile.mkdtemp(dir=folder))
     copy(place)
     path = place / "ferrum_jax" / mutant.file
@@ -411,13 +412,13 @@ def broken(mutant: Mutant, folder: Path) -> Verdict:
 
 
 def chosen(word: str) -> list[Mutant]:
-    """The mutants with this word; with a JAX that has no Pallas kernels, none of these."""
+    """The mutants that contain this word, without those of Pallas if JAX is too old for its kernels."""
     kernels = jax.__version_info__ >= (0, 11, 2)
     return [m for m in MUTANTS if word in " ".join(m) and (kernels or "pallas" not in m.file)]
 
 
 def control(place: Path, mutants: list[Mutant], pool: concurrent.futures.Executor) -> list[str]:
-    """What is wrong without any fault."""
+    """Run the tests on the unchanged package, where all must pass. Returns what failed."""
     copy(place)
     imported = run(place, "-c", "import ferrum_jax; print(ferrum_jax.__file__)").stdout.strip()
     assert Path(imported).resolve().is_relative_to(place.resolve()), f"not the copy in {place}, but {imported}"

@@ -1,7 +1,7 @@
-"""What the operations mean, as NumPy loops in float64, written from the contract and from nothing else.
+"""What the ops must compute, as NumPy loops in float64, written from their documentation and not from their code.
 
-Every oracle works on one slice (no leading axes). Each result is a `Sum`: its value, and what bounds the error that a
-right implementation may have. See `assert_close`.
+Every oracle works on one slice (no leading axes). Each result is a `Sum`: its value, and what limits the error of a
+correct implementation. See `assert_close`.
 """
 
 import itertools
@@ -13,10 +13,11 @@ import numpy as np
 
 
 class Sum(NamedTuple):
-    """A float result, or, without a size, one that must be exact.
+    """A result and what limits its error. Without a size it must be exact.
 
-    size is the sum of its terms' magnitudes, terms how many they are (None: not known), and rounded the error that
-    documented roundings to 16 bits on the way may add, which a case that has some explains.
+    size: the sum of the magnitudes of the terms that the value is a sum of.
+    terms: the number of these terms; None if not known.
+    rounded: the error that documented intermediate roundings to 16 bits may add. An oracle that sets it says why.
     """
 
     value: Any
@@ -30,7 +31,7 @@ def f64(x):
 
 
 def rank_key(x):
-    """Order of logits: by float32 value, -0 as +0, NaN of either sign below everything."""
+    """An int that orders logits by float32 value, with -0 equal to +0, and NaN of either sign below everything."""
     bits = int(np.float32(x).view(np.int32))
     if np.isnan(np.float32(x)):
         return -(2**31)
@@ -58,7 +59,7 @@ def route_topk_softmax(logits, *, top_k, norm_topk_prob=True):
 
 
 def log_scores(x, scoring):
-    """Each expert's score as a logarithm, where nothing underflows; -inf masks an expert."""
+    """The logarithm of each expert's score, which does not underflow. A masked expert has -inf."""
     x = f64(x)
     with np.errstate(all="ignore"):
         if scoring == "softmax":
@@ -72,7 +73,7 @@ def log_scores(x, scoring):
 
 
 def topk_weights(x, ids, *, scoring, norm_topk_prob, scale, zero_sum):
-    """The weights of one token's experts `ids`; of one outside [0, E), 0."""
+    """The weights of one token's experts `ids`. An id outside [0, E) has weight 0."""
     ids = np.asarray(ids)
     live = (ids >= 0) & (ids < len(x))
     weights = np.zeros(len(ids))
@@ -96,23 +97,26 @@ def topk_weights(x, ids, *, scoring, norm_topk_prob, scale, zero_sum):
 
 
 class Undecided(Exception):
-    """Scores so close that implementations may differ: an oracle of exact ids needs other arguments."""
+    """Two scores are so close that correct implementations may choose differently. Draw other arguments."""
 
 
 class Contest:
-    """Who ranks before whom, as far as 8 ulp decide it: values with a margin, which a NaN or an infinity has not."""
+    """Values to be ranked, each with a margin of 4 ulp, so that two rank surely if they differ by more than 8 ulp.
+
+    NaN and infinities have no margin.
+    """
 
     def __init__(self, values, terms, source):
-        """`terms` bound the size of what was added up to each value; equal `source`s have equal values."""
+        """`terms` are the magnitudes of each value's terms. Values of equal `source`s are equal in any rounding."""
         self.values, self.source = values, source
         with np.errstate(all="ignore"):
             half = 4 * np.spacing(np.maximum(terms, np.finfo(np.float32).tiny).astype(np.float32)).astype(np.float64)
-            half += np.finfo(np.float32).tiny  # below it, floats are 0 on some platforms
+            half += np.finfo(np.float32).tiny  # some platforms flush smaller floats to 0
             half = np.where(np.isfinite(values), half, 0)
             self.low, self.high = values - half, values + half
 
     def before(self, i, j):
-        """i ranks before j on every implementation."""
+        """Whether i ranks before j in every correct implementation."""
         a, b = np.isnan(self.values[i]), np.isnan(self.values[j])
         if a or b:
             return b and (not a or i < j)
@@ -123,7 +127,7 @@ class Contest:
 
 
 def contests(x, bias, scoring, num_groups, group_score):
-    """The experts' contest and the groups'."""
+    """One token's `Contest` of experts, that of groups, and the experts of each group."""
     x = np.asarray(x).astype(np.float32)
     with np.errstate(all="ignore"):
         logs = log_scores(x, scoring)
@@ -131,7 +135,8 @@ def contests(x, bias, scoring, num_groups, group_score):
         added = np.zeros(len(x)) if bias is None else f64(np.float32(bias))
         biased = scores + added
         biased = np.where(np.abs(biased) > np.finfo(np.float32).max, np.sign(biased) * np.inf, biased)
-        # What a score is computed from, in float32: logits so near 0, or so low, that their scores are equal, are one.
+        # The float32 value that a score is computed from. Logits so near 0, or so low, that their scores are equal in
+        # float32 count as one value.
         seen = x - x.max() if scoring == "softmax" and np.isfinite(x.max()) else x + 0
         if scoring != "topk_softmax":
             seen = np.where(np.abs(seen) < 1e-30, np.float32(0), np.where(scores < 1e-46, -np.inf, seen))
@@ -143,13 +148,13 @@ def contests(x, bias, scoring, num_groups, group_score):
     best = [group[: 2 if group_score == "top2_sum" else 1] for group in best]
     with np.errstate(all="ignore"):
         sums = np.array([biased[group].sum() for group in best])
-        # The margin of a sum is those of its terms and of their addition.
+        # The margin of a sum covers the margins of its terms and the rounding of their addition.
         terms = [4 * sizes[group].sum() if len(group) > 1 else sizes[group].sum() for group in best]
     return experts, Contest(sums, np.array(terms), [[sources[e] for e in group] for group in best]), members
 
 
 def choose(experts, groups, members, *, top_k, group_top_k):
-    """The ids, and whether 8 ulp decide each of them and the groups."""
+    """The ids, and whether the margins decide all of them and the groups."""
     kept, sure = best_of(groups, range(len(members)), group_top_k or len(members))
     ids, decided = best_of(experts, np.sort(members[kept].reshape(-1)), top_k)
     return ids, sure and decided
@@ -162,7 +167,7 @@ def best_of(contest, names, count):
 
 
 def check_choice(ids, experts, groups, members, *, group_top_k):
-    """One token's ids are a choice that the margins allow; where these decide everything, it is the only one."""
+    """Assert that the margins allow one token's ids. Where they decide everything, they allow only one choice."""
     ids = [int(e) for e in ids]
     assert len(set(ids)) == len(ids), ids
     assert all(0 <= e < len(experts.values) for e in ids), ids
@@ -193,7 +198,7 @@ def route_topk(
     zero_sum="uniform",
     got=None,
 ):
-    """The ids and weights; with the ids that an implementation `got`, these checked, and their weights."""
+    """The ids and weights. If `got` has an implementation's ids, check them, and return them with their weights."""
     x = np.asarray(logits).astype(np.float32)
     ids, weights = np.zeros((len(x), top_k), np.int64), np.zeros((len(x), top_k))
     grouped = num_groups is not None and group_top_k < num_groups
@@ -215,12 +220,12 @@ def route_topk(
         )
         if scoring == "softmax" and (np.isnan(row).any() or np.inf in row):
             weights[t] = np.nan
-    # Scores below the smallest normal float32 may be 0, and are then scaled.
+    # Scores below the smallest normal float32 may be flushed to 0; `scale` then multiplies that error.
     return Sum(ids), Sum(weights, np.abs(weights) + np.abs(scale) * 1e-33)
 
 
 def sorted_pairs(expert_ids, num_experts):
-    """Pair ids by expert, ascending inside an expert; and each expert's."""
+    """All pair ids, sorted by expert and then by id; and a list of each expert's pair ids."""
     flat = [int(e) for e in np.asarray(expert_ids).reshape(-1)]
     lists = [[p for p, e in enumerate(flat) if e == expert] for expert in range(num_experts)]
     return [p for pairs in lists for p in pairs], lists
@@ -319,7 +324,7 @@ def moe_dispatch_grad(x, packed_token_idx, g):
 
 
 def live_slots(sorted_token_ids, block_ids, total_tokens_post_pad, *, num_pairs, num_experts):
-    """(slot value, expert) of every slot that counts."""
+    """(pair id or row, expert) of every slot that names a row, in a block with an expert."""
     block_size = len(sorted_token_ids) // max(len(block_ids), 1)
     for i, s in enumerate(np.asarray(sorted_token_ids)):
         block = i // block_size
@@ -337,29 +342,43 @@ def grouped_matmul(lhs, rhs, *tables, top_k):
     return (Sum(out, size, lhs.shape[1]),)
 
 
-def _sigmoid(x):
+def sigmoid(x):
     return 0.5 * (1 + np.tanh(x / 2))
 
 
-def _oai(gate, up):
-    gate, up = min(gate, 7), max(-7, min(up, 7))
-    return (up + 1) * gate * _sigmoid(1.702 * gate)
+def silu(gate, up):
+    return gate * sigmoid(gate) * up
 
 
-ACTIVATIONS = {
-    "silu": lambda gate, up: gate * _sigmoid(gate) * up,
-    "gelu": lambda gate, up: gate * 0.5 * (1 + math.erf(gate / math.sqrt(2))) * up,
-    "gelu_tanh": lambda gate, up: gate * 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))) * up,
-    "relu": lambda gate, up: max(gate, 0) * up,
-    "relu2": lambda gate, up: max(gate, 0) ** 2 * up,
-    "swiglu_oai": _oai,
-}
+def gelu(gate, up):
+    return gate * 0.5 * (1 + np.vectorize(math.erf, otypes=[float])(gate / math.sqrt(2))) * up
+
+
+def gelu_tanh(gate, up):
+    return gate * 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))) * up
+
+
+def relu(gate, up):
+    return np.maximum(gate, 0) * up
+
+
+def relu2(gate, up):
+    return np.maximum(gate, 0) ** 2 * up
+
+
+def swiglu_oai(gate, up):
+    gate, up = np.minimum(gate, 7), np.clip(up, -7, 7)
+    return (up + 1) * gate * sigmoid(1.702 * gate)
+
+
+ACTIVATIONS = {f.__name__: f for f in (silu, gelu, gelu_tanh, relu, relu2, swiglu_oai)}
 
 
 def grouped_matmul_activated(lhs, rhs, row_weights, *tables, top_k, activation):
-    """The magnitude is that of the terms, a sigmoid's being at most 1, and of what errors of gate and up make of it.
+    """The size is that of the activation's terms (a sigmoid is at most 1), and of the errors of gate and up.
 
-    Where no kernel fuses them, bfloat16 products are stored in bfloat16 before the activation: one rounding more.
+    The activation's slopes, by finite differences, say how far errors of gate and up change the result. Where no kernel
+    fuses product and activation, bfloat16 products are first stored in bfloat16, which rounds once more.
     """
     ((product, size, *_),) = grouped_matmul(lhs, rhs, *tables, top_k=top_k)
     half, stored = rhs.shape[2] // 2, float(jnp.finfo("bfloat16").eps) / 2 if rhs.dtype == jnp.bfloat16 else 0.0
@@ -383,7 +402,7 @@ def grouped_matmul_activated(lhs, rhs, row_weights, *tables, top_k, activation):
 def grouped_matmul_grads(lhs, rhs, *tables, g, top_k):
     """Cotangents of lhs and of rhs for the cotangent g of the result.
 
-    A token's K rows of lhs's cotangent are stored in its dtype before they are added: each is rounded once more.
+    The K rows of a token's cotangent are stored in lhs's dtype before they are added, which rounds each once more.
     """
     dlhs, lhs_size, rounded, drhs, rhs_size = (np.zeros(x.shape) for x in (lhs, lhs, lhs, rhs, rhs))
     stored = float(jnp.finfo(lhs.dtype).eps) / 2 if top_k > 1 else 0.0
@@ -397,17 +416,17 @@ def grouped_matmul_grads(lhs, rhs, *tables, g, top_k):
     return Sum(dlhs, lhs_size, rhs.shape[2] * top_k, rounded), Sum(drhs, rhs_size, len(g))
 
 
-TERMS = 4096  # of a sum whose number of terms a test does not say
+TERMS = 4096  # the number of terms of a sum where a test does not give it
 
 
 def steps(terms):
-    """How many eps(float32) of the terms' magnitudes a float32 sum of so many terms may be off by.
+    """The allowed error of a float32 sum of so many terms, in units of eps(float32) * the sum of their magnitudes.
 
-    Each term and each addition is rounded: about `terms` times, by at most eps/2 of a partial sum, which the magnitudes
-    bound. The signs of these errors are independent, so by Hoeffding's inequality they add up to more than
-    8 * sqrt(terms) * eps/2 once in 10^13 sums (Higham and Mary, https://doi.org/10.1137/18M1226312). Tensor cores cut
-    off where others round, so their errors have one sign, but they add sixteen terms at a time: terms/16, which is
-    less up to 4,096 terms. Sixteen bits have eps of 2^13 and 2^16 times float32's: no sum in them stays below.
+    A float32 sum rounds about `terms` times, each time by at most eps/2 of a partial sum, which is at most the sum of
+    the magnitudes. The signs of these errors are independent. So by Hoeffding's inequality their sum exceeds
+    8 * sqrt(terms) * eps/2 once in 10^13 sums (Higham and Mary, https://doi.org/10.1137/18M1226312). Tensor cores
+    truncate instead, so their errors have one sign; but they add sixteen terms at a time, so the error is terms/16,
+    which is smaller up to 4,096 terms. The eps of 16-bit floats is 2^13 or 2^16 times larger, so sums in 16 bits fail.
     """
     return 4 * math.sqrt(max(1, terms))
 
@@ -415,8 +434,7 @@ def steps(terms):
 def assert_close(got, want, size, dtype, terms=None, rounded=0.0):
     """|error| <= eps(dtype)/2 * |want| + steps(terms) * eps(float32) * size + tiny(dtype): float32 sums, rounded once.
 
-    size is the sum of the terms' magnitudes, terms how many they are, rounded as in `Sum`. NaN and infinities must
-    stand where they should.
+    size, terms and rounded are those of `Sum`. NaN and infinities must stand at the same places in both.
     """
     got, info = f64(got), jnp.finfo(dtype)
     assert got.shape == want.shape, (got.shape, want.shape)
@@ -431,10 +449,10 @@ def assert_close(got, want, size, dtype, terms=None, rounded=0.0):
 
 
 def assert_near(got, want, dtype, stored=4):
-    """The bound of whole layers. Their results are sums that cancel: the terms' size is the largest entry's, or 1.
+    """`assert_close` for whole layers. Their sums cancel, so the size is that of the largest entry, and at least 1.
 
-    A layer of 16 bits stores rows on its way: the experts' inner rows, their results, what goes between devices, and
-    for the gradient the same again. Each of these `stored` roundings counts as one of the largest entry.
+    In 16 bits a layer also rounds rows that it stores: the experts' inner rows, their results, what it sends between
+    devices, and for the gradient the same again. Each of these `stored` roundings counts as one of the largest entry.
     """
     want = f64(want)
     size = max(1.0, float(np.max(np.abs(want), initial=0)))
@@ -443,7 +461,8 @@ def assert_near(got, want, dtype, stored=4):
 
 
 def assert_matches(got, wanted):
-    """A function's results (arrays) against an oracle's, each a `Sum`; what has no size is int32, and exact."""
+    """Compare a function's results (arrays) with an oracle's (`Sum`s). One without a size must be int32, and exact."""
+    got = tuple(got)
     assert len(got) == len(wanted)
     for result, want in zip(got, wanted, strict=True):
         value, size, *bound = Sum(*want)

@@ -11,8 +11,9 @@ from shapes import MODELS
 import ferrum_jax
 from ferrum_jax import __main__ as program
 from ferrum_jax import bench
+from ferrum_jax.bench import cases, report, timing
 
-TINY = bench.Size("mixtral", 6, 8, 2, 4, 3, jnp.float32)
+TINY = cases.Shape("mixtral", 6, 8, 2, 4, 3, jnp.float32)
 ROW = {
     *("op", "model", "T", "E", "K", "H", "F", "dtype", "block_size", "bytes", "flops", "floor_us"),
     *("way", "ours", "us", "launches", "method", "error"),
@@ -28,16 +29,16 @@ def tiny(monkeypatch):
         jax.block_until_ready(call())
         return [1e-3]
 
-    monkeypatch.setattr(bench, "CPU_WIDTHS", (4, 3))
-    monkeypatch.setattr(bench, "STEPS", 2)
-    monkeypatch.setattr(bench, "_clock", clock)
-    monkeypatch.setattr(bench, "peaks", lambda: PEAK)
+    monkeypatch.setattr(cases, "CPU_WIDTHS", (4, 3))
+    monkeypatch.setattr(cases, "STEPS", 2)
+    monkeypatch.setattr(timing, "_clock", clock)
+    monkeypatch.setattr(timing, "peaks", lambda: PEAK)
 
 
-@pytest.mark.parametrize("op", bench.OPS)
+@pytest.mark.parametrize("op", cases.WORKLOADS)
 def test_every_way_of_every_op_agrees_and_is_timed(op):
-    found = list(bench.rows(op, TINY, PEAK))
-    assert [row["way"] for row in found] == ["xla", next(iter(bench.OPS[op].today(TINY)))]
+    found = list(timing.rows(op, TINY, PEAK))
+    assert [row["way"] for row in found] == ["xla", next(iter(cases.WORKLOADS[op].rivals(TINY)))]
     for row in found:
         assert set(row) == ROW
         assert row["error"] is None
@@ -51,11 +52,11 @@ def test_no_floor_is_above_a_time():
     times = (1e3, 2e8, "CUPTI"), (4e3, 2e8, "CUPTI"), (1e-3, 2e6, "CUPTI"), (10, 2e8, "clock")
     fast, slow, small, chain = ({"us": us, "bytes": size, "flops": 0, "method": method} for us, size, method in times)
     failed = {"us": None, "bytes": 2e8, "flops": 4e8, "method": None}
-    report = {"rows": [slow, fast, small, chain, failed], **PEAK}
-    bench.settle(report)
+    found = {"rows": [slow, fast, small, chain, failed], **PEAK}
+    report.settle(found)
     # Not the small one's, which may lie in a cache, nor a chain's, whose steps share what they read.
-    assert report["bytes_per_s"] == pytest.approx(2e11)
-    assert [row["floor_us"] for row in report["rows"]] == pytest.approx([1e3, 1e3, 10, 1e3, 4e3])
+    assert found["bytes_per_s"] == pytest.approx(2e11)
+    assert [row["floor_us"] for row in found["rows"]] == pytest.approx([1e3, 1e3, 10, 1e3, 4e3])
 
 
 def test_a_wrong_result_is_not_timed(monkeypatch, capsys):
@@ -72,46 +73,53 @@ def test_what_fails_leaves_the_others(monkeypatch):
         raise MemoryError("too large")
 
     monkeypatch.setattr(ferrum_jax, "weighted_sum_batched", fails)
-    first, second = bench.rows("weighted_sum_batched", TINY, PEAK)
+    first, second = timing.rows("weighted_sum_batched", TINY, PEAK)
     assert (first["us"], first["error"]) == (None, "MemoryError: too large")
     assert second["us"] > 0
 
 
+def test_the_profiler_takes_a_rotation_as_a_jitted_function():
+    """Otherwise it would jit it, and so call it on the first set of arguments alone."""
+    call = timing._Rotation(lambda x, y: (x, y[:1]), [(jnp.ones(3), jnp.zeros(3)), (jnp.ones(3), jnp.ones(3))])
+    assert isinstance(call, jax.stages.Wrapped)
+    assert [call().tolist() for _ in range(3)] == [[0.0], [1.0], [0.0]]
+
+
 def test_integers_must_be_equal_and_rows_close():
     x = np.array([[3.0, 4.0], [30.0, 40.0]], np.float32)
-    assert bench._error({"ids": jnp.arange(3), "x": x}, {"ids": jnp.arange(3), "x": x}) == 0
-    assert bench._error(jnp.array([1, 2]), jnp.array([1, 3])) == np.inf
-    assert bench._error(x + np.float32([[0, 0], [0.5, 0]]), jnp.asarray(x)) == pytest.approx(0.5 / 50, rel=1e-3)
+    assert timing.error_of({"ids": jnp.arange(3), "x": x}, {"ids": jnp.arange(3), "x": x}) == 0
+    assert timing.error_of(jnp.array([1, 2]), jnp.array([1, 3])) == np.inf
+    assert timing.error_of(x + np.float32([[0, 0], [0.5, 0]]), jnp.asarray(x)) == pytest.approx(0.5 / 50, rel=1e-3)
     usual = ((5**2 + 50**2) / 2) ** 0.5  # beside which a small row's error is judged
-    assert bench._error(x + np.float32([[0.5, 0], [0, 0]]), jnp.asarray(x)) == pytest.approx(0.5 / usual, rel=1e-3)
-    assert np.isnan(bench._error(x * [[np.nan], [1]], jnp.asarray(x)))
+    assert timing.error_of(x + np.float32([[0.5, 0], [0, 0]]), jnp.asarray(x)) == pytest.approx(0.5 / usual, rel=1e-3)
+    assert np.isnan(timing.error_of(x * [[np.nan], [1]], jnp.asarray(x)))
 
 
 def test_bytes_and_flops_are_those_of_the_shapes():
     """The bytes of what goes in and comes out, once each, where an op reads all of its arguments."""
     s = TINY._replace(T=400)  # so many that every expert is used
     for name in ("moe_plan", "weighted_sum_batched"):
-        args = bench.OPS[name].inputs(jax.random.key(0), s)
-        out = bench.OPS[name].ours(s, "xla")(*args)
-        assert bench.OPS[name].bytes(s) == sum(x.nbytes for x in jax.tree.leaves((args, out))), name
-    args = bench.OPS["grouped_matmul"].inputs(jax.random.key(0), s)
+        args = cases.WORKLOADS[name].inputs(jax.random.key(0), s)
+        out = cases.WORKLOADS[name].ours(s, "xla")(*args)
+        assert cases.WORKLOADS[name].bytes(s) == sum(x.nbytes for x in jax.tree.leaves((args, out))), name
+    args = cases.WORKLOADS["grouped_matmul"].inputs(jax.random.key(0), s)
     x, w, _ = args
-    out = bench.OPS["grouped_matmul"].ours(s, "xla")(*args)
-    assert bench.OPS["grouped_matmul"].bytes(s) == pytest.approx(x.nbytes + w.nbytes + out.nbytes)
-    assert bench.OPS["grouped_matmul"].flops(s) == 2 * s.P * s.H * 2 * s.F
+    out = cases.WORKLOADS["grouped_matmul"].ours(s, "xla")(*args)
+    assert cases.WORKLOADS["grouped_matmul"].bytes(s) == pytest.approx(x.nbytes + w.nbytes + out.nbytes)
+    assert cases.WORKLOADS["grouped_matmul"].flops(s) == 2 * s.P * s.H * 2 * s.F
 
 
 def test_table_json_and_picture(tmp_path, capsys):
-    report, picture = tmp_path / "bench.json", tmp_path / "bench.png"
+    saved, picture = tmp_path / "bench.json", tmp_path / "bench.png"
     options = ["--op", "moe_align_block_size,moe_combine", "--shapes", "mixtral,gpt_oss", "--tokens", "2"]
-    assert program.main(["bench", *options, "--json", str(report), "--plot", str(picture)]) == 0
+    assert program.main(["bench", *options, "--json", str(saved), "--plot", str(picture)]) == 0
     out = capsys.readouterr().out
     assert "This is a CPU" in out
     assert f"jax {jax.__version__}" in out
     lines = [line.split() for line in out.splitlines() if line.startswith("moe_")]
     assert len(lines) == 2 * 2 * 2
     assert max(map(len, out.splitlines())) <= 120
-    found = json.loads(report.read_text())
+    found = json.loads(saved.read_text())
     assert {"device", "platform", "date", "versions", "bytes_per_s", "flops_per_s", "rows"} == set(found)
     assert found["platform"] == "cpu"
     assert [[row["op"], row["model"], str(row["T"]), row["way"]] for row in found["rows"]] == [r[:4] for r in lines]

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
+from meshes import mesh_of
 from oracle import rank_key
 
 import ferrum_jax as fj
@@ -92,7 +93,10 @@ def test_any_integer_dtype(dtype, priority, x64):
 def test_vmap_and_leading_axes(priority):
     r = rng("capacity")
     ids, weights = r.integers(-1, 3, (2, 3, 4, 2)), weights_of(r, (2, 3, 4, 2))
-    f = lambda i, w: fj.limit_capacity(fj.RouterOutput(i, w), 3, 2, priority=priority)  # noqa: E731
+
+    def f(i, w):
+        return fj.limit_capacity(fj.RouterOutput(i, w), 3, 2, priority=priority)
+
     want = [limit(ids[i], weights[i], 3, 2, priority) for i in np.ndindex(2, 3)]
     want = [np.reshape(x, (2, 3, *np.shape(x[0]))) for x in zip(*want, strict=True)]
     assert_limited(jax.jit(f)(ids, weights), want)
@@ -108,7 +112,10 @@ def test_gradient_of_what_is_kept(priority):
     """Exactly the cotangent where a pair is kept, exactly 0 elsewhere, also where a weight or cotangent is NaN."""
     r = rng("gradient")
     ids, weights = r.integers(-1, 3, (5, 2)), np.round(r.random((5, 2)), 1).astype(np.float32)
-    f = lambda w: fj.limit_capacity(fj.RouterOutput(ids, w), 3, 2, priority=priority)[0].expert_weights  # noqa: E731
+
+    def f(w):
+        return fj.limit_capacity(fj.RouterOutput(ids, w), 3, 2, priority=priority)[0].expert_weights
+
     kept = limit(ids, weights, 3, 2, priority)[0] >= 0
     assert kept.any()
     assert not kept.all()
@@ -124,14 +131,20 @@ def test_gradient_of_what_is_kept(priority):
 @pytest.mark.parametrize("priority", PRIORITIES)
 def test_meshes(priority, kind):
     """Tokens sharded, one capacity for all of them; and inside shard_map, where each shard has its own."""
-    mesh = jax.make_mesh((2,), ("d",), axis_types=(kind,))
+    mesh = mesh_of(2, kind)
     r = rng("mesh")
     ids, weights = r.integers(-1, 3, (8, 2)).astype(np.int32), r.random((8, 2)).astype(np.float32)
-    f = lambda i, w: fj.limit_capacity(fj.RouterOutput(i, w), 3, 2, priority=priority)  # noqa: E731
+
+    def f(i, w):
+        return fj.limit_capacity(fj.RouterOutput(i, w), 3, 2, priority=priority)
+
     placed = [jax.device_put(x, jax.sharding.NamedSharding(mesh, P("d"))) for x in (ids, weights)]
     with jax.set_mesh(mesh):
         assert_limited(jax.jit(f)(*placed), limit(ids, weights, 3, 2, priority))
-    local = lambda i, w: jax.tree.map(lambda x: x[None], f(i, w))  # noqa: E731
+
+    def local(i, w):
+        return jax.tree.map(lambda x: x[None], f(i, w))
+
     got = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=P("d"), out_specs=P("d")))(*placed)
     for i, part in enumerate((slice(4), slice(4, 8))):
         want = limit(ids[part], weights[part], 3, 2, priority)

@@ -6,7 +6,7 @@ import jax
 import layer
 import numpy as np
 import pytest
-from cases import FLOAT_OPS, OPS, SMALL, Size, finite_args, per_primitive, rng
+from cases import CASES, FLOAT_CASES, SMALL, Size, finite_args, per_primitive, rng
 from compiled import on_h200
 from jax import export
 
@@ -15,21 +15,21 @@ import ferrum_jax
 CHECKS = ferrum_jax.export_checks()
 
 
-@pytest.mark.parametrize("op", per_primitive(OPS), ids=str)
-def test_round_trip(op):
-    args = op.args(rng(op), SMALL, "float32")
-    f = functools.partial(op.results, size=SMALL)
+@pytest.mark.parametrize("case", per_primitive(CASES), ids=str)
+def test_round_trip(case):
+    args = case.args(rng(case), SMALL, "float32")
+    f = functools.partial(case.results, size=SMALL)
     stored = export.export(jax.jit(f), platforms=("cpu", "cuda"), disabled_checks=CHECKS)(*args).serialize()
     for got, want in zip(export.deserialize(stored).call(*args), f(*args), strict=True):
         np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
 
 
-@pytest.mark.parametrize("op", per_primitive(FLOAT_OPS), ids=str)
-def test_with_derivatives(op):
-    args = finite_args(op, rng(op), SMALL)
+@pytest.mark.parametrize("case", per_primitive(FLOAT_CASES), ids=str)
+def test_with_derivatives(case):
+    args = finite_args(case, rng(case), SMALL)
 
     def loss(x):
-        return (op.float_results(x, *args[1:], size=SMALL)[0] ** 2).sum()
+        return (case.float_results(x, *args[1:], size=SMALL)[0] ** 2).sum()
 
     stored = export.export(jax.jit(loss))(args[0]).serialize(vjp_order=1)
     got = jax.grad(export.deserialize(stored).call)(args[0])
@@ -47,7 +47,9 @@ def test_whole_layer():
 def test_symbolic_token_counts():
     """For a GPU too, on which None would take kernels."""
     (t,) = export.symbolic_shape("T")
-    of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
+
+    def of(dtype, *shape):
+        return jax.ShapeDtypeStruct(shape, dtype)
 
     def exported(f, *args):
         with on_h200():
@@ -67,8 +69,10 @@ def test_symbolic_token_counts():
     weighted = exported(ferrum_jax.weighted_sum_batched, of("float32", t, 2, 4), of("float32", t, 2))
     assert weighted.out_avals[0].shape == (t, 4)
     tables = of("int32", 96), of("int32", 6), of("int32")
-    settings = {"activation": "silu", "packed_rows": True}
-    product = lambda x, w, *r: ferrum_jax.grouped_matmul(x, w, ferrum_jax.MoeRouting(*r), **settings)  # noqa: E731
+
+    def product(x, w, *r):
+        return ferrum_jax.grouped_matmul(x, w, ferrum_jax.MoeRouting(*r, kind="packed"), activation="silu")
+
     assert exported(product, of("float32", t, 4), of("float32", 4, 4, 6), *tables).out_avals[0].shape == (t, 3)
     with pytest.raises(TypeError, match="num_pairs must be a Python int"):  # a table's length depends on it
         exported(lambda i: ferrum_jax.moe_plan(i, 4, 2), of("int32", t, 2))

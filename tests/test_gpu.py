@@ -98,7 +98,10 @@ def test_rows_beyond_32_bit_offsets(name):
     pairs = jnp.array([[rows - 1, 0], [rows, 5], [rows - 2, rows - 3]], jnp.int32)
     weights = jnp.array([[1.0, 2.0], [3.0, 4.0], [0.5, 0.25]])
     g = jnp.ones((3, width), jnp.bfloat16)
-    combine = lambda y, w: ferrum_jax.moe_combine(y, pairs, w, unique_rows=True, implementation=name)  # noqa: E731
+
+    def combine(y, w):
+        return ferrum_jax.moe_combine(y, pairs, w, unique_rows=True, implementation=name)
+
     out, vjp = jax.vjp(combine, y, weights)
     few = y[jnp.array([rows - 1, 0, 5, rows - 2, rows - 3])].astype(jnp.float32)
     want = jnp.stack([few[0] + 2 * few[1], 4 * few[2], 0.5 * few[3] + 0.25 * few[4]])
@@ -154,7 +157,10 @@ def test_gradients_are_the_same_bits_every_time(unique_rows, name):
     if unique_rows:
         pairs = jax.random.permutation(keys[2], tokens * k).reshape(tokens, k).astype(jnp.int32)
     weights = jnp.ones((tokens, k))
-    combine = lambda y, w: ferrum_jax.moe_combine(y, pairs, w, unique_rows=unique_rows, implementation=name)  # noqa: E731
+
+    def combine(y, w):
+        return ferrum_jax.moe_combine(y, pairs, w, unique_rows=unique_rows, implementation=name)
+
     backward = jax.jit(lambda y, w, g: jax.vjp(combine, y, w)[1](g))
     first = backward(y, weights, g)
     for _ in range(5):
@@ -210,7 +216,7 @@ def test_epilogues_of_grouped_products(tokens, pair_ids, name):
         jnp.asarray(r.normal(size=shape) * scale, "bfloat16") for shape, scale in zip(shapes, (1, 0.05), strict=True)
     )
     weights = r.normal(size=tokens * k).astype(np.float32)
-    settings = {"top_k": choices, "activation": "silu", "row_weights": weights, "packed_rows": not pair_ids}
+    settings = {"top_k": choices, "activation": "silu", "row_weights": weights}
     got = ferrum_jax.grouped_matmul(x, w, plan, implementation=name, **settings)
     wide = [oracle.f64(a) for a in (x, w)]
     none = np.zeros((tokens * k, 2 * width))

@@ -12,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from derivatives import with_gradients
 from jax import lax
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from meshes import mesh_of
 
 import ferrum_jax
 from ferrum_jax.parallel import moe_mlp
@@ -24,10 +26,6 @@ pytestmark = [pytest.mark.gpu, pytest.mark.gpus(2)]
 QWEN3_30B = {"experts": 128, "top_k": 8, "hidden": 2048, "width": 768}
 SMALL = {"experts": 16, "top_k": 3, "hidden": 256, "width": 128}
 EXCHANGES = ("gather", "padded", "ragged", None)
-
-
-def mesh_of_two():
-    return jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
 
 
 def arguments(tokens, dtype, experts, top_k, hidden, width):
@@ -40,19 +38,11 @@ def arguments(tokens, dtype, experts, top_k, hidden, width):
 
 
 def spread(f):
-    return jax.shard_map(f, mesh=mesh_of_two(), in_specs=P("d"), out_specs=P("d"))
+    return jax.shard_map(f, mesh=mesh_of(2), in_specs=P("d"), out_specs=P("d"))
 
 
 def placed(args):
-    return [jax.device_put(a, NamedSharding(mesh_of_two(), P("d"))) for a in args]
-
-
-def with_gradients(f):
-    def run(*args):
-        out, vjp = jax.vjp(f, *args)
-        return out, *vjp(jnp.sin(jnp.arange(out.size, dtype="float32")).reshape(out.shape).astype(out.dtype))
-
-    return jax.jit(run)
+    return [jax.device_put(a, NamedSharding(mesh_of(2), P("d"))) for a in args]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

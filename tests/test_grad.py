@@ -10,9 +10,9 @@ import numpy as np
 import oracle
 import pytest
 from cases import (
+    CASES,
     DTYPES,
-    FLOAT_OPS,
-    OPS,
+    FLOAT_CASES,
     SMALL,
     Size,
     combine_args,
@@ -27,16 +27,16 @@ from derivatives import check_derivatives, inner
 
 import ferrum_jax
 
-BY_NAME = {op.name: op for op in OPS}
+BY_NAME = {case.name: case for case in CASES}
 
 
-def as_function_of_floats(op, args, size, implementation):
+def as_function_of_floats(case, args, size, implementation):
     def f(*floats):
         given = iter(floats)
-        full = [next(given) if i in op.floats else a for i, a in enumerate(args)]
-        return op.float_results(*full, size=size, implementation=implementation)
+        full = [next(given) if i in case.floats else a for i, a in enumerate(args)]
+        return case.float_results(*full, size=size, implementation=implementation)
 
-    return f, [args[i] for i in op.floats]
+    return f, [args[i] for i in case.floats]
 
 
 def normal(*seed, like):
@@ -44,37 +44,37 @@ def normal(*seed, like):
     return [rng(*seed, i).normal(size=x.shape).astype(np.float32).astype(x.dtype) for i, x in enumerate(like)]
 
 
-@pytest.mark.parametrize("op", per_primitive(FLOAT_OPS), ids=str)
-def test_both_modes_to_second_order(op, every_implementation):
-    f, floats = as_function_of_floats(op, finite_args(op, rng(op), SMALL), SMALL, every_implementation)
+@pytest.mark.parametrize("case", per_primitive(FLOAT_CASES), ids=str)
+def test_both_modes_to_second_order(case, every_implementation):
+    f, floats = as_function_of_floats(case, finite_args(case, rng(case), SMALL), SMALL, every_implementation)
     check_derivatives(f, floats, seed=0)
 
 
-@pytest.mark.parametrize("op", per_primitive(FLOAT_OPS), ids=str)
-def test_no_tokens(op, every_implementation):
+@pytest.mark.parametrize("case", per_primitive(FLOAT_CASES), ids=str)
+def test_no_tokens(case, every_implementation):
     """Nothing adds to a gradient: it has its operand's shape and is 0, where the operand has entries."""
     size = Size(0, 4, 2, 3)
-    f, floats = as_function_of_floats(op, finite_args(op, rng(op), size), size, every_implementation)
+    f, floats = as_function_of_floats(case, finite_args(case, rng(case), size), size, every_implementation)
     out, vjp = jax.vjp(f, *floats)
     gradient = vjp(out)
     for g, x in zip(gradient, floats, strict=True):
         assert (g.shape, g.dtype) == (x.shape, x.dtype)
         assert not np.any(g)
-    if op.name.startswith(("moe_combine", "grouped")):
+    if case.name.startswith(("moe_combine", "grouped")):
         assert any(g.size for g in gradient)
 
 
 @pytest.mark.parametrize(
-    "op",
+    "case",
     [
-        pytest.param(op, marks=[] if op.name in ("moe_combine", "grouped_matmul-pair_ids") else [pytest.mark.full])
-        for op in FLOAT_OPS
+        pytest.param(case, marks=[] if case.name in ("moe_combine", "grouped_matmul-pair_ids") else [pytest.mark.full])
+        for case in FLOAT_CASES
     ],
     ids=str,
 )
-def test_linearize_agrees_with_jvp_and_transpose(op, every_implementation):
-    f, floats = as_function_of_floats(op, finite_args(op, rng(op), SMALL), SMALL, every_implementation)
-    tangents = normal(op, like=floats)
+def test_linearize_agrees_with_jvp_and_transpose(case, every_implementation):
+    f, floats = as_function_of_floats(case, finite_args(case, rng(case), SMALL), SMALL, every_implementation)
+    tangents = normal(case, like=floats)
     out, linear = jax.linearize(f, *floats)
     jvp = jax.jvp(f, floats, tangents)[1]
     for got, want in zip(linear(*tangents), jvp, strict=True):
@@ -113,8 +113,13 @@ def plain_combine(y, pairs, w):
 def test_the_tangent_of_combine_is_linear_in_each_operand():
     y, pairs, weights = combine_args(rng("lt"), SMALL, "float32")
     y, weights = np.nan_to_num(y), np.nan_to_num(weights)
-    combine = lambda y, w: ferrum_jax.moe_combine(y, pairs, w, unique_rows=True)  # noqa: E731
-    plain = lambda y, w: plain_combine(y, pairs, w)  # noqa: E731
+
+    def combine(y, w):
+        return ferrum_jax.moe_combine(y, pairs, w, unique_rows=True)
+
+    def plain(y, w):
+        return plain_combine(y, pairs, w)
+
     zeros, others = (jnp.zeros_like(y), jnp.zeros_like(weights)), (y[::-1], weights[::-1])
     for by_rows in (True, False):
 
@@ -140,14 +145,20 @@ def equations(f, *args):
 def test_unique_rows_have_both_cotangents_from_one_equation():
     """Under every transformation that a training step is made of; what is asked for alone comes alone."""
     y, pairs, weights = finite_args(BY_NAME["moe_combine"], rng("one"), SMALL)
-    combine = lambda y, w, unique=True: jnp.sum(jnp.sin(ferrum_jax.moe_combine(y, pairs, w, unique_rows=unique)))  # noqa: E731
+
+    def combine(y, w, unique=True):
+        return jnp.sum(jnp.sin(ferrum_jax.moe_combine(y, pairs, w, unique_rows=unique)))
+
     both = jax.grad(combine, (0, 1))
     one, wide = ["ferrum_moe_combine_cotangents"], (np.stack([y, y]), weights)
     assert equations(both, y, weights) == one
     assert equations(jax.vmap(both, (0, None)), *wide) == one
     assert equations(jax.grad(lambda *a: jnp.sum(jax.vmap(combine, (0, None))(*a)), (0, 1)), *wide) == one
     assert equations(jax.grad(jax.checkpoint(combine), (0, 1)), y, weights) == one
-    scanned = lambda y, w: jax.lax.scan(lambda c, _: (c + combine(y, w), None), 0.0, None, length=2)[0]  # noqa: E731
+
+    def scanned(y, w):
+        return jax.lax.scan(lambda c, _: (c + combine(y, w), None), 0.0, None, length=2)[0]
+
     assert equations(jax.grad(scanned, (0, 1)), y, weights) == one
     assert equations(lambda *a: jax.linear_transpose(jax.linearize(combine, *a)[1], *a)(1.0), y, weights) == one
     assert equations(jax.grad(combine), y, weights) == ["ferrum_moe_spread"]
@@ -169,11 +180,15 @@ def test_the_tangent_in_every_order(mapped, unique_rows, every_implementation):
     combine = functools.partial(ferrum_jax.moe_combine, unique_rows=unique_rows, implementation=every_implementation)
 
     def along(combine):
-        f = lambda y, w: jnp.sin(combine(y, pairs, w))  # noqa: E731
+        def f(y, w):
+            return jnp.sin(combine(y, pairs, w))
 
         def tangents(*args):
             y, w, dy, dw = args
-            step = lambda y, w, dy, dw: jax.jvp(f, (y, w), (dy, dw))[1]  # noqa: E731
+
+            def step(y, w, dy, dw):
+                return jax.jvp(f, (y, w), (dy, dw))[1]
+
             second = jax.jvp(step, args, (dy, dw, y, w))[1]
             only_rows = jax.jvp(lambda dy: step(y, w, dy, dw), (dy,), (y,))[1]
             return second, only_rows, jax.grad(lambda *a: jnp.sum(step(*a) ** 2), (0, 1, 2, 3))(*args)
@@ -219,9 +234,12 @@ def test_dispatch_against_oracle(with_pairs, dtype, implementation):
     x, tokens, pairs = dispatch_pairs_args(rng("dispatch"), size, dtype)
     (g,) = normal("g", like=[np.zeros((len(tokens), size.H), jnp.dtype(dtype))])
     g[tokens == size.T] = np.nan  # nobody reads these rows of the result
-    f = lambda x: ferrum_jax.moe_dispatch(  # noqa: E731
-        x, tokens, pairs_by_token=pairs if with_pairs else None, implementation=implementation
-    )
+
+    def f(x):
+        return ferrum_jax.moe_dispatch(
+            x, tokens, pairs_by_token=pairs if with_pairs else None, implementation=implementation
+        )
+
     oracle.assert_matches(vjp(f, (x,), g), oracle.moe_dispatch_grad(x, tokens, g))
 
 

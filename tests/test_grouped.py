@@ -13,6 +13,7 @@ import pytest
 from cases import DTYPES, Size, activated, activated_args, grouped_args, grouped_matmul, rng, rows
 from compiled import for_h200, loops, needs_plugin
 from hypothesis import HealthCheck, given, settings
+from shapes import PRODUCTS
 
 import ferrum_jax
 
@@ -24,7 +25,10 @@ of = jax.ShapeDtypeStruct
 def check(args, top_k, implementation, **kwargs):
     """Values and both gradients, with NaN in what no slot names."""
     lhs, rhs, *tables = args
-    f = lambda lhs, rhs: grouped_matmul(lhs, rhs, *tables, top_k=top_k, implementation=implementation, **kwargs)  # noqa: E731
+
+    def f(lhs, rhs):
+        return grouped_matmul(lhs, rhs, *tables, top_k=top_k, implementation=implementation, **kwargs)
+
     out, vjp = jax.vjp(f, jnp.asarray(lhs), jnp.asarray(rhs))
     oracle.assert_matches([out], oracle.grouped_matmul(*args, top_k=top_k))
     g = rows(rng("g"), out.shape, out.dtype)
@@ -102,7 +106,10 @@ def test_what_float16_cannot_hold_goes_through_the_activation(implementation):
 def test_differentiated_it_is_one_product_and_what_follows():
     size = Size(7, 3, 2, 16)
     args = activated_args(rng("once"), size, "float32")
-    loss = lambda lhs, rhs: jnp.sum(activated(lhs, rhs, *args[2:], activation="silu"))  # noqa: E731
+
+    def loss(lhs, rhs):
+        return jnp.sum(activated(lhs, rhs, *args[2:], activation="silu"))
+
     text = str(jax.make_jaxpr(jax.value_and_grad(loss, (0, 1)))(*args[:2]))
     products = re.findall(r"ferrum_grouped_(\w+)\[", text)
     assert sorted(products) == ["matmul", "matmul_transposed", "outer", "row_weights"]
@@ -114,8 +121,9 @@ def test_packed_rows_change_nothing(implementation):
     lhs, rhs, *tables = (np.nan_to_num(a) for a in grouped_args(rng("packed"), size, "bfloat16"))
 
     def both(packed):
-        run = functools.partial(grouped_matmul, packed_rows=packed, implementation=implementation)
-        out, vjp = jax.vjp(lambda *a: run(*a, *tables), jnp.asarray(lhs), jnp.asarray(rhs))
+        routing = ferrum_jax.MoeRouting(*tables, kind="packed" if packed else None)
+        run = functools.partial(ferrum_jax.grouped_matmul, routing=routing, implementation=implementation)
+        out, vjp = jax.vjp(run, jnp.asarray(lhs), jnp.asarray(rhs))
         return out, *vjp(out)
 
     for got, want in zip(both(True), both(False), strict=True):
@@ -153,7 +161,7 @@ def test_one_expert_owns_all_rows(dtype, implementation):
 
 def test_no_rows(implementation):
     routing = ferrum_jax.moe_plan(np.zeros((0, 2), np.int32), 5, 4)
-    f = functools.partial(ferrum_jax.grouped_matmul, routing=routing, top_k=2, implementation=implementation)
+    f = functools.partial(ferrum_jax.grouped_matmul, routing=routing, implementation=implementation)
     out, vjp = jax.vjp(f, jnp.zeros((0, 6)), jnp.full((5, 6, 7), jnp.nan))
     assert out.shape == (0, 7)
     assert not np.any(vjp(out)[1])
@@ -351,7 +359,6 @@ def test_tensorfloat32_where_its_tiles_fit(gpu, want):
 
 # ---- code for an H200
 
-MODELS = {"qwen3": (128, 8, 2048, 1536), "mixtral": (8, 2, 4096, 28672), "deepseek_v3": (256, 8, 7168, 4096)}
 CODE = [
     ("qwen3", 128, 16, "bfloat16", True),
     ("qwen3", 1024, 64, "float16", False),
@@ -385,7 +392,7 @@ def check_code(code, kind):
 )
 def test_code_for_an_h200(model, tokens, block, kind, pair_ids):
     """All three forms, with asynchronous loads of 16 bytes; TF32's wgmma wants some operands turned, by 4 bytes."""
-    experts, k, height, width = MODELS[model]
+    experts, k, height, width = PRODUCTS[model]
     dtype, precision = dtype_and_precision(kind)
     slots = ferrum_jax.max_aligned_rows(tokens * k, experts, block)
     tables = of((slots,), jnp.int32), of((slots // block,), jnp.int32), of((), jnp.int32)
@@ -421,7 +428,7 @@ def test_code_for_an_h200(model, tokens, block, kind, pair_ids):
     ],
 )
 def test_code_of_an_epilogue(tokens, block, kind, activation, weighted):
-    experts, k, height, width = MODELS["qwen3"]
+    experts, k, height, width = PRODUCTS["qwen3"]
     dtype, precision = dtype_and_precision(kind)
     slots = ferrum_jax.max_aligned_rows(tokens * k, experts, block)
     tables = of((slots,), jnp.int32), of((slots // block,), jnp.int32), of((), jnp.int32)

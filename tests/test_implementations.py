@@ -1,37 +1,43 @@
 """The choice of implementation: `which`, and refusals that say why."""
 
+import contextlib
+import dataclasses
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import OPS, SMALL, rng
+from cases import CASES, SMALL, rng
 from compiled import needs_plugin, on_h200
+from conftest import KERNELS
+from meshes import mesh_of
 
 import ferrum_jax
-from ferrum_jax.kernels import targets
+from ferrum_jax import kernels
+from ferrum_jax.kernels import measured, targets
 
 
 @pytest.mark.parametrize("name", ["triton", "pallas"])
 def test_kernels_refuse_a_cpu_by_name(name):
     """Eagerly, under jit, and for the op that is made of others."""
-    for op in (op for op in OPS if op.name in ("moe_combine", "moe_route_plan")):
-        args = op.args(rng(op), SMALL, "float32")
+    for case in (case for case in CASES if case.name in ("moe_combine", "moe_route_plan")):
+        args = case.args(rng(case), SMALL, "float32")
         with pytest.raises(NotImplementedError, match=f"implementation='{name}' cannot be used: .*NVIDIA.*cpu"):
-            op.results(*args, size=SMALL, implementation=name)
+            case.results(*args, size=SMALL, implementation=name)
         with pytest.raises(NotImplementedError, match="cpu"):
-            jax.jit(lambda *a, op=op: op.results(*a, size=SMALL, implementation=name)).lower(*args)
+            jax.jit(lambda *a, case=case: case.results(*a, size=SMALL, implementation=name)).lower(*args)
 
 
 def test_which_names_every_other_implementation():
-    (op,) = (op for op in OPS if op.name == "moe_combine")
-    args = op.args(rng(op), SMALL, "float32")
-    choice = ferrum_jax.which(op.results, *args, size=SMALL, platform="cpu")
+    (case,) = (case for case in CASES if case.name == "moe_combine")
+    args = case.args(rng(case), SMALL, "float32")
+    choice = ferrum_jax.which(case.results, *args, size=SMALL, platform="cpu")
     assert choice.implementation == "xla"
     assert set(choice.passed_over) == {"triton", "pallas"}
     assert all("cpu" in reason for reason in choice.passed_over.values())
-    assert ferrum_jax.which(op.results, *args, size=SMALL) == choice
+    assert ferrum_jax.which(case.results, *args, size=SMALL) == choice
 
 
 def test_which_takes_shapes_and_keywords():
@@ -41,8 +47,8 @@ def test_which_takes_shapes_and_keywords():
 
 
 def test_which_takes_arrays_by_keyword():
-    (op,) = (op for op in OPS if op.name == "moe_dispatch-pairs")
-    x, tokens, pairs = op.args(rng(op), SMALL, "bfloat16")
+    (case,) = (case for case in CASES if case.name == "moe_dispatch-pairs")
+    x, tokens, pairs = case.args(rng(case), SMALL, "bfloat16")
     choice = ferrum_jax.which(ferrum_jax.moe_dispatch, x, tokens, pairs_by_token=pairs, platform="cpu")
     assert choice.implementation == "xla"
 
@@ -82,7 +88,7 @@ def apart(x):
 
 
 def sharded(f):
-    mesh = jax.make_mesh((min(4, jax.device_count()),), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = mesh_of(min(4, jax.device_count()))
     spec = jax.sharding.PartitionSpec("d")
     return jax.shard_map(f, mesh=mesh, in_specs=spec, out_specs=spec)
 
@@ -120,14 +126,17 @@ def test_which_says_what_each_op_of_a_layer_takes():
     packed = ferrum_jax.which(ferrum_jax.moe_mlp, X, X, *w, top_k=2, **bias, platform="cpu")
     products = ["grouped_matmul", "moe_dispatch", "grouped_matmul"]
     assert [name for name, _ in packed] == ["route_topk", "moe_plan", "moe_dispatch", *products, "moe_combine"]
-    calls = lambda x: [route(x), route(x + 1), route(x, 3), route(x[:4]), route(x.astype("bfloat16")), tables(x)]  # noqa: E731
+
+    def calls(x):
+        return [route(x), route(x + 1), route(x, 3), route(x[:4]), route(x.astype("bfloat16")), tables(x)]
+
     assert [name for name, _ in ferrum_jax.which(calls, X, platform="cpu")] == ["route_topk"] * 4 + ["moe_plan"]
 
 
 def test_which_says_what_each_shard_of_a_layer_takes():
     layer = functools.partial(ferrum_jax.parallel.moe_mlp, axis_name="d", top_k=2, exchange="gather")
     w = jnp.ones((4, 4, 12)), jnp.ones((4, 6, 4))
-    mesh = jax.make_mesh((min(4, jax.device_count()),), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = mesh_of(min(4, jax.device_count()))
     spec = jax.sharding.PartitionSpec("d")
     f = jax.shard_map(layer, mesh=mesh, in_specs=spec, out_specs=spec)
     found = dict(ferrum_jax.which(f, X, X, *w, platform="cpu"))
@@ -136,8 +145,13 @@ def test_which_says_what_each_shard_of_a_layer_takes():
 
 def test_which_sees_the_two_products_of_a_tangent():
     rows, pairs, weights = jnp.ones((4, 3)), jnp.array([[0, 1], [2, 3]]), jnp.ones((2, 2))
-    combine = lambda y, w: ferrum_jax.moe_combine(y, pairs, w)  # noqa: E731
-    tangent = lambda *a: jax.jvp(combine, a, a)[1]  # noqa: E731
+
+    def combine(y, w):
+        return ferrum_jax.moe_combine(y, pairs, w)
+
+    def tangent(*a):
+        return jax.jvp(combine, a, a)[1]
+
     assert ferrum_jax.which(tangent, rows, weights, platform="cpu").implementation == "xla"
 
 
@@ -174,7 +188,7 @@ def test_which_sees_the_two_products_of_a_tangent():
     ],
 )
 def test_capability_by_name(gpu, capability):
-    assert ferrum_jax.kernels.target_capability(gpu) == capability
+    assert kernels.target_capability(gpu) == capability
 
 
 def test_the_longest_known_name_counts_wherever_it_stands():
@@ -195,11 +209,11 @@ def test_a_name_that_is_not_known_is_an_error(gpu):
 def test_a_mesh_whose_gpu_is_not_known():
     """xla runs on any; a kernel has to know."""
     with on_h200("Nonsense GPU"):
-        run = lambda name: (  # noqa: E731
-            jax.jit(lambda x: ferrum_jax.route_topk_softmax(x, 2, implementation=name).expert_ids)
-            .trace(X)
-            .lower(lowering_platforms=("cuda",))
-        )
+
+        def run(name):
+            route = jax.jit(lambda x: ferrum_jax.route_topk_softmax(x, 2, implementation=name).expert_ids)
+            return route.trace(X).lower(lowering_platforms=("cuda",))
+
         run("xla")
         with pytest.raises(ValueError, match="Nonsense GPU"):
             run(None)
@@ -216,10 +230,10 @@ def test_a_gpu_that_is_here_is_asked(monkeypatch):
     pairs = jax.ShapeDtypeStruct((64, 8), jnp.int32)
     args = jax.ShapeDtypeStruct((512, 16), jnp.bfloat16), pairs, jax.ShapeDtypeStruct((64, 8), jnp.float32)
     for kind in (None, "Nonsense GPU"):
-        assert ferrum_jax.kernels.target_capability(kind) == 86
+        assert kernels.target_capability(kind) == 86
         choice = ferrum_jax.which(ferrum_jax.moe_combine, *args, platform="cuda", device_kind=kind)
         assert (choice.implementation, choice.passed_over["xla"]) == ("triton", "triton comes first")
-    assert ferrum_jax.kernels.target_capability("NVIDIA H200") == 90
+    assert kernels.target_capability("NVIDIA H200") == 90
     monkeypatch.setattr(Device, "compute_capability", "6.1")
     choice = ferrum_jax.which(ferrum_jax.moe_combine, *args, platform="cuda")
     assert choice.implementation == "xla"
@@ -234,6 +248,10 @@ def test_an_older_jax_than_pallas_needs_is_refused_by_version(monkeypatch):
     assert passed_over["pallas"] == "it needs jax >= 0.11.2; this is jax 0.10.2"
     with ferrum_jax.interpret_kernels(), pytest.raises(NotImplementedError, match=r"0\.11\.2.*0\.10\.2"):
         ferrum_jax.route_topk_softmax(x, 2, implementation="pallas")
+
+
+def of(shape, dtype="float32"):
+    return jax.ShapeDtypeStruct(shape, dtype)
 
 
 def chosen(f, *shapes, device_kind="NVIDIA H200", **kwargs):
@@ -268,12 +286,14 @@ def test_combine_takes_what_was_measured(tokens, k, taken, other, why):
 @pytest.mark.pallas
 @pytest.mark.parametrize(("tokens", "taken"), [(128, "xla"), (1024, "pallas"), (8192, "xla")])
 def test_the_gradient_of_dispatch_by_its_size(tokens, taken):
-    g, slots, pairs = (
-        jax.ShapeDtypeStruct(s, t) for s, t in (((9, 4), "float32"), ((9,), "int32"), ((tokens, 8), "int32"))
-    )
-    choose = functools.partial(ferrum_jax.kernels.choose, "moe_collect", None, (g, slots, pairs), {}, "cuda")
-    assert choose("NVIDIA H100 80GB HBM3").implementation == taken
-    assert choose("NVIDIA A100-SXM4-80GB").implementation == "triton"  # of which nothing was measured
+    rows, slots, pairs = of((9, 4)), of((9,), "int32"), of((tokens, 8), "int32")
+    operands = {"rows": rows, "packed_token_idx": slots, "pairs_by_token": pairs}
+    call = kernels.Call("moe_collect", operands, {"...": (), "R": 9, "H": 4, "T": tokens, "K": 8}, {})
+    assert kernels.choose(call, None, "cuda", "NVIDIA H100 80GB HBM3").implementation == taken
+    # Nothing was measured on other GPUs, nor without pairs_by_token.
+    assert kernels.choose(call, None, "cuda", "NVIDIA A100-SXM4-80GB").implementation == "triton"
+    alone = dataclasses.replace(call, operands={**operands, "pairs_by_token": None}, sizes={"...": (), "R": 9, "H": 4})
+    assert kernels.choose(alone, None, "cuda", "NVIDIA H100 80GB HBM3").implementation == "triton"
 
 
 @needs_plugin
@@ -296,22 +316,22 @@ def test_the_weighted_sum_by_its_size(pairs, taken):
 )
 def test_the_gradient_of_combine_by_its_size(tokens, unique, taken):
     """Repeated rows were not measured: there the first kernel is taken."""
-    g, weights, pairs = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((tokens, 4), (tokens, 8), (tokens, 8)))
+    operands = {"g": of((tokens, 4)), "pair_weights": of((tokens, 8)), "pairs_by_token": of((tokens, 8), "int32")}
     params = {"num_rows": tokens * 8, "unique_rows": unique}
-    got = ferrum_jax.kernels.choose("moe_spread", None, (g, weights, pairs), params, "cuda", "NVIDIA H100 80GB HBM3")
-    assert got.implementation == taken
+    call = kernels.Call("moe_spread", operands, {"...": (), "T": tokens, "H": 4, "K": 8}, params)
+    assert kernels.choose(call, None, "cuda", "NVIDIA H100 80GB HBM3").implementation == taken
 
 
 @needs_plugin
 @pytest.mark.pallas
 @pytest.mark.parametrize(("tokens", "taken"), [(16, "pallas"), (8192, "triton")])
 def test_both_gradients_of_combine_by_their_size(tokens, taken):
-    g, rows, weights, pairs = (
-        jax.ShapeDtypeStruct(s, jnp.float32) for s in ((tokens, 4), (tokens * 8, 4), (tokens, 8), (tokens, 8))
-    )
-    choose = functools.partial(ferrum_jax.kernels.choose, "moe_combine_cotangents", None, (g, rows, weights, pairs), {})
-    assert choose("cuda", "NVIDIA H100 80GB HBM3").implementation == taken
-    assert choose("cuda", "NVIDIA A100-SXM4-80GB").implementation == "triton"
+    tables = {"pair_weights": of((tokens, 8)), "pairs_by_token": of((tokens, 8), "int32")}
+    operands = {"g": of((tokens, 4)), "packed_down": of((tokens * 8, 4)), **tables}
+    sizes = {"...": (), "T": tokens, "H": 4, "R": tokens * 8, "K": 8}
+    call = kernels.Call("moe_combine_cotangents", operands, sizes, {})
+    assert kernels.choose(call, None, "cuda", "NVIDIA H100 80GB HBM3").implementation == taken
+    assert kernels.choose(call, None, "cuda", "NVIDIA A100-SXM4-80GB").implementation == "triton"
 
 
 @needs_plugin
@@ -328,12 +348,14 @@ def test_both_gradients_of_combine_by_their_size(tokens, taken):
     ],
 )
 def test_the_grouped_product_by_the_rows_of_an_expert(rows, packed, activation, taken):
-    of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
+    def of(dtype, *shape):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
     tables = of("int32", 8 * rows + 64), of("int32", 8 * rows // 8 + 8), of("int32")
 
     def product(x, w, *tables):
-        settings = {"packed_rows": packed, "activation": activation}
-        return ferrum_jax.grouped_matmul(x, w, ferrum_jax.MoeRouting(*tables), **settings)
+        routing = ferrum_jax.MoeRouting(*tables, kind="packed" if packed else None)
+        return ferrum_jax.grouped_matmul(x, w, routing, activation=activation)
 
     def which(dtype, gpu):
         operands = of(dtype, 8 * rows, 64), of(dtype, 8, 64, 256)
@@ -357,6 +379,68 @@ def test_what_was_asked_for_is_the_reason():
 
 
 def test_measured_names_ops_and_implementations():
-    for op, rules in ferrum_jax.kernels.MEASURED.items():
-        assert any(op in ops for family in ferrum_jax.kernels.KERNELS.values() for ops in family.values())
-        assert all(rule.implementation in ferrum_jax.kernels.IMPLEMENTATIONS and rule.where for rule in rules)
+    for row in kernels.MEASURED:
+        assert kernels.served(row.op)
+        assert row.implementation in kernels.IMPLEMENTATIONS
+        assert row.where
+        assert row.timings
+        assert all(time.gpu in measured.CONDITIONS for time in row.timings)
+
+
+def test_a_measurement_of_one_dtype_says_nothing_of_others(monkeypatch):
+    rows = tuple(dataclasses.replace(row, dtypes=("bfloat16",)) for row in kernels.MEASURED)
+    monkeypatch.setattr(kernels, "MEASURED", rows)
+    for dtype, says in (("bfloat16", True), ("float32", False)):
+        call = route_call(dtype)
+        call = dataclasses.replace(call, op="slot_scale")
+        assert any(row.op == call.op and row.holds(call, 90) for row in rows) == says
+
+
+def route_call(dtype="float32", **known):
+    params = {"top_k": 2, "num_groups": None}
+    return kernels.Call(
+        "route_topk", {"logits": of((4, 8), dtype), "bias": None}, {"...": (4,), "E": 8}, params, **known
+    )
+
+
+def test_a_program_that_the_compiler_divides_has_no_kernels():
+    """Interpreted or not, by whatever backend."""
+    call = route_call(devices=4)
+    why = "the program runs on 4 devices under plain jit, and a kernel is not divided: call it inside jax.shard_map"
+    for interpreting in (False, True):
+        with kernels.interpret_kernels() if interpreting else contextlib.nullcontext():
+            choice = kernels.choose(call, None, "cuda", "NVIDIA H200")
+            assert choice == ("xla", {"triton": why, "pallas": why})
+            for name in kernels.BACKENDS:
+                with pytest.raises(NotImplementedError, match=f"implementation='{name}' cannot be used: the program"):
+                    kernels.choose(call, name, "cuda", "NVIDIA H200")
+            assert kernels.choose(call, "xla", "cuda", "NVIDIA H200").implementation == "xla"
+
+
+@needs_plugin
+def test_a_kernel_of_another_architecture_stands_beside_the_first(monkeypatch):
+    """Another file for the same op, without a change of the op. It is imported only where it is chosen."""
+    blackwell = targets.Architectures("a Blackwell GPU", only=(100, 103))
+    row = kernels.Kernel("route_topk", "triton", "no_such_file", blackwell, function="route_topk_sm100")
+    monkeypatch.setattr(kernels, "KERNELS", (row, *kernels.KERNELS))
+    call = route_call()
+    assert kernels.choose(call, None, "cuda", "NVIDIA H200").implementation == "triton"
+    with pytest.raises(ModuleNotFoundError, match="no_such_file"):
+        kernels.choose(call, None, "cuda", "NVIDIA B200")
+    with on_h200():
+        assert kernels.load("triton", "route_topk", ()).__name__ == "route_topk"
+    with on_h200("NVIDIA B200"), pytest.raises(ModuleNotFoundError, match="no_such_file"):
+        kernels.load("triton", "route_topk", ())
+    only = tuple(row for row in kernels.KERNELS if row.op != "route_topk")
+    monkeypatch.setattr(kernels, "KERNELS", (row, *only))
+    reason = kernels.choose(call, None, "cuda", "NVIDIA H200").passed_over["triton"]
+    assert reason == "it needs a Blackwell GPU; the target's compute capability is 9.0"
+
+
+@needs_plugin
+def test_every_kernel_of_the_registry_is_there():
+    for row in kernels.KERNELS:
+        if row.backend == "triton" or "pallas" in KERNELS:
+            file = importlib.import_module(f"ferrum_jax.kernels.{row.backend}.{row.file}")
+            assert callable(getattr(file, row.wrapper))
+            assert row.backend in kernels.BACKENDS

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from cases import OPS, SMALL, finite_args, rng
+from cases import CASES, SMALL, finite_args, rng
 
 import ferrum_jax
 
@@ -15,35 +15,35 @@ PRIMITIVES = {  # of the functions that bind one of another name
     "route_topk_softmax": "ferrum_route_topk",
     "moe_align_block_size_pair_ids": "ferrum_moe_align_block_size",
 }
-BY_NAME = {op.name: op for op in OPS}
+BY_NAME = {case.name: case for case in CASES}
 
 
-def primitive(op):
-    name = op.name.split("-")[0]
+def primitive(case):
+    name = case.name.split("-")[0]
     return PRIMITIVES.get(name, f"ferrum_{name}")
 
 
-@pytest.mark.parametrize("op", OPS, ids=str)
-def test_one_equation(op):
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_one_equation(case):
     """In the trace, and by its name in the lowered program, which profilers show."""
 
     def run(*args):
-        return op.results(*args, size=SMALL)
+        return case.results(*args, size=SMALL)
 
-    args = op.args(rng(op), SMALL, "float32")
+    args = case.args(rng(case), SMALL, "float32")
     names = [e.primitive.name for e in jax.make_jaxpr(run)(*args).eqns]
-    assert [name for name in names if name != "broadcast_in_dim"] == [primitive(op)]  # that of a bias, to its rank
-    assert primitive(op) in jax.jit(run).lower(*args).as_text(debug_info=True)
+    assert [name for name in names if name != "broadcast_in_dim"] == [primitive(case)]  # that of a bias, to its rank
+    assert primitive(case) in jax.jit(run).lower(*args).as_text(debug_info=True)
 
 
 @pytest.mark.parametrize("name", ["route_topk_softmax", "moe_plan", "moe_combine", "grouped_matmul_activated"])
 def test_eager_compiles_once_a_shape(name, monkeypatch):
-    op, compiled = BY_NAME[name], []
+    case, compiled = BY_NAME[name], []
     monkeypatch.setattr("logging.Logger.handle", lambda self, record: compiled.append(record.getMessage()))
 
     def compilations(seed):
         compiled.clear()
-        op.results(*finite_args(op, rng(seed), SMALL._replace(T=6)), size=SMALL._replace(T=6))
+        case.results(*finite_args(case, rng(seed), SMALL._replace(T=6)), size=SMALL._replace(T=6))
         return sum("ompil" in message for message in compiled)
 
     jax.clear_caches()
@@ -55,11 +55,11 @@ def test_eager_compiles_once_a_shape(name, monkeypatch):
 @pytest.mark.parametrize("name", ["moe_plan", "moe_combine"])
 def test_without_jit(name):
     """An equation by itself has no other way to run than jit: it runs so under disable_jit too."""
-    op = BY_NAME[name]
-    args = op.args(rng(op), SMALL, "float32")
+    case = BY_NAME[name]
+    args = case.args(rng(case), SMALL, "float32")
     with jax.disable_jit():
-        got = op.results(*args, size=SMALL)
-    oracle.assert_matches(got, op.oracle(*args, size=SMALL))
+        got = case.results(*args, size=SMALL)
+    oracle.assert_matches(got, case.oracle(*args, size=SMALL))
 
 
 def test_debug_nans_ends_in_its_error():

@@ -1,5 +1,6 @@
 """The kernels without a GPU: compiled to machine code, exported, and interpreted against xla bit for bit."""
 
+import dataclasses
 import functools
 import pathlib
 import re
@@ -11,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from cases import FLOAT_OPS, OPS, SMALL, finite_args, per_primitive, rng
+from cases import CASES, FLOAT_CASES, SMALL, finite_args, per_primitive, rng
 from compiled import for_h200, needs_pjrt, needs_plugin, whole_program_for_h200
 from conftest import KERNELS
 from jax import export
+from meshes import mesh_of
 from shapes import MODELS
 
 import ferrum_jax
@@ -79,52 +81,52 @@ def test_triton_compiles_for_an_h200_without_spills(model, tokens):
 
 @needs_plugin
 @pytest.mark.parametrize(
-    "op",
+    "case",
     [
         pytest.param(
-            op, marks=[] if op.name in ("moe_plan", "moe_combine", "grouped_matmul") else [pytest.mark.compiled]
+            case, marks=[] if case.name in ("moe_plan", "moe_combine", "grouped_matmul") else [pytest.mark.compiled]
         )
-        for op in OPS
+        for case in CASES
     ],
     ids=str,
 )
-def test_the_asked_implementation_is_what_is_lowered(op):
-    args = op.args(rng(op), SMALL, "bfloat16")
+def test_the_asked_implementation_is_what_is_lowered(case):
+    args = case.args(rng(case), SMALL, "bfloat16")
     launches = {
-        name: for_h200(lambda *a, name=name: op.results(*a, size=SMALL, implementation=name), *args).launches
+        name: for_h200(lambda *a, name=name: case.results(*a, size=SMALL, implementation=name), *args).launches
         for name in ("xla", "triton")
     }
     assert not launches["xla"]
     # These first note which rows are named, so that they zero only the others.
-    assert len(launches["triton"]) == (2 if op.name.startswith(("grouped", "moe_combine_cotangents")) else 1)
+    assert len(launches["triton"]) == (2 if case.name.startswith(("grouped", "moe_combine_cotangents")) else 1)
     assert all(name.startswith("triton_kernel_call") for name in launches["triton"])
 
 
-@pytest.mark.parametrize("op", per_primitive(op for op in OPS if op.has_kernel("triton")), ids=str)
-def test_every_triton_kernel_interpreted(op):
+@pytest.mark.parametrize("case", per_primitive(case for case in CASES if case.has_kernel("triton")), ids=str)
+def test_every_triton_kernel_interpreted(case):
     """Each once in every run, at one small size; with all sizes and dtypes on request, by test_values."""
-    args = op.args(rng(op), SMALL, "float32")
+    args = case.args(rng(case), SMALL, "float32")
     with ferrum_jax.interpret_kernels():
-        got = op.results(*args, size=SMALL, implementation="triton")
-    oracle.assert_matches(got, op.oracle(*args, size=SMALL))
+        got = case.results(*args, size=SMALL, implementation="triton")
+    oracle.assert_matches(got, case.oracle(*args, size=SMALL))
 
 
 @pytest.mark.parametrize("implementation", KERNELS)
-@pytest.mark.parametrize("op", per_primitive(op for op in FLOAT_OPS if "route" not in op.name), ids=str)
-def test_gradients_of_every_kernel_interpreted(op, implementation):
+@pytest.mark.parametrize("case", per_primitive(case for case in FLOAT_CASES if "route" not in case.name), ids=str)
+def test_gradients_of_every_kernel_interpreted(case, implementation):
     """Of cotangents that are small integers, so that both implementations round alike."""
-    args = finite_args(op, rng(op), SMALL)
+    args = finite_args(case, rng(case), SMALL)
 
     def backward(name, *floats):
         def f(*floats):
-            given = dict(zip(op.floats, floats, strict=True))
+            given = dict(zip(case.floats, floats, strict=True))
             filled = [given.get(i, x) for i, x in enumerate(args)]
-            return op.float_results(*filled, size=SMALL, implementation=name)
+            return case.float_results(*filled, size=SMALL, implementation=name)
 
         out, vjp = jax.vjp(f, *floats)
         return vjp([rng("g").integers(-4, 5, size=x.shape).astype(x.dtype) for x in out])
 
-    floats = [args[i] for i in op.floats]
+    floats = [args[i] for i in case.floats]
     want = jax.jit(functools.partial(backward, "xla"))(*floats)
     with ferrum_jax.interpret_kernels():
         got = jax.jit(functools.partial(backward, implementation))(*floats)
@@ -223,13 +225,19 @@ def test_ids_and_tables_equal_xla_bit_for_bit(seed):
         np.testing.assert_array_equal(g, w)
 
 
-def test_three_launches_equal_one(monkeypatch):
-    """Of many pairs the counts come through memory: here in tiles of 32 pairs, so that there are many, ranked by 16."""
+def divided(monkeypatch, **changes):
+    """The interpreted file of the tables, with changes of its tiles."""
     from ferrum_jax.kernels import triton
 
     tables = triton.interpreted("tables")
-    for name, value in {"ONE_LAUNCH": 0, "TILE": (32, 32), "RANKED": 16, "FILL": 64}.items():
-        monkeypatch.setattr(tables, name, value)
+    (usual,) = tables.tiles.COUNTING
+    monkeypatch.setattr(tables.tiles, "COUNTING", (dataclasses.replace(usual, **changes),))
+    return tables
+
+
+def test_three_launches_equal_one(monkeypatch):
+    """For many pairs the counts go through memory. Small tiles, so that there are many of them."""
+    tables = divided(monkeypatch, one_launch=0, least_pairs=32, most_pairs=32, ranked=16, filled=64)
     ids = rng("tiles").integers(-1, 8, size=(3, 150, 2)).astype(np.int32)
     for pair_ids in (False, True):
         got = tables.moe_plan(ids, num_experts=7, block_size=4, pair_ids=pair_ids)
@@ -240,11 +248,7 @@ def test_three_launches_equal_one(monkeypatch):
 @pytest.mark.interpreted
 def test_experts_are_counted_in_portions(monkeypatch):
     """More experts than a program counts at a time: here 16, in one launch and in three."""
-    from ferrum_jax.kernels import triton
-
-    tables = triton.interpreted("tables")
-    for name, value in {"ONE_LAUNCH": 40 * 70, "TILE": (16, 16), "BINS": 16}.items():
-        monkeypatch.setattr(tables, name, value)
+    tables = divided(monkeypatch, one_launch=40 * 70, least_pairs=16, most_pairs=16, bins=16)
     for tokens in (20, 90):
         ids = rng("portions", tokens).integers(-1, 71, size=(2, tokens, 2)).astype(np.int32)
         for pair_ids in (False, True):
@@ -296,7 +300,7 @@ def test_programs_of_one_launch_write_the_same(router, step, monkeypatch):
 def test_devices_share_the_interpreter():
     """JAX calls back from a thread per device, and Triton's interpreter has one state."""
     x = rng("threads").normal(size=(4, 16, 8)).astype(np.float32)
-    mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = mesh_of(4)
     spec = jax.sharding.PartitionSpec("d")
     route = jax.jit(
         jax.shard_map(lambda x: ferrum_jax.route_topk_softmax(x, 8), mesh=mesh, in_specs=spec, out_specs=spec)

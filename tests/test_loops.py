@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import layer
 import numpy as np
 import pytest
-from cases import FLOAT_OPS, OPS, SMALL, Size, finite_args, per_primitive, rng
+from cases import CASES, FLOAT_CASES, SMALL, Size, finite_args, per_primitive, rng
 
 import ferrum_jax
 
@@ -33,28 +33,28 @@ def test_remat_in_scan(policy, every_implementation):
         np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("op", per_primitive(OPS), ids=str)
-def test_scan_over_slices(op, every_implementation):
-    slices = [finite_args(op, rng(op, i), SMALL) for i in range(3)]
-    f = jax.jit(functools.partial(op.results, size=SMALL, implementation=every_implementation))
+@pytest.mark.parametrize("case", per_primitive(CASES), ids=str)
+def test_scan_over_slices(case, every_implementation):
+    slices = [finite_args(case, rng(case, i), SMALL) for i in range(3)]
+    f = jax.jit(functools.partial(case.results, size=SMALL, implementation=every_implementation))
     stacked = tuple(np.stack(a) for a in zip(*slices, strict=True))
     got = jax.lax.scan(lambda c, a: (c, f(*a)), None, stacked)[1]
     for result, *parts in zip(got, *(f(*s) for s in slices), strict=True):
         np.testing.assert_allclose(result, np.stack(parts), rtol=1e-6)
 
 
-@pytest.mark.parametrize("op", per_primitive(FLOAT_OPS), ids=str)
-def test_forward_over_reverse_in_cond_and_remat(op, every_implementation):
-    args = finite_args(op, rng(op), SMALL)
+@pytest.mark.parametrize("case", per_primitive(FLOAT_CASES), ids=str)
+def test_forward_over_reverse_in_cond_and_remat(case, every_implementation):
+    args = finite_args(case, rng(case), SMALL)
 
     def loss(x, flag):
         run = jax.checkpoint(
-            lambda x: op.float_results(x, *args[1:], size=SMALL, implementation=every_implementation)[0]
+            lambda x: case.float_results(x, *args[1:], size=SMALL, implementation=every_implementation)[0]
         )
         return jnp.sum(jax.lax.cond(flag, run, lambda x: 0 * run(x), x) ** 2)
 
     def plain(x):
-        return jnp.sum(op.float_results(x, *args[1:], size=SMALL)[0] ** 2)
+        return jnp.sum(case.float_results(x, *args[1:], size=SMALL)[0] ** 2)
 
     def along(gradient):
         return jax.jit(lambda x, direction: jax.jvp(gradient, (x,), (direction,)))(x, direction)

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
+from meshes import mesh_of
 
 import ferrum_jax as fj
 
@@ -115,7 +116,10 @@ def assert_loss(f, logits, value, gradient):
 def test_load_balancing_loss(normalization, scoring, lead, tokens, experts, top_k, dtype):
     logits, ids, mask = problem(tokens, lead, tokens, experts, top_k, dtype)
     kind = {"normalization": normalization, "scoring": scoring}
-    f = lambda x: fj.load_balancing_loss(x, ids, experts, token_mask=mask, **kind)  # noqa: E731
+
+    def f(x):
+        return fj.load_balancing_loss(x, ids, experts, token_mask=mask, **kind)
+
     assert_loss(f, logits, *balance(logits, ids, experts, mask, **kind))
 
 
@@ -157,9 +161,14 @@ def test_no_token():
     for normalization, scoring in KINDS[::5]:
         kind = {"normalization": normalization, "scoring": scoring}
         for logits, mask in ((x, none), (dead, None), (x[:0], None)):
-            f = lambda x: fj.load_balancing_loss(x, ids[: len(x)], 4, token_mask=mask, **kind)  # noqa: B023, E731
-            g = lambda x: fj.router_z_loss(x, token_mask=mask)  # noqa: B023, E731
-            for value, grad in jax.jit(lambda x: [jax.value_and_grad(h)(x) for h in (f, g)])(logits):  # noqa: B023
+
+            def f(x):
+                return fj.load_balancing_loss(x, ids[: len(x)], 4, token_mask=mask, **kind)  # noqa: B023
+
+            def g(x):
+                return fj.router_z_loss(x, token_mask=mask)  # noqa: B023
+
+            for value, grad in jax.jit(lambda x: [jax.value_and_grad(h)(x) for h in (f, g)])(logits):
                 assert value == 0
                 assert (grad == 0).all()
     assert np.isnan(fj.load_balancing_loss(x, ids, 4))  # a token that counts hides nothing
@@ -173,7 +182,10 @@ def test_even_load_and_definitions():
     assert [loss(normalization=n) for n, _ in KINDS[::2]] == [2, 1, 1]
     logits, ids, _ = problem(5, (3,), 4)
     logits = jnp.nan_to_num(logits, posinf=0, neginf=0)
-    loss = lambda x, i, n: fj.load_balancing_loss(x, i, 5, normalization=n)  # noqa: E731
+
+    def loss(x, i, n):
+        return fj.load_balancing_loss(x, i, 5, normalization=n)
+
     each = [loss(logits[i], ids[i], "switch") for i in range(3)]
     np.testing.assert_allclose(loss(logits, ids, "deepseek"), np.mean(each), rtol=1e-6)
     p = jax.nn.softmax(logits.reshape(-1, 5))
@@ -202,7 +214,10 @@ def test_sharded_as_on_one_device(name):
     logits, ids, mask = problem(7, (4,), 6)
     mask[:2, :3] = False
     logits = logits.at[:2, :3].set(jnp.nan)
-    one = lambda x: loss(name, x, ids, mask)  # noqa: E731
+
+    def one(x):
+        return loss(name, x, ids, mask)
+
     axes = {"axis_name": ("t",), "batch_axis_name": ("b",)}
 
     def local(x, ids, mask):
@@ -222,10 +237,13 @@ def test_sharded_as_on_one_device(name):
 
 
 def test_sharded_over_one_axis_by_name():
-    mesh = jax.make_mesh((DEVICES,), ("d",), axis_types=(AxisType.Auto,))
+    mesh = mesh_of(DEVICES)
     logits, ids, mask = problem(8, (), 8)
     want = jax.jit(jax.grad(f_one))(logits, ids, mask)
-    f = lambda x, i, m: fj.load_balancing_loss(x, i, 5, token_mask=m, axis_name="d")  # noqa: E731
+
+    def f(x, i, m):
+        return fj.load_balancing_loss(x, i, 5, token_mask=m, axis_name="d")
+
     part = jax.shard_map(f, mesh=mesh, in_specs=P("d"), out_specs=P(), check_vma=True)
     np.testing.assert_allclose(jax.jit(jax.grad(part))(logits, ids, mask), want, rtol=1e-5, atol=1e-7)
     counts = jax.shard_map(

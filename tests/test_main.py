@@ -11,6 +11,8 @@ import pytest
 
 import ferrum_jax
 from ferrum_jax import __main__ as program
+from ferrum_jax.bench import products
+from ferrum_jax.bench import text as texts
 
 OPS = [
     name
@@ -101,7 +103,7 @@ def test_one_part(command, there, not_there, capsys, monkeypatch):
 
 
 def test_grouped_product_beside_ragged_dot(capsys):
-    program.grouped(rows=64, width=16)
+    products.main(rows=64, width=16)
     rows = [text.split() for text in capsys.readouterr().out.splitlines()[2:4]]
     assert [row[0] for row in rows] == ["128", "8"]
     assert all(float(ms) > 0 for row in rows for ms in row[1:4])
@@ -174,6 +176,6 @@ def test_there_is_always_a_text(installed, name, text, monkeypatch):
         return installed
 
     monkeypatch.setattr(importlib.metadata, "distribution", distribution)
-    found, words = program._text()
+    found, words = texts.read()
     assert found == name
     assert text.encode() in words

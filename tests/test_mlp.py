@@ -1,7 +1,6 @@
 """moe_mlp against a dense layer in NumPy and in jnp: both flows, every activation, gradients, memory, meshes."""
 
 import functools
-import math
 import re
 
 import jax
@@ -13,7 +12,9 @@ from derivatives import check_derivatives
 from jax import export
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from oracle import assert_close, f64
+from layer import gated_dense
+from meshes import mesh_of
+from oracle import ACTIVATIONS, assert_close, f64
 
 import ferrum_jax
 from ferrum_jax import moe_mlp
@@ -24,29 +25,13 @@ SIZE, F = Size(7, 5, 2, 4), 3
 FLOWS = ("packed", "pair_ids")
 
 
-def sigmoid(x):
-    return 1 / (1 + np.exp(-x))
-
-
-def swiglu_oai(g, u):
-    g, u = np.minimum(g, 7), np.clip(u, -7, 7)
-    return (u + 1) * g * sigmoid(1.702 * g)
-
-
-ACTIVATIONS = {
-    "silu": lambda g, u: g * sigmoid(g) * u,
-    "gelu": lambda g, u: g * (1 + np.vectorize(math.erf)(g / math.sqrt(2))) / 2 * u,
-    "gelu_tanh": lambda g, u: g / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (g + 0.044715 * g**3))) * u,
-    "relu": lambda g, u: np.maximum(g, 0) * u,
-    "relu2": lambda g, u: np.maximum(g, 0) ** 2 * u,
-    "swiglu_oai": swiglu_oai,
-}
-
-
 def arguments(size=SIZE, dtype="float32", scale=1.0, seed=0):
     """x, logits, w_gate_up, w_down, and as keywords the biases."""
     r = rng("mlp", size, seed)
-    make = lambda *shape: (scale * r.normal(size=shape)).astype(np.float32).astype(jnp.dtype(dtype))  # noqa: E731
+
+    def make(*shape):
+        return (scale * r.normal(size=shape)).astype(np.float32).astype(jnp.dtype(dtype))
+
     args = make(size.T, size.H), make(size.T, size.E), make(size.E, size.H, 2 * F), make(size.E, F, size.H)
     return args, {"b_gate_up": make(size.E, 2 * F), "b_down": make(size.E, size.H)}
 
@@ -65,16 +50,6 @@ def dense(x, ids, weights, w_gate_up, w_down, activation, b_gate_up=None, b_down
             gate, up = np.split(terms, 2)
             size[t] += float(weights[t, k]) * (1 + (4 * gate * (1 + gate) * (1 + up)) @ np.abs(f64(w_down[e])))
     return out, size
-
-
-def reference(x, logits, w_gate_up, w_down, b_gate_up, b_down, top_k, act=jax.nn.silu):
-    """Every expert on every token, weighed by a [T, E] mask: what the layer must never do, in jnp."""
-    chosen = jax.nn.one_hot(jax.lax.top_k(logits, top_k)[1], logits.shape[-1]).sum(-2)
-    weights = jax.nn.softmax(jnp.where(chosen > 0, logits, -jnp.inf), axis=-1)
-    both = jnp.einsum("th,ehf->tef", x, w_gate_up) + (0 if b_gate_up is None else b_gate_up[None])
-    gate, up = jnp.split(both, 2, axis=-1)
-    rows = jnp.einsum("tef,efh->teh", act(gate) * up, w_down) + (0 if b_down is None else b_down[None])
-    return jnp.einsum("te,teh->th", weights, rows)
 
 
 @pytest.mark.parametrize("flow", FLOWS)
@@ -102,7 +77,10 @@ def test_router_output_with_pairs_that_have_no_expert(flow, implementation):
 
     got = layer(x, weights, *matrices, **biases)
     assert_close(got, *dense(x, ids, weights, *matrices, ACTIVATIONS["silu"], **biases), "float32")
-    loss = lambda *a: jnp.sum(jnp.sin(layer(*a[:4], b_gate_up=a[4], b_down=a[5])))  # noqa: E731
+
+    def loss(*a):
+        return jnp.sum(jnp.sin(layer(*a[:4], b_gate_up=a[4], b_down=a[5])))
+
     gradients = jax.jit(jax.grad(loss, range(6)))(x, weights, *matrices, *biases.values())
     assert all(bool(jnp.all(jnp.isfinite(g))) for g in gradients)
     assert not np.any(gradients[0][3])
@@ -134,11 +112,19 @@ def test_gradients_equal_the_dense_layers(size, flow, biased, every_implementati
     (x, logits, *matrices), biases = arguments(size, scale=0.5)
     args = x, logits, *matrices, *(biases.values() if biased else (None, None))
     fixed = {"top_k": size.K, "flow": flow, "implementation": every_implementation}
-    ours = lambda *a: moe_mlp(*a[:4], b_gate_up=a[4], b_down=a[5], **fixed)  # noqa: E731
-    loss = lambda f: lambda *a: jnp.sum(jnp.sin(f(*a)))  # noqa: E731
+
+    def ours(*a):
+        return moe_mlp(*a[:4], b_gate_up=a[4], b_down=a[5], **fixed)
+
+    def loss(f):
+        return lambda *a: jnp.sum(jnp.sin(f(*a)))
+
     operands = range(6 if biased else 4)
-    both = lambda f: jax.jit(lambda *a: (f(*a), *jax.grad(loss(f), operands)(*a)))(*args)  # noqa: E731
-    for g, w in zip(both(ours), both(functools.partial(reference, top_k=size.K)), strict=True):
+
+    def both(f):
+        return jax.jit(lambda *a: (f(*a), *jax.grad(loss(f), operands)(*a)))(*args)
+
+    for g, w in zip(both(ours), both(functools.partial(gated_dense, top_k=size.K)), strict=True):
         assert_close(g, f64(w), np.abs(w).max(), "float32")  # sums that cancel: their terms' size is the largest's
 
 
@@ -273,13 +259,19 @@ def test_flow_by_size():
 def test_data_parallel_gradient(flow, kind):
     """Tokens sharded, matrices shared: inside shard_map with check_vma, and as plain sharded arrays."""
     devices = min(4, jax.device_count())
-    mesh = jax.make_mesh((devices,), ("d",), axis_types=(kind,))
+    mesh = mesh_of(devices, kind)
     (x, logits, *matrices), biases = arguments(Size(8, 4, 2, 4))
     args, specs = (x, logits, *matrices, *biases.values()), (P("d"), P("d"), *[P()] * 4)
-    run = lambda *a: jnp.sum(jnp.sin(moe_mlp(*a[:4], top_k=2, b_gate_up=a[4], b_down=a[5], flow=flow)))  # noqa: E731
+
+    def run(*a):
+        return jnp.sum(jnp.sin(moe_mlp(*a[:4], top_k=2, b_gate_up=a[4], b_down=a[5], flow=flow)))
+
     want = jax.jit(jax.grad(run, range(6)))(*args)
     placed = [jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip(args, specs, strict=True)]
-    local = lambda *a: jax.lax.psum(run(*a), "d")  # noqa: E731
+
+    def local(*a):
+        return jax.lax.psum(run(*a), "d")
+
     sharded = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=True)
     with jax.set_mesh(mesh):
         for f in (sharded, run):
@@ -304,7 +296,7 @@ def test_data_parallel_gradient(flow, kind):
 )
 def test_tokens_sharded_along_any_axis(spec, flow, kind):
     """As in a residual block, which adds the result to what was given."""
-    mesh = jax.make_mesh((2,), ("d",), axis_types=(kind,))
+    mesh = mesh_of(2, kind)
     (x, logits, *matrices), _ = arguments(Size(12, 4, 2, 4))
     x, logits = (a.reshape(2, 6, -1) for a in (x, logits))
     ids, weights = ferrum_jax.route_topk_softmax(logits, 2)
@@ -342,10 +334,13 @@ def test_x64_and_export():
 def test_peak_memory(flow):
     """Forward and backward: a fraction of the dense formulation's; rows of the pairs, not of pairs x experts."""
     t, e, k, h, f = 512, 32, 2, 64, 64
-    of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
+
+    def of(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
     args = of(t, h), of(t, e), of(e, h, 2 * f), of(e, f, h)
     ours = functools.partial(moe_mlp, top_k=k, flow=flow)
-    other = functools.partial(reference, b_gate_up=None, b_down=None, top_k=k)
+    other = functools.partial(gated_dense, b_gate_up=None, b_down=None, top_k=k)
     for transform in (lambda g: g, lambda g: jax.grad(lambda *a: jnp.sum(g(*a) ** 2), range(4))):
         peaks = [
             jax.jit(transform(g)).lower(*args).compile().memory_analysis().temp_size_in_bytes for g in (ours, other)
@@ -378,7 +373,7 @@ WRONG = {
     "implementation": ({"implementation": "cuda"}, ValueError, ["implementation", "'cuda'"]),
     "x rank": ({"x": ONES(4)}, ValueError, ["x", "[..., T, H]", "(4,)"]),
     "x dtype": ({"x": ONES((7, 4), int)}, TypeError, ["x", "int32"]),
-    "logits rows": ({"router_logits": ONES((6, 5))}, ValueError, ["router_logits", "(7,)", "(6, 5)"]),
+    "logits rows": ({"router_logits": ONES((6, 5))}, ValueError, ["router_logits", "T = 7", "(6, 5)"]),
     "logits experts": ({"router_logits": ONES((7, 4))}, ValueError, ["router_logits", "5", "(7, 4)"]),
     "one dtype": ({"w_gate_up": ONES((5, 4, 6), BF16)}, TypeError, ["w_down", "bfloat16", "float32"]),
     "x and matrices": ({"x": ONES((7, 4), BF16)}, TypeError, ["w_gate_up", "bfloat16", "float32"]),
@@ -418,7 +413,7 @@ WRONG = {
     "its rows": (
         {"router_output": (ZEROS((6, 2), int), ONES((6, 2))), **NO_LOGITS},
         ValueError,
-        ["router_output", "(7,)", "(6, 2)"],
+        ["expert_ids", "T = 7", "(6, 2)"],
     ),
 }
 

@@ -35,7 +35,10 @@ def make(preset=presets.mixtral, seed=0, **kwargs):
     """A layer with parameters from NumPy, which compiles nothing, and biases that are not 0."""
     module = nnx.eval_shape(lambda: MoE(H, F, preset, rngs=nnx.Rngs(0), **kwargs))
     r = rng("nnx", seed)
-    draw = lambda p: np.asarray(r.normal(size=p.shape) * max(p.shape[-2:-1], default=10) ** -0.5)  # noqa: E731
+
+    def draw(p):
+        return np.asarray(r.normal(size=p.shape) * max(p.shape[-2:-1], default=10) ** -0.5)
+
     module.load(module.params()._make(None if p is None else draw(p) for p in module.params()))
     return module
 
@@ -119,7 +122,9 @@ def test_values_and_gradients_against_numpy(name):
     p = {name: f64(value) for name, value in module.params()._asdict().items() if value is not None}
     x64, probe64 = f64(x), f64(probe)
     ids = chosen(p, x64, preset)
-    loss64 = lambda: np.sum(np.sin(dense(p, x64, preset, ids)) * probe64)  # noqa: E731
+
+    def loss64():
+        return np.sum(np.sin(dense(p, x64, preset, ids)) * probe64)
 
     def loss(module, x):
         y = module(x)
@@ -147,7 +152,10 @@ def test_leading_axes_and_no_tokens():
 def test_dtypes():
     """float32 wins unless told otherwise; the router is float32 whatever the rest is."""
     x = tokens(T, H, dtype="bfloat16")
-    of = lambda module, x: nnx.eval_shape(call, module, x).dtype  # noqa: E731
+
+    def of(module, x):
+        return nnx.eval_shape(call, module, x).dtype
+
     assert of(make(), x) == of(make(), x.astype("float16")) == of(make(param_dtype="float16"), x) == jnp.float32
     assert of(make(dtype="bfloat16"), x.astype("float32")) == jnp.bfloat16
     module = make(SMALL["qwen3_next"], param_dtype="bfloat16")
@@ -168,7 +176,10 @@ def test_what_float16_cannot_hold_goes_through_every_activation(weight_on_input)
     x, gate_up, down, bias = beyond_float16()
     params = MoEParams(np.ones((4, 1), np.float16), gate_up, down, shared_w_gate_up=gate_up[0], shared_w_down=down[0])
     biased = params._replace(b_gate_up=bias, b_down=bias)
-    same = lambda gate, up: jax.nn.silu(gate) * up  # noqa: E731
+
+    def same(gate, up):
+        return jax.nn.silu(gate) * up
+
     settings = {"top_k": 1, "router_dtype": "float16", "weight_on_input": weight_on_input}
     modules = [
         MoE.from_params(p, activation=activation, **settings) for p in (params, biased) for activation in ("silu", same)
@@ -353,7 +364,10 @@ def test_parameters_are_made_sharded(kind, unsharded):
 def test_partition_names_every_axis_and_survives_vmap():
     names = {"E": "expert", "H": ("data", "host"), "F": "model"}
     with nnx.use_eager_sharding(False):
-        make_one = lambda rngs: MoE(H, F, SMALL["qwen3_next"], partition=names, rngs=rngs)  # noqa: E731
+
+        def make_one(rngs):
+            return MoE(H, F, SMALL["qwen3_next"], partition=names, rngs=rngs)
+
         stack = nnx.vmap(make_one, transform_metadata={nnx.PARTITION_NAME: "layer"})
         layers = nnx.eval_shape(lambda: stack(nnx.Rngs(0).split(2)))
     specs = {name: tuple(v.get_metadata("out_sharding")) for name, v in nnx.state(layers, nnx.Param).items()}
@@ -410,7 +424,10 @@ def test_loaded_parameters_are_no_more_bound_to_a_device_than_the_layers_own():
 
 def test_how_it_is_run_is_passed_on():
     x = jax.ShapeDtypeStruct((T, H), jnp.float32)
-    lowered = lambda **how: str(jax.make_jaxpr(make(**how))(x))  # noqa: E731
+
+    def lowered(**how):
+        return str(jax.make_jaxpr(make(**how))(x))
+
     assert "ferrum_moe_dispatch" not in lowered()
     assert "ferrum_moe_dispatch" in lowered(flow="packed")
     assert "block_size=32" in lowered(block_size=32)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from cases import FLOAT_OPS, SMALL, Size, rng
+from cases import FLOAT_CASES, SMALL, Size, rng
 from compiled import launches, needs_pjrt, needs_plugin, on_h200, whole_program_for_h200
 from jax import lax
 from jax.experimental import pallas as pl
@@ -20,7 +20,7 @@ from ferrum_jax.kernels.pallas import combine
 from ferrum_jax.kernels.pallas.interpret import interpret
 
 of = jax.ShapeDtypeStruct
-OPS = [op for op in FLOAT_OPS if op.has_kernel("pallas") and not op.name.startswith("grouped")]
+PALLAS_CASES = [case for case in FLOAT_CASES if case.has_kernel("pallas") and not case.name.startswith("grouped")]
 
 
 @pytest.fixture
@@ -40,20 +40,20 @@ def interpreting():
     ],
     ids=str,
 )
-@pytest.mark.parametrize("op", OPS, ids=str)
+@pytest.mark.parametrize("case", PALLAS_CASES, ids=str)
 @pytest.mark.usefixtures("interpreting")
-def test_values(op, size, dtype):
-    args = op.args(rng(op, size), size, dtype)
-    got = op.results(*args, size=size, implementation="pallas")
-    oracle.assert_matches(got, op.oracle(*args, size=size))
+def test_values(case, size, dtype):
+    args = case.args(rng(case, size), size, dtype)
+    got = case.results(*args, size=size, implementation="pallas")
+    oracle.assert_matches(got, case.oracle(*args, size=size))
 
 
 @pytest.mark.interpreted
 @pytest.mark.usefixtures("interpreting", "x64")
-@pytest.mark.parametrize("op", [OPS[0], OPS[4]], ids=str)
-def test_x64_changes_nothing(op):
-    args = op.args(rng(op), SMALL, "bfloat16")
-    oracle.assert_matches(op.results(*args, size=SMALL, implementation="pallas"), op.oracle(*args, size=SMALL))
+@pytest.mark.parametrize("case", [PALLAS_CASES[0], PALLAS_CASES[4]], ids=str)
+def test_x64_changes_nothing(case):
+    args = case.args(rng(case), SMALL, "bfloat16")
+    oracle.assert_matches(case.results(*args, size=SMALL, implementation="pallas"), case.oracle(*args, size=SMALL))
 
 
 @pytest.mark.interpreted

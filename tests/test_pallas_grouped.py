@@ -14,7 +14,9 @@ from cases import Size, grouped_args, grouped_matmul, rng, rows
 from compiled import needs_pjrt, needs_plugin, on_h200, whole_program_for_h200
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AxisType
-from test_grouped import MODELS, check
+from meshes import mesh_of
+from shapes import PRODUCTS
+from test_grouped import check
 
 import ferrum_jax
 from ferrum_jax.kernels import pallas
@@ -72,7 +74,9 @@ def test_a_batch_and_tables_made_by_hand():
     lhs, rhs = rows(r, (2, 13, 16), "bfloat16"), rows(r, (1, 3, 16, 24), "bfloat16")
 
     def both(name):
-        f = lambda lhs, rhs: grouped_matmul(lhs, rhs, slots, blocks, total, implementation=name)  # noqa: E731
+        def f(lhs, rhs):
+            return grouped_matmul(lhs, rhs, slots, blocks, total, implementation=name)
+
         out, vjp = jax.vjp(f, lhs, rhs)
         return out, *vjp(out)
 
@@ -131,7 +135,7 @@ def repeated(f, x, matrices):
 
 def sharded(f, x, matrices, axis_types):
     """The batch over as many devices as there are, up to two: by hand in an Auto mesh, by shardings in an Explicit."""
-    mesh = jax.make_mesh((min(2, jax.device_count()),), ("d",), axis_types=(axis_types,))
+    mesh = mesh_of(min(2, jax.device_count()), axis_types)
     by_batch = jax.sharding.PartitionSpec("d")
     if axis_types == AxisType.Explicit:
         with jax.set_mesh(mesh):
@@ -349,9 +353,16 @@ def test_lowered_under_x64(activation):
 
 def test_float32_and_other_gpus_are_refused_by_name():
     size = Size(4, 3, 2, 16, 8)
-    call = lambda dtype, kind: ferrum_jax.which(  # noqa: E731
-        grouped_matmul, *grouped_args(rng("r"), size, dtype), platform="cuda", device_kind=kind, implementation="pallas"
-    )
+
+    def call(dtype, kind):
+        return ferrum_jax.which(
+            grouped_matmul,
+            *grouped_args(rng("r"), size, dtype),
+            platform="cuda",
+            device_kind=kind,
+            implementation="pallas",
+        )
+
     assert call("bfloat16", "NVIDIA H200").implementation == "pallas"
     with pytest.raises(NotImplementedError, match=r"wgmma multiplies float16 and bfloat16; got float32"):
         call("float32", "NVIDIA H200")
@@ -405,7 +416,7 @@ def test_an_epilogue_that_pallas_lacks_is_left_to_the_parts():
 )
 def test_code_for_an_h200(model, tokens, block, dtype, pair_ids, gradients):
     """wgmma in the loops and no spills; what does not fit in shared memory would not compile."""
-    experts, k, height, width = (MODELS | {"qwen3_down": (128, 8, 768, 2048)})[model]
+    experts, k, height, width = PRODUCTS[model]
     slots = ferrum_jax.max_aligned_rows(tokens * k, experts, block)
     tables = of((slots,), jnp.int32), of((slots // block,), jnp.int32), of((), jnp.int32)
     top_k = k if pair_ids else 1
@@ -445,7 +456,7 @@ def test_code_for_an_h200(model, tokens, block, dtype, pair_ids, gradients):
     ],
 )
 def test_code_of_an_epilogue(tokens, block, activation, weighted, dtype):
-    experts, k, height, width = MODELS["qwen3"]
+    experts, k, height, width = PRODUCTS["qwen3"]
     slots = ferrum_jax.max_aligned_rows(tokens * k, experts, block)
     tables = of((slots,), jnp.int32), of((slots // block,), jnp.int32), of((), jnp.int32)
     weights = [of((tokens * k,), jnp.float32)] if weighted else []

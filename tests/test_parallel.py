@@ -16,10 +16,12 @@ import oracle
 import pytest
 from cases import Size, rng
 from compiled import h200s, needs_pjrt
+from derivatives import cotangent, with_gradients
 from jax import lax
 from jax.interpreters import mlir
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from meshes import mesh_of
 from test_mlp import beyond_float16
 
 import ferrum_jax
@@ -74,15 +76,9 @@ def layer(x, ids, weights, gate_up, down, b_gate_up, b_down, run=ferrum_jax.moe_
     return run(x, None, gate_up, down, router_output=routed, b_gate_up=b_gate_up, b_down=b_down, **kwargs)
 
 
-def cotangent(out):
-    """It does not depend on the result: of large results in 16 bits a sine would be another one."""
-    return np.sin(np.arange(out.size)).reshape(out.shape).astype(out.dtype)
-
-
 def value_and_gradients(f):
     def run(ids, x, weights, *rest):
-        out, vjp = jax.vjp(lambda x, weights, *rest: f(x, ids, weights, *rest), x, weights, *rest)
-        return out, *vjp(cotangent(out))
+        return with_gradients(lambda x, weights, *rest: f(x, ids, weights, *rest))(x, weights, *rest)
 
     return jax.jit(run)
 
@@ -90,10 +86,6 @@ def value_and_gradients(f):
 @functools.cache
 def unsharded():
     return value_and_gradients(layer)
-
-
-def mesh_of(devices, kind=AxisType.Auto):
-    return jax.make_mesh((devices,), ("d",), axis_types=(kind,))
 
 
 def close(got, want, dtype="float32"):
@@ -204,7 +196,10 @@ def test_axes_of_a_larger_mesh():
     every, spread = P(("data", "host", "chip")), ("host", "chip")
     run = functools.partial(moe_mlp, axis_name=spread, top_k=SIZE.K, exchange="padded")
     f = jax.shard_map(run, mesh=mesh, in_specs=(every, every, P(spread), P(spread)), out_specs=every)
-    loss = lambda f: lambda *a: jnp.sum(jnp.sin(f(*a)))  # noqa: E731
+
+    def loss(f):
+        return lambda *a: jnp.sum(jnp.sin(f(*a)))
+
     got = jax.jit(jax.grad(loss(f), 1))(x.reshape(8, 3, -1), logits.reshape(8, 3, -1), *rest[:2])
     want = jax.jit(jax.grad(loss(functools.partial(ferrum_jax.moe_mlp, top_k=SIZE.K)), 1))(x, logits, *rest[:2])
     close((got.reshape(logits.shape),), (want,))
@@ -256,7 +251,12 @@ def test_no_tokens(exchange):
     x, logits, _, gate_up, down, *_ = arguments()
     run = functools.partial(moe_mlp, axis_name="d", top_k=SIZE.K, exchange=exchange)
     f = jax.shard_map(run, mesh=mesh_of(4), in_specs=P("d"), out_specs=P("d"))
-    both = jax.jit(lambda *a: (lambda out, vjp: (out, *vjp(out)))(*jax.vjp(f, *a)))
+
+    @jax.jit
+    def both(*args):
+        out, vjp = jax.vjp(f, *args)
+        return out, *vjp(out)
+
     out, *gradients = both(x[:0], logits[:0], gate_up, down)
     assert out.shape == (0, SIZE.H)
     assert not any(np.any(g) for g in gradients)

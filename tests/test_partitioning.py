@@ -1,5 +1,6 @@
-"""Plain jit over sharded arrays: each device computes its shards, and nothing is gathered."""
+"""Plain jit over sharded arrays: XLA divides the ops' meanings. Kernels run inside shard_map, and say so elsewhere."""
 
+import contextlib
 import functools
 import re
 
@@ -7,25 +8,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import OPS, Size, finite_args, rng
+from cases import CASES, Size, finite_args, rng
 from compiled import h200s, needs_pjrt, whole_program_for_h200
 from jax import export
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from meshes import mesh_of
 
 import ferrum_jax
 
 SIZE = Size(8, 8, 4, 16)
-BY_NAME = {op.name: op for op in OPS}
+BY_NAME = {case.name: case for case in CASES}
 T, H, HEAD, NONE = P("d"), P(None, "d"), P(None, None, "d"), P()
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 
-# op, whether under vmap, the operands' specs, the mesh, the collectives of its values, and whether its gradients too
-# gather nothing (a gradient to replicated rows needs every token)
-CASES = [
-    ("route_topk_softmax", False, (T,), AUTO, [], True),
-    ("route_topk_softmax", True, (T,), EXPLICIT, [], True),
+# Layouts in which nothing is gathered: op, whether under vmap, the operands' specs, the mesh, the collectives of its
+# values, and whether its gradients too gather nothing (a gradient to replicated rows needs every token).
+LAYOUTS = [
     ("moe_combine", False, (NONE, T, T), EXPLICIT, [], False),
     ("moe_combine", False, (H, NONE, NONE), AUTO, [], True),
     ("moe_combine", True, (T, T, T), AUTO, [], True),
@@ -35,7 +35,6 @@ CASES = [
     ("moe_dispatch", True, (T, T), AUTO, [], True),
     ("weighted_sum_batched", False, (T, T), EXPLICIT, [], True),
     ("weighted_sum_batched", False, (HEAD, NONE), AUTO, [], True),
-    ("grouped_matmul", True, (T, NONE, T, T, T), AUTO, [], True),
     ("grouped_matmul", False, (NONE, HEAD, NONE, NONE, NONE), EXPLICIT, [], True),
     ("grouped_matmul-pair_ids", False, (H, H, NONE, NONE, NONE), AUTO, ["all-reduce"], True),
     ("moe_plan", True, (T,), AUTO, [], False),
@@ -52,19 +51,15 @@ def with_collectives(f, *args):
     return compiled(*args), collectives(compiled.as_text())
 
 
-def mesh_of(devices, kind=AxisType.Auto):
-    return jax.make_mesh((devices,), ("d",), axis_types=(kind,))
-
-
-@pytest.mark.parametrize(("name", "mapped", "specs", "kind", "collected", "also_gradients"), CASES)
+@pytest.mark.parametrize(("name", "mapped", "specs", "kind", "collected", "also_gradients"), LAYOUTS)
 def test_shards_are_computed_where_they_are(name, mapped, specs, kind, collected, also_gradients):
-    op, mesh = BY_NAME[name], mesh_of(4, kind)
-    slices = [list(finite_args(op, rng(name, i), SIZE)) for i in range(4 if mapped else 1)]
+    case, mesh = BY_NAME[name], mesh_of(4, kind)
+    slices = [list(finite_args(case, rng(name, i), SIZE)) for i in range(4 if mapped else 1)]
     for args in slices if name.startswith("grouped") else []:
         args[1] = np.pad(args[1], ((0, 0), (0, 0), (0, -args[1].shape[2] % 4)))
     shared = {1} if name == "grouped_matmul" and mapped else set()
     args = [np.stack(a) if mapped and i not in shared else a[0] for i, a in enumerate(zip(*slices, strict=True))]
-    run = functools.partial(op.results, size=SIZE)
+    run = functools.partial(case.results, size=SIZE)
     f = jax.vmap(run, [None if i in shared else 0 for i in range(len(args))]) if mapped else run
 
     def loss(*args):
@@ -75,9 +70,9 @@ def test_shards_are_computed_where_they_are(name, mapped, specs, kind, collected
     assert found == collected
     want = f(*args)
     if also_gradients:
-        gradients, found = with_collectives(jax.grad(loss, op.floats), *placed)
+        gradients, found = with_collectives(jax.grad(loss, case.floats), *placed)
         assert set(found) <= {"all-reduce"}
-        results, want = (*results, *gradients), (*want, *jax.grad(loss, op.floats)(*args))
+        results, want = (*results, *gradients), (*want, *jax.grad(loss, case.floats)(*args))
     for g, w in zip(results, want, strict=True):
         np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5)
 
@@ -88,11 +83,17 @@ def test_products_are_added_across_devices_in_float32(transposed):
     tables = ferrum_jax.moe_plan(np.array([[0]]), 1, 1)
     x, w = np.full((1, 8), 200, np.float16), np.full((1, 8, 8), 200, np.float16)
     x[:, 4:] = -200
-    product = lambda x, w: ferrum_jax.grouped_matmul(x, w, tables, preferred_element_type="float16")  # noqa: E731
-    f = (lambda g, w: jax.vjp(lambda x: product(x, w), jnp.zeros_like(g))[1](g)[0]) if transposed else product
+
+    def product(x, w):
+        return ferrum_jax.grouped_matmul(x, w, tables, preferred_element_type="float16")
+
+    def cotangent_of_x(g, w):
+        (dx,) = jax.vjp(lambda x: product(x, w), jnp.zeros_like(g))[1](g)
+        return dx
+
     specs = P(None, "d"), P(None, None, "d") if transposed else P(None, "d")
     placed = [jax.device_put(a, NamedSharding(mesh_of(2), s)) for a, s in zip((x, w), specs, strict=True)]
-    result, found = with_collectives(f, *placed)
+    result, found = with_collectives(cotangent_of_x if transposed else product, *placed)
     assert found == ["all-reduce"]
     np.testing.assert_array_equal(result, np.zeros((1, 8)))
 
@@ -111,27 +112,32 @@ def test_two_axes_and_a_mesh_that_is_not_the_results():
         np.testing.assert_allclose(result, want, rtol=1e-6)
 
 
-def test_other_numbers_of_devices():
-    """Three and eight are powers of a prime. Six is not: there the compiler decides, and values are the same."""
-    logits = rng("n").normal(size=(24, 8)).astype(np.float32)
-    f = lambda x: ferrum_jax.route_topk_softmax(x, 2)  # noqa: E731
-    for devices in (3, 8, 6):
-        results, found = with_collectives(f, jax.device_put(logits, NamedSharding(mesh_of(devices), P("d"))))
-        assert not found or devices == 6
-        for g, w in zip(results, f(logits), strict=True):
-            np.testing.assert_allclose(g, w, rtol=1e-6)
+@pytest.mark.parametrize(
+    ("name", "mapped", "specs", "kind"),
+    [
+        ("route_topk_softmax", False, (T,), AUTO),
+        ("route_topk_softmax", True, (T,), EXPLICIT),
+        ("grouped_matmul", True, (T, NONE, T, T, T), AUTO),
+    ],
+)
+def test_what_xla_may_gather_has_the_same_values(name, mapped, specs, kind):
+    case, mesh = BY_NAME[name], mesh_of(4, kind)
+    args = finite_args(case, rng(name), SIZE)
+    args = [np.stack([a] * 4) if mapped and s != NONE else a for a, s in zip(args, specs, strict=True)]
+    run = functools.partial(case.results, size=SIZE)
+    f = jax.vmap(run, [None if s == NONE else 0 for s in specs]) if mapped else run
+    placed = [jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip(args, specs, strict=True)]
+    for got, want in zip(jax.jit(f)(*placed), f(*args), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("shardy", [None, True, False])
-def test_a_jax_without_the_flag_of_shardy_divides_programs(shardy, monkeypatch):
-    """None: its partitioner is then the only one, and the flag is gone. Off, it is the other one, which cannot."""
-    if shardy is None:
-        monkeypatch.delattr(type(jax.config), "jax_use_shardy_partitioner")
-    else:
-        monkeypatch.setattr(type(jax.config), "jax_use_shardy_partitioner", shardy)
-    x = jax.device_put(np.zeros((4, 8), np.float32), NamedSharding(mesh_of(2), P("d")))
-    text = jax.jit(lambda x: ferrum_jax.route_topk_softmax(x, 2)).lower(x).as_text()
-    assert ("CustomSPMDPartitioning" in text) == (shardy is not False)
+def test_any_number_of_devices():
+    slots, weights = rng("n").normal(size=(24, 3, 4)).astype(np.float32), np.ones((24, 3), np.float32)
+    for devices in (3, 6, 8):
+        placed = [jax.device_put(a, NamedSharding(mesh_of(devices), P("d"))) for a in (slots, weights)]
+        got, found = with_collectives(ferrum_jax.weighted_sum_batched, *placed)
+        assert found == []
+        np.testing.assert_allclose(got, slots.sum(1), rtol=1e-5, atol=1e-6)
 
 
 def test_programs_without_devices_and_exported_ones():
@@ -146,12 +152,37 @@ def test_programs_without_devices_and_exported_ones():
 
 
 @needs_pjrt
-def test_kernels_run_on_shards_on_gpus():
+def test_kernels_run_inside_shard_map_and_nowhere_else_on_several_gpus():
     """Triton's custom call has the shapes of one device's part."""
     mesh = jax.sharding.Mesh(np.array(h200s(4)), ("d",), axis_types=(AUTO,))
     x = jax.ShapeDtypeStruct((512, 128), jnp.bfloat16, sharding=NamedSharding(mesh, P("d")))
-    program, _ = whole_program_for_h200(
-        lambda x: ferrum_jax.route_topk_softmax(x, 2, implementation="triton").expert_weights, x
-    )
+
+    def route(x, implementation=None):
+        return ferrum_jax.route_topk_softmax(x, 2, implementation=implementation).expert_weights
+
+    program, _ = whole_program_for_h200(jax.shard_map(route, mesh=mesh, in_specs=P("d"), out_specs=P("d")), x)
     assert re.findall(r"f32\[([\d,]+)\][^=]*custom-call\(.*triton_kernel_call", program) == ["128,2"]
     assert collectives(program) == []
+    assert "triton_kernel_call" not in whole_program_for_h200(route, x)[0]
+    with pytest.raises(NotImplementedError, match=r"runs on 4 devices .*: call it inside jax.shard_map"):
+        whole_program_for_h200(functools.partial(route, implementation="triton"), x)
+
+
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=str)
+def test_which_says_where_kernels_do_not_run(kind):
+    mesh = mesh_of(4, kind)
+    x = jax.ShapeDtypeStruct((512, 128), jnp.bfloat16, sharding=NamedSharding(mesh, P("d")))
+
+    def route(x):
+        return ferrum_jax.route_topk_softmax(x, 2).expert_weights
+
+    ask = functools.partial(ferrum_jax.which, platform="cuda", device_kind="NVIDIA H200")
+    many = "runs on 4 devices under plain jit"
+    for context in (jax.set_mesh(mesh), contextlib.nullcontext()):  # the mesh of the context, and the argument's
+        with context:
+            choice = ask(route, x)
+        assert choice.implementation == "xla"
+        assert many in choice.passed_over["triton"]
+    with jax.set_mesh(mesh):
+        inside = ask(jax.shard_map(route, in_specs=P("d"), out_specs=P("d")), x)
+    assert not any(many in reason for reason in inside.passed_over.values())

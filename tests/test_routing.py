@@ -19,7 +19,7 @@ from shapes import MODELS
 
 import ferrum_jax
 from ferrum_jax import route_topk
-from ferrum_jax.ops.routing import GROUP_SCORES, SCORINGS, ZERO_SUMS
+from ferrum_jax.ops.scoring import GROUP_SCORES, SCORINGS, ZERO_SUMS
 
 GROUPS = ({}, *({"num_groups": 5, "group_top_k": 3, "group_score": score} for score in GROUP_SCORES))
 DIVISIONS = [*({"norm_topk_prob": True, "zero_sum": rule} for rule in ZERO_SUMS), {"norm_topk_prob": False}]
@@ -269,7 +269,10 @@ def test_token_mask(scoring, replay):
     got, want = route(x, token_mask=mask), route(x)
     for a, b, none in zip(got, want, (-1, 0), strict=True):
         np.testing.assert_array_equal(a, np.where(mask[:, None], b, none))
-    loss = lambda x, **given: jnp.sum(route(x, **given).expert_weights ** 2 * jnp.arange(1.0, 4)[None])  # noqa: E731
+
+    def loss(x, **given):
+        return jnp.sum(route(x, **given).expert_weights ** 2 * jnp.arange(1.0, 4)[None])
+
     gradient = jax.jit(jax.grad(loss))
     np.testing.assert_array_equal(gradient(x, token_mask=mask)[~mask], np.zeros((6, 8)))
     np.testing.assert_array_equal(gradient(x, token_mask=mask)[mask], gradient(x)[mask])
@@ -351,8 +354,11 @@ def test_derivatives_are_finite_where_no_logit_is_nan_or_inf(scoring, zero_sum):
     x[6, ::2] = [3e38, -3e38, 1e-45, -1e4]
     for norm in (True, False):
         route = functools.partial(route_topk, top_k=5, scoring=scoring, zero_sum=zero_sum, norm_topk_prob=norm)
-        f = lambda x: jnp.sum(route(x, bias=jnp.arange(8.0)).expert_weights ** 2 * jnp.arange(5.0)[None])  # noqa: E731, B023
-        gradient, hessian = jax.jit(lambda x: (jax.grad(f)(x), jax.hessian(f)(x)))(x)  # noqa: B023
+
+        def f(x):
+            return jnp.sum(route(x, bias=jnp.arange(8.0)).expert_weights ** 2 * jnp.arange(5.0)[None])  # noqa: B023
+
+        gradient, hessian = jax.jit(lambda x: (jax.grad(f)(x), jax.hessian(f)(x)))(x)
         assert bool(jnp.all(jnp.isfinite(gradient)))
         assert bool(jnp.all(jnp.isfinite(hessian)))
         np.testing.assert_array_equal(gradient[3], np.zeros(8))
@@ -369,7 +375,10 @@ def test_a_bias_of_some_leading_axes(name):
     """One for all, one a layer, one that only vmap maps, and logits that all of them share."""
     r = rng("leads")
     x, bias = r.normal(size=(2, 3, 6)).astype(np.float32), r.normal(size=(2, 6)).astype(np.float32)
-    route = lambda x, b: route_topk(x, 2, bias=b, scoring="sigmoid", implementation=name)  # noqa: E731
+
+    def route(x, b):
+        return route_topk(x, 2, bias=b, scoring="sigmoid", implementation=name)
+
     interpreting = ferrum_jax.interpret_kernels() if name in KERNELS else jax.disable_jit(False)
     with interpreting:
         layers = route(x, bias), jax.vmap(route)(x, bias)
@@ -461,7 +470,9 @@ def test_which():
 
 
 def test_rows_that_fit_no_program_are_refused_by_name():
-    zeros = lambda experts: np.zeros((1, experts), np.float32)  # noqa: E731
+    def zeros(experts):
+        return np.zeros((1, experts), np.float32)
+
     with ferrum_jax.interpret_kernels():
         with pytest.raises(NotImplementedError, match="16384 lanes at most; 16400 take 32768"):
             route_topk(zeros(16400), 2, implementation="triton")
@@ -485,7 +496,10 @@ REAL = {
 
 def real(model, implementation):
     experts, top_k, _ = MODELS[model]
-    f = lambda x, bias: route_topk(x, top_k, bias=bias, implementation=implementation, **REAL[model])  # noqa: E731
+
+    def f(x, bias):
+        return route_topk(x, top_k, bias=bias, implementation=implementation, **REAL[model])
+
     return f, jax.ShapeDtypeStruct((8192, experts), jnp.bfloat16), jax.ShapeDtypeStruct((experts,), jnp.float32)
 
 

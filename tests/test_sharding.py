@@ -8,29 +8,24 @@ import jax.numpy as jnp
 import layer
 import numpy as np
 import pytest
-from cases import FLOAT_OPS, OPS, SMALL, VARIANTS, Size, finite_args, per_primitive, rng
+from cases import CASES, FLOAT_CASES, SMALL, VARIANTS, Size, finite_args, per_primitive, rng
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from meshes import mesh_of
 
 import ferrum_jax
 
 DEVICES = min(4, jax.device_count())
-
-
 KINDS = [AxisType.Explicit, AxisType.Auto]
 ONE_A_FAMILY = {"route_topk_softmax", "moe_plan", "moe_combine", "grouped_matmul_activated"}
 
 
-def mesh_of(kind):
-    return jax.make_mesh((DEVICES,), ("d",), axis_types=(kind,))
-
-
-def on_each_mesh(ops):
+def on_each_mesh(cases):
     """Every primitive with Explicit axes, and one a family with Auto ones; in a full run every op with both."""
     found = []
-    for op, kind in itertools.product(ops, KINDS):
-        usual = op.name in ONE_A_FAMILY or (kind == AxisType.Explicit and op.name not in VARIANTS)
-        found.append(pytest.param(op, kind, marks=[] if usual else [pytest.mark.full]))
+    for case, kind in itertools.product(cases, KINDS):
+        usual = case.name in ONE_A_FAMILY or (kind == AxisType.Explicit and case.name not in VARIANTS)
+        found.append(pytest.param(case, kind, marks=[] if usual else [pytest.mark.full]))
     return found
 
 
@@ -38,13 +33,19 @@ def place(mesh, specs, args):
     return [jax.device_put(a, NamedSharding(mesh, s)) for s, a in zip(specs, args, strict=True)]
 
 
-@pytest.mark.parametrize(("op", "kind"), on_each_mesh(OPS), ids=str)
-def test_shard_map_over_a_batch(op, kind, every_implementation):
+@pytest.mark.parametrize(("case", "kind"), on_each_mesh(CASES), ids=str)
+def test_shard_map_over_a_batch(case, kind, every_implementation):
     """The first operand differs between devices, the others do not: they vary over fewer axes."""
-    slices = [finite_args(op, rng(op, i), SMALL) for i in range(DEVICES)]
+    slices = [finite_args(case, rng(case, i), SMALL) for i in range(DEVICES)]
     args = [np.stack([s[0] for s in slices]), *slices[0][1:]]
-    mesh, f = mesh_of(kind), jax.jit(functools.partial(op.results, size=SMALL, implementation=every_implementation))
-    local = lambda x, *rest: [r[None] for r in f(x[0], *rest)]  # noqa: E731
+    mesh, f = (
+        mesh_of(DEVICES, kind),
+        jax.jit(functools.partial(case.results, size=SMALL, implementation=every_implementation)),
+    )
+
+    def local(x, *rest):
+        return [r[None] for r in f(x[0], *rest)]
+
     specs = (P("d"), *(P() for _ in args[1:]))
     got = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P("d"), check_vma=True))(
         *place(mesh, specs, args)
@@ -53,35 +54,35 @@ def test_shard_map_over_a_batch(op, kind, every_implementation):
         np.testing.assert_allclose(result, np.stack(parts), rtol=1e-6)
 
 
-@pytest.mark.parametrize(("op", "kind"), on_each_mesh(FLOAT_OPS), ids=str)
-def test_gradient_through_shard_map(op, kind, every_implementation):
+@pytest.mark.parametrize(("case", "kind"), on_each_mesh(FLOAT_CASES), ids=str)
+def test_gradient_through_shard_map(case, kind, every_implementation):
     """Operands that every device shares get the sum of all devices' gradients."""
-    mesh = mesh_of(kind)
-    slices = [finite_args(op, rng(op, i), SMALL) for i in range(DEVICES)]
+    mesh = mesh_of(DEVICES, kind)
+    slices = [finite_args(case, rng(case, i), SMALL) for i in range(DEVICES)]
     args = [np.stack([s[0] for s in slices]), *slices[0][1:]]
 
     def local(x, *rest):
-        results = op.float_results(x[0], *rest, size=SMALL, implementation=every_implementation)
+        results = case.float_results(x[0], *rest, size=SMALL, implementation=every_implementation)
         return jax.lax.psum(sum(jnp.sum(jnp.sin(r)) for r in results), "d")
 
     specs = (P("d"), *(P() for _ in args[1:]))
     sharded = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=True)
 
     def unsharded(x, *rest):
-        return sum(jnp.sum(jnp.sin(r)) for row in x for r in op.float_results(row, *rest, size=SMALL))
+        return sum(jnp.sum(jnp.sin(r)) for row in x for r in case.float_results(row, *rest, size=SMALL))
 
-    gradient = jax.jit(jax.grad(sharded, op.floats))(*place(mesh, specs, args))
-    for got, want in zip(gradient, jax.jit(jax.grad(unsharded, op.floats))(*args), strict=True):
+    gradient = jax.jit(jax.grad(sharded, case.floats))(*place(mesh, specs, args))
+    for got, want in zip(gradient, jax.jit(jax.grad(unsharded, case.floats))(*args), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("op", per_primitive(OPS), ids=str)
-def test_explicit_mesh(op, every_implementation):
+@pytest.mark.parametrize("case", per_primitive(CASES), ids=str)
+def test_explicit_mesh(case, every_implementation):
     """Any operand axis sharded: the same values, under jit in set_mesh, and of the first axis eagerly without."""
     mesh = jax.make_mesh((DEVICES,), ("d",))
     size = Size(8, 8, 4, 4)
-    args = finite_args(op, rng(op), size)
-    f = functools.partial(op.results, size=size, implementation=every_implementation)
+    args = finite_args(case, rng(case), size)
+    f = functools.partial(case.results, size=size, implementation=every_implementation)
     want = f(*args)
     for axis in range(max(a.ndim for a in args)):
         spec = [P(*(["d" if i == axis else None for i in range(a.ndim)])) for a in args]
@@ -92,7 +93,7 @@ def test_explicit_mesh(op, every_implementation):
         for results in [under, *([f(*placed)] if axis == 0 else [])]:
             for got, w in zip(results, want, strict=True):
                 # A sum along a sharded axis adds in another order.
-                np.testing.assert_allclose(got, w, rtol=1e-6, atol=1e-6 if op.name.startswith("grouped") else 0)
+                np.testing.assert_allclose(got, w, rtol=1e-6, atol=1e-6 if case.name.startswith("grouped") else 0)
 
 
 def test_explicit_mesh_propagates_shardings():
@@ -111,31 +112,34 @@ def test_explicit_mesh_propagates_shardings():
         assert jax.typeof(ferrum_jax.moe_combine(both, pairs, weights)).sharding.spec == P("t", None)
 
 
-@pytest.mark.parametrize("op", per_primitive(FLOAT_OPS), ids=str)
+@pytest.mark.parametrize("case", per_primitive(FLOAT_CASES), ids=str)
 @pytest.mark.parametrize("axis", [0, 1])
-def test_gradient_in_an_explicit_mesh(op, axis, every_implementation):
+def test_gradient_in_an_explicit_mesh(case, axis, every_implementation):
     mesh = jax.make_mesh((DEVICES,), ("d",))
     size = Size(8, 8, 4, 4)
-    args = finite_args(op, rng(op), size)
+    args = finite_args(case, rng(case), size)
 
     def loss(*a):
-        results = op.float_results(*a, size=size, implementation=every_implementation)
+        results = case.float_results(*a, size=size, implementation=every_implementation)
         return sum(jnp.sum(jnp.sin(r)) for r in results)
 
-    want = jax.jit(jax.grad(loss, op.floats))(*args)
+    want = jax.jit(jax.grad(loss, case.floats))(*args)
     spec = P("d") if axis == 0 else P(None, "d")
     with jax.set_mesh(mesh):
         placed = [jax.device_put(a, spec if a.ndim > axis and a.shape[axis] % DEVICES == 0 else P()) for a in args]
-        for got, w in zip(jax.jit(jax.grad(loss, op.floats))(*placed), want, strict=True):
+        for got, w in zip(jax.jit(jax.grad(loss, case.floats))(*placed), want, strict=True):
             np.testing.assert_allclose(got, w, rtol=1e-5, atol=1e-6)
-        if op.name in ONE_A_FAMILY:  # eagerly, equation by equation, to one operand
+        if case.name in ONE_A_FAMILY:  # eagerly, equation by equation, to one operand
             np.testing.assert_allclose(jax.grad(loss)(*placed), want[0], rtol=1e-5, atol=1e-6)
 
 
 def test_gradient_of_sharded_matrices_outside_set_mesh():
     mesh = jax.make_mesh((DEVICES,), ("d",))
     routing = ferrum_jax.moe_align_block_size_pair_ids(np.arange(8).reshape(8, 1) % 4, 4, 2)
-    loss = lambda w: jnp.sum(ferrum_jax.grouped_matmul(np.ones((8, 3), np.float32), w, routing) ** 2)  # noqa: E731
+
+    def loss(w):
+        return jnp.sum(ferrum_jax.grouped_matmul(np.ones((8, 3), np.float32), w, routing) ** 2)
+
     w = rng("w").normal(size=(4, 3, 5)).astype(np.float32)
     (placed,) = place(mesh, [P("d")], [w])
     gradient = jax.jit(jax.grad(loss))(placed)
@@ -158,11 +162,14 @@ def test_vmap_in_an_explicit_mesh(spec):
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_layer_gradient_with_tokens_sharded(kind, every_implementation):
     """Data parallel: tokens sharded, weights shared, inside shard_map with check_vma."""
-    mesh = mesh_of(kind)
+    mesh = mesh_of(DEVICES, kind)
     size = Size(8, 4, 2, 3)
     args = layer.init(3, size)
     run = functools.partial(layer.packed, top_k=2, implementation=every_implementation)
-    local = lambda *a: jax.lax.psum(jnp.sum(jnp.sin(run(*a))), "d")  # noqa: E731
+
+    def local(*a):
+        return jax.lax.psum(jnp.sum(jnp.sin(run(*a))), "d")
+
     specs, every = (P("d"), P(), P(), P()), (0, 1, 2, 3)
     sharded = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=True)
     got = jax.jit(jax.grad(sharded, every))(*place(mesh, specs, args))
@@ -196,7 +203,9 @@ def test_partly_manual_mesh():
     """shard_map over one axis while the other stays Explicit or Auto."""
     x = rng("partly").normal(size=(4, 8, 6)).astype(np.float32)
     want = ferrum_jax.route_topk_softmax(x, 2).expert_weights
-    f = lambda x: ferrum_jax.route_topk_softmax(x, 2).expert_weights  # noqa: E731
+
+    def f(x):
+        return ferrum_jax.route_topk_softmax(x, 2).expert_weights
 
     def sum_of_squares(x):  # tables, and the backward that sorts
         ids, weights = ferrum_jax.route_topk_softmax(x, 2)
@@ -212,6 +221,9 @@ def test_partly_manual_mesh():
             placed = jax.device_put(x, P("a", "b"))
             part = jax.shard_map(f, in_specs=P("a"), out_specs=P("a"), axis_names={"a"}, check_vma=True)
             np.testing.assert_allclose(jax.jit(part)(placed), want, rtol=1e-6)
-            total = lambda x: jax.lax.psum(sum_of_squares(x), "a")  # noqa: E731
+
+            def total(x):
+                return jax.lax.psum(sum_of_squares(x), "a")
+
             part = jax.shard_map(total, in_specs=P("a"), out_specs=P(), axis_names={"a"}, check_vma=True)
             np.testing.assert_allclose(jax.jit(jax.grad(part))(placed), gradient, rtol=1e-5)

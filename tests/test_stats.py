@@ -37,7 +37,10 @@ def test_values(size):
 
 def test_transformed():
     ids = np.stack([expert_ids(rng("stats", i), SMALL)[0] for i in range(4)])
-    f = lambda ids: fj.routing_stats(routing(ids), SMALL.E, block_size=4)  # noqa: E731
+
+    def f(ids):
+        return fj.routing_stats(routing(ids), SMALL.E, block_size=4)
+
     mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Explicit,))
     sharded = jax.device_put(ids, NamedSharding(mesh, P("d")))
     assert jax.vmap(f)(ids).summary() == f(ids).summary()

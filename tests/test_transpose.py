@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from cases import rng
 
-from ferrum_jax.ops import combine, grouped
+from ferrum_jax.ops import combine, grouped, weighted_sum
 
 T, K, R, H, E, N = 3, 2, 6, 4, 2, 5
 PAIRS = np.array([[0, 5], [2, -1], [1, 6]], np.int32)
@@ -19,17 +19,39 @@ lhs, rhs, out = (R, H), (E, H, N), (R, N)
 SETTINGS = {"packed_rows": False, "precision": "highest"}
 PRODUCT = {"dtype": "float32", **SETTINGS}
 
-# op, the shapes of the operands in each of which it is linear, the others, the parameters
+
+def weights_second(op):
+    """Combine's operands, with the table last, as those of the other ops here."""
+
+    def run(x, weights, pairs, **params):
+        return op(x, pairs, weights, **params)
+
+    return run
+
+
+# function, the shapes of the operands in each of which it is linear, the others, the parameters
 BILINEAR = {
-    "moe_combine": (combine._combine, (rows, weights), (PAIRS,), {"unique_rows": True}),
-    "moe_spread": (combine._spread, (tokens, weights), (PAIRS,), {"num_rows": R, "unique_rows": True}),
+    "moe_combine": (weights_second(combine.combine_op), (rows, weights), (PAIRS,), {"unique_rows": True}),
+    "moe_spread": (weights_second(combine._spread), (tokens, weights), (PAIRS,), {"num_rows": R, "unique_rows": True}),
     "moe_row_dot": (combine._row_dot, (rows, tokens), (PAIRS,), {"unique_rows": True}),
-    "weighted_sum_batched": (combine._weighted_sum, (slots, weights), (), {}),
-    "slot_scale": (combine._slot_scale, (tokens, weights), (), {}),
-    "slot_dot": (combine._slot_dot, (slots, tokens), (), {}),
+    "weighted_sum_batched": (weighted_sum.weighted_sum_op, (slots, weights), (), {}),
+    "slot_scale": (weighted_sum._slot_scale, (tokens, weights), (), {}),
+    "slot_dot": (weighted_sum._slot_dot, (slots, tokens), (), {}),
     "grouped_matmul": (grouped._matmul, (lhs, rhs), TABLES, {"top_k": 1, **PRODUCT}),
     "grouped_matmul_transposed": (grouped._transposed, (out, rhs), TABLES, PRODUCT),
     "grouped_outer": (grouped._outer, (lhs, out), TABLES, {"top_k": 1, "num_experts": E, **SETTINGS}),
+}
+
+NAMES = {
+    "moe_combine": ("packed_down", "pair_weights"),
+    "moe_spread": ("g", "pair_weights"),
+    "moe_row_dot": ("packed_down", "g"),
+    "weighted_sum_batched": ("slots", "weights"),
+    "slot_scale": ("g", "weights"),
+    "slot_dot": ("slots", "g"),
+    "grouped_matmul": ("lhs", "rhs"),
+    "grouped_matmul_transposed": ("g", "rhs"),
+    "grouped_outer": ("lhs", "g"),
 }
 
 
@@ -68,8 +90,11 @@ def test_in_one_operand(name):
 def test_in_both_operands_at_once(name):
     op, shapes, others, params = BILINEAR[name]
     x, y = normal(name, *shapes)
-    f = lambda x, y: op(x, y, *others, **params)  # noqa: E731
-    first, second = (term.name for term in op.signature.operands[:2])
+
+    def f(x, y):
+        return op(x, y, *others, **params)
+
+    first, second = NAMES[name]
     words = re.escape(f"{name}: it is linear in each of {first} and {second}, and not in both at once")
     with pytest.raises(TypeError, match=words):
         jax.linear_transpose(f, x, y)(f(x, y))
@@ -77,7 +102,10 @@ def test_in_both_operands_at_once(name):
 
 def test_a_square_is_not_linear():
     x = jnp.ones((T, H))
-    f = lambda x: combine._slot_dot(jnp.stack([x, x], 1), x)  # noqa: E731
+
+    def f(x):
+        return weighted_sum._slot_dot(jnp.stack([x, x], 1), x)
+
     with pytest.raises(TypeError, match=r"slot_dot: .* at once"):
         jax.linear_transpose(f, x)(f(x))
 
@@ -87,7 +115,7 @@ def test_the_gradients_of_unique_rows(chosen):
     """They come from one equation: both are linear in what comes from above, and one each in the rows and weights."""
 
     def gradients(g, y, w):
-        of_rows, of_weights = jax.vjp(lambda y, w: combine._combine(y, w, PAIRS, unique_rows=True), y, w)[1](g)
+        of_rows, of_weights = jax.vjp(lambda y, w: combine.combine_op(y, PAIRS, w, unique_rows=True), y, w)[1](g)
         return [(of_rows, of_weights), of_weights, of_rows][chosen]
 
     check(gradients, normal("gradients", tokens, rows, weights), chosen)
@@ -96,9 +124,14 @@ def test_the_gradients_of_unique_rows(chosen):
 def test_what_is_linear_in_two_operands_together():
     """The tangent of combine, in its rows and weights; and both gradients, in the same."""
     y, w, dy, dw, g = normal("together", rows, weights, rows, weights, tokens)
-    f = functools.partial(combine._combine, unique_rows=True)
-    tangent = lambda y, w: jax.jvp(lambda y, w: f(y, w, PAIRS), (y, w), (dy, dw))[1]  # noqa: E731
-    gradients = lambda y, w: jax.vjp(lambda y, w: f(y, w, PAIRS), y, w)[1](g)  # noqa: E731
+    f = functools.partial(combine.combine_op, unique_rows=True)
+
+    def tangent(y, w):
+        return jax.jvp(lambda y, w: f(y, PAIRS, w), (y, w), (dy, dw))[1]
+
+    def gradients(y, w):
+        return jax.vjp(lambda y, w: f(y, PAIRS, w), y, w)[1](g)
+
     for linear in (tangent, gradients):
         result = linear(y, w)
         transposed = jax.linear_transpose(linear, y, w)(result)
@@ -108,7 +141,10 @@ def test_what_is_linear_in_two_operands_together():
 @pytest.mark.parametrize("activation", [None, "silu"])
 def test_a_product_with_weights(activation):
     settings = {"activation": activation, "top_k": 1, **PRODUCT}
-    f = lambda x, w, weights: grouped._activated(x, w, *TABLES, weights, **settings)  # noqa: E731
+
+    def f(x, w, weights):
+        return grouped._activated(x, w, *TABLES, weights, **settings)
+
     x, w, scale = normal("weighted", lhs, (E, H, 2 * N), (R,))
     check(f, (x, w, scale), 2)
     for chosen in (0, 1):

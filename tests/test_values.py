@@ -5,38 +5,38 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from cases import OPS, SMALL, Size, finite_args, per_primitive, rng, values
+from cases import CASES, SMALL, Size, finite_args, per_primitive, rng, values
 
 import ferrum_jax
 
 
-@pytest.mark.parametrize(("op", "dtype", "size"), values(), ids=str)
-def test_matches_oracle(op, dtype, size, implementation):
-    args = op.args(rng(op, size), size, dtype)
-    got = jax.jit(lambda *a: op.results(*a, size=size, implementation=implementation))(*args)
-    oracle.assert_matches(got, op.oracle(*args, size=size))
+@pytest.mark.parametrize(("case", "dtype", "size"), values(), ids=str)
+def test_matches_oracle(case, dtype, size, implementation):
+    args = case.args(rng(case, size), size, dtype)
+    got = jax.jit(lambda *a: case.results(*a, size=size, implementation=implementation))(*args)
+    oracle.assert_matches(got, case.oracle(*args, size=size))
     assert not any(jax.typeof(r).weak_type for r in got)
 
 
-@pytest.mark.parametrize("op", per_primitive(OPS), ids=str)
-def test_leading_axes(op, implementation):
+@pytest.mark.parametrize("case", per_primitive(CASES), ids=str)
+def test_leading_axes(case, implementation):
     """All that a kernel sees of batches: operands have a leading axis of the batch's size, or of 1, and are shared.
 
     All operands of the batch, only the first, all but the first.
     """
-    slices = [finite_args(op, rng(op, i), SMALL) for i in range(3)]
+    slices = [finite_args(case, rng(case, i), SMALL) for i in range(3)]
     count = len(slices[0])
     patterns = [[True] * count, [i == 0 for i in range(count)], [i > 0 for i in range(count)]]
-    patterns = [p for p in patterns if any(p) and len({p[i] for i in op.tables}) < 2]
+    patterns = [p for p in patterns if any(p) and len({p[i] for i in case.tables}) < 2]
     batches = [
         [np.stack([s[i] for s in slices]) if mapped else slices[0][i][None] for i, mapped in enumerate(p)]
         for p in patterns
     ]
-    run = jax.jit(lambda batches: [op.results(*b, size=SMALL, implementation=implementation) for b in batches])
+    run = jax.jit(lambda batches: [case.results(*b, size=SMALL, implementation=implementation) for b in batches])
     for pattern, got in zip(patterns, run(batches), strict=True):
         for b, own in enumerate(slices):
             args = [own[i] if mapped else slices[0][i] for i, mapped in enumerate(pattern)]
-            oracle.assert_matches([np.asarray(r)[b] for r in got], op.oracle(*args, size=SMALL))
+            oracle.assert_matches([np.asarray(r)[b] for r in got], case.oracle(*args, size=SMALL))
 
 
 @pytest.mark.tables
@@ -85,11 +85,11 @@ def test_more_experts_than_the_dtype_of_the_ids_can_name(implementation):
 )
 @pytest.mark.tables
 def test_larger_tables(size, implementation):
-    for op in OPS:
-        if not op.floats:
-            args = op.args(rng(op, size), size, "int32")
-            got = op.results(*args, size=size, implementation=implementation)
-            oracle.assert_matches(got, op.oracle(*args, size=size))
+    for case in CASES:
+        if not case.floats:
+            args = case.args(rng(case, size), size, "int32")
+            got = case.results(*args, size=size, implementation=implementation)
+            oracle.assert_matches(got, case.oracle(*args, size=size))
 
 
 def test_tables_too_wide_for_one_word_per_pair():
@@ -108,11 +108,11 @@ def test_ids_are_distinct_and_in_range_for_any_bits(implementation):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("op", per_primitive(OPS), ids=str)
-def test_x64_changes_nothing(op, implementation):
-    args = op.args(rng(op), SMALL, "bfloat16")
-    got = op.results(*args, size=SMALL, implementation=implementation)
-    oracle.assert_matches(got, op.oracle(*args, size=SMALL))
+@pytest.mark.parametrize("case", per_primitive(CASES), ids=str)
+def test_x64_changes_nothing(case, implementation):
+    args = case.args(rng(case), SMALL, "bfloat16")
+    got = case.results(*args, size=SMALL, implementation=implementation)
+    oracle.assert_matches(got, case.oracle(*args, size=SMALL))
 
 
 def test_weights_of_any_float_dtype(implementation):

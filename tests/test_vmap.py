@@ -7,16 +7,16 @@ import jax.numpy as jnp
 import layer
 import numpy as np
 import pytest
-from cases import FLOAT_OPS, OPS, SMALL, Size, finite_args, per_primitive, rng
+from cases import CASES, FLOAT_CASES, SMALL, Size, finite_args, per_primitive, rng
 
 import ferrum_jax
 
 BATCH = 3
 
 
-def stacked(op, mapped, axes):
+def stacked(case, mapped, axes):
     """Arguments of which the mapped ones have a batch axis where `axes` says, and the slices to loop over."""
-    slices = [finite_args(op, rng(op, seed), SMALL) for seed in range(BATCH)]
+    slices = [finite_args(case, rng(case, seed), SMALL) for seed in range(BATCH)]
     slices = [[s[i] if m else slices[0][i] for i, m in enumerate(mapped)] for s in slices]
     args = [
         np.stack([s[i] for s in slices], axis) if m else slices[0][i]
@@ -25,10 +25,10 @@ def stacked(op, mapped, axes):
     return args, slices
 
 
-def subsets(op):
+def subsets(case):
     """All operands mapped, each alone, each left out; operands of one origin together."""
-    count = len(finite_args(op, rng(op), SMALL))
-    group = [op.tables if i in op.tables else (i,) for i in range(count)]
+    count = len(finite_args(case, rng(case), SMALL))
+    group = [case.tables if i in case.tables else (i,) for i in range(count)]
     alone = [tuple(i in g for i in range(count)) for g in group]
     found = [(True,) * count, *alone, *(tuple(not m for m in mapped) for mapped in alone)]
     return [m for m in dict.fromkeys(found) if any(m)]
@@ -43,29 +43,29 @@ def assert_same(got, loop, what):
             np.testing.assert_allclose(result, want, rtol=1e-5, atol=1e-6, err_msg=str(what))
 
 
-@pytest.mark.parametrize("op", per_primitive(OPS), ids=str)
-def test_every_subset_and_axis(op, every_implementation):
+@pytest.mark.parametrize("case", per_primitive(CASES), ids=str)
+def test_every_subset_and_axis(case, every_implementation):
     """In one program. With each subset the batch axis stands at another place, and once the results' is the last."""
-    f = functools.partial(op.results, size=SMALL, implementation=every_implementation)
-    ranks = [a.ndim for a in finite_args(op, rng(op), SMALL)]
-    cases = []
-    for turn, mapped in enumerate(subsets(op)):
+    f = functools.partial(case.results, size=SMALL, implementation=every_implementation)
+    ranks = [a.ndim for a in finite_args(case, rng(case), SMALL)]
+    patterns = []
+    for turn, mapped in enumerate(subsets(case)):
         axes = [min(turn % (max(ranks) + 1), rank) for rank in ranks]
-        cases.append((mapped, [axis if m else None for m, axis in zip(mapped, axes, strict=True)], -(turn % 2)))
-    given = [stacked(op, mapped, [a or 0 for a in in_axes]) for mapped, in_axes, _ in cases]
+        patterns.append((mapped, [axis if m else None for m, axis in zip(mapped, axes, strict=True)], -(turn % 2)))
+    given = [stacked(case, mapped, [a or 0 for a in in_axes]) for mapped, in_axes, _ in patterns]
     run = jax.jit(
-        lambda batches: [jax.vmap(f, axes, out)(*b) for b, (_, axes, out) in zip(batches, cases, strict=True)]
+        lambda batches: [jax.vmap(f, axes, out)(*b) for b, (_, axes, out) in zip(batches, patterns, strict=True)]
     )
     one = jax.jit(f)
-    for (mapped, _, out), got, (_, slices) in zip(cases, run([args for args, _ in given]), given, strict=True):
+    for (mapped, _, out), got, (_, slices) in zip(patterns, run([args for args, _ in given]), given, strict=True):
         assert_same([np.moveaxis(r, out, 0) for r in got], [one(*s) for s in slices], mapped)
 
 
-@pytest.mark.parametrize("op", per_primitive(OPS), ids=str)
-def test_nested(op, every_implementation):
+@pytest.mark.parametrize("case", per_primitive(CASES), ids=str)
+def test_nested(case, every_implementation):
     """The outer map over the first operand, the inner one over all; and over all but the first, and the first."""
-    f = functools.partial(op.results, size=SMALL, implementation=every_implementation)
-    grids = [[finite_args(op, rng(op, a, b), SMALL) for b in range(2)] for a in range(BATCH)]
+    f = functools.partial(case.results, size=SMALL, implementation=every_implementation)
+    grids = [[finite_args(case, rng(case, a, b), SMALL) for b in range(2)] for a in range(BATCH)]
     count = len(grids[0][0])
     first, every = [i == 0 for i in range(count)], [True] * count
     rest = [not m for m in first]
@@ -85,33 +85,33 @@ def test_nested(op, every_implementation):
         assert_same(got, [[np.stack(r) for r in zip(*row, strict=True)] for row in loop], outer)
 
 
-@pytest.mark.parametrize("op", per_primitive(FLOAT_OPS), ids=str)
-def test_grad_of_vmap_and_vmap_of_grad(op, every_implementation):
+@pytest.mark.parametrize("case", per_primitive(FLOAT_CASES), ids=str)
+def test_grad_of_vmap_and_vmap_of_grad(case, every_implementation):
     """All operands mapped, the first, all but it. An unmapped operand's gradient is the sum over the batch."""
 
     def loss(*a):
-        results = op.float_results(*a, size=SMALL, implementation=every_implementation)
+        results = case.float_results(*a, size=SMALL, implementation=every_implementation)
         return sum(jnp.sum(jnp.sin(r)) for r in results)
 
-    every = subsets(op)
+    every = subsets(case)
     first = tuple(i == 0 for i in range(len(every[0])))
-    cases = [m for m in dict.fromkeys((every[0], first, tuple(not m for m in first))) if any(m)]
-    given = [stacked(op, mapped, [0] * len(mapped)) for mapped in cases]
+    patterns = [m for m in dict.fromkeys((every[0], first, tuple(not m for m in first))) if any(m)]
+    given = [stacked(case, mapped, [0] * len(mapped)) for mapped in patterns]
 
     @jax.jit
     def run(batches):
         out = []
-        for args, mapped in zip(batches, cases, strict=True):
+        for args, mapped in zip(batches, patterns, strict=True):
             in_axes = [0 if m else None for m in mapped]
-            whole = jax.grad(lambda *a, axes=in_axes: jnp.sum(jax.vmap(loss, axes)(*a)), op.floats)
-            out.append((jax.vmap(jax.grad(loss, op.floats), in_axes)(*args), whole(*args)))
+            whole = jax.grad(lambda *a, axes=in_axes: jnp.sum(jax.vmap(loss, axes)(*a)), case.floats)
+            out.append((jax.vmap(jax.grad(loss, case.floats), in_axes)(*args), whole(*args)))
         return out
 
-    one = jax.jit(jax.grad(loss, op.floats))
-    for mapped, (by_slice, whole), (_, slices) in zip(cases, run([a for a, _ in given]), given, strict=True):
+    one = jax.jit(jax.grad(loss, case.floats))
+    for mapped, (by_slice, whole), (_, slices) in zip(patterns, run([a for a, _ in given]), given, strict=True):
         loop = [[np.asarray(g) for g in one(*s)] for s in slices]
         assert_same(by_slice, loop, mapped)
-        for i, got, *parts in zip(op.floats, whole, *loop, strict=True):
+        for i, got, *parts in zip(case.floats, whole, *loop, strict=True):
             want = np.stack(parts) if mapped[i] else sum(parts)
             np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5, err_msg=str(mapped))
 

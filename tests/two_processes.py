@@ -8,7 +8,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_parallel import arguments, layer, mesh_of, routings
+from meshes import mesh_of
+from test_parallel import arguments, layer, routings
 
 import ferrum_jax
 

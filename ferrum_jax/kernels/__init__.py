@@ -1,18 +1,52 @@
-"""Which kernel serves which op, and the choice between implementations."""
+"""Which kernel serves which op, and the choice between implementations.
+
+`KERNELS` is the registry. `choose` asks it what can run a call, and `measured.py` what to try first; `load` imports the
+kernel that was chosen.
+"""
 
 import contextlib
+import dataclasses
 import functools
 import importlib
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
+from .call import Call as Call
+from .measured import MEASURED, Measured
+from .shapes import lead_axes as lead_axes
+from .targets import HOPPER, Architectures
 from .targets import target_capability as target_capability
 
-IMPLEMENTATIONS = ("xla", "triton", "pallas")
+BACKENDS = ("triton", "pallas")  # in the order in which they are tried where nothing was measured
+IMPLEMENTATIONS = ("xla", *BACKENDS)
 
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A kernel of an op: its wrapper is kernels/<backend>/<file>.py's function of the op's name, or `function`.
+
+    The wrapper takes the op's operands and parameters and returns its results. The file may have a function `refuse`,
+    which says in words why a call of the op cannot be served, or None.
+    """
+
+    op: str
+    backend: str
+    file: str
+    architectures: Architectures
+    function: str = ""
+
+    @property
+    def wrapper(self) -> str:
+        return self.function or self.op
+
+
+_SM70_ON = Architectures("a Volta GPU or a newer one", least=70)
+_SM90_ON = Architectures("a Hopper GPU or a newer one", least=90)
+_WGMMA = Architectures("wgmma, of Hopper GPUs alone", only=(90,))
+
+_TABLES = "moe_build_pairs_by_token", "moe_align_block_size", "moe_plan"
 _COMBINE = (
     "moe_dispatch",
     "moe_collect",
@@ -24,109 +58,19 @@ _COMBINE = (
     "slot_scale",
     "slot_dot",
 )
-
 _GROUPED = "grouped_matmul", "grouped_matmul_activated", "grouped_matmul_transposed", "grouped_outer"
 
-# backend -> file under kernels/<backend>/ -> the ops that it has a wrapper of the same name for
-KERNELS: Mapping[str, Mapping[str, Sequence[str]]] = {
-    "triton": {
-        "routing": ("route_topk",),
-        "tables": ("moe_build_pairs_by_token", "moe_align_block_size", "moe_plan"),
-        "route_plan": ("moe_route_plan",),
-        "combine": _COMBINE,
-        "grouped": _GROUPED,
-    },
-    "pallas": {
-        "routing": ("route_topk",),
-        "combine": _COMBINE,
-        "grouped": _GROUPED,
-    },
-}
-
-
-class Measured(NamedTuple):
-    """What is taken first, and where: in words, and of the operands' shapes and the parameters."""
-
-    implementation: str
-    where: str
-    holds: Callable[[Sequence[tuple[int, ...]], Mapping[str, Any]], bool]
-
-
-def _pairs(shape: tuple[int, ...]) -> int:
-    return math.prod(shape[-2:])
-
-
-def _many_rows(shapes: Sequence[tuple[int, ...]], params: Mapping[str, Any]) -> bool:
-    """Whether a grouped product has 96 rows an expert and more, on average."""
-    return shapes[0][-2] * params.get("top_k", 1) >= 96 * shapes[1][-3]
-
-
-# Where the first kernel of KERNELS that can run is not taken first: on Hopper GPUs. Of others nothing was measured.
-# From times of `python -m ferrum_jax bench` in microseconds, xla/triton/pallas, bfloat16, jax 0.11.2, Triton 3.6.0: on
-# one NVIDIA H100 80GB HBM3, 2026-11-25 and 26, or, where it says so, on one NVIDIA H200, 2026-11-26; at the K=8 and
-# H=2048 of Qwen3 unless said. Between two sizes that were measured, the nearer decides. Where xla is as fast as a
-# kernel, within 2%, it comes first: it can also fuse what stands around the op.
-_LARGE_PACKED = Measured(
-    "pallas",
-    "packed rows, 96 an expert and more",
-    lambda shapes, params: params["packed_rows"] and _many_rows(shapes, params),
+# Of an op's rows with one backend, the first whose architectures hold the target GPU is taken.
+KERNELS: Sequence[Kernel] = (
+    Kernel("route_topk", "triton", "routing", _SM70_ON),
+    *(Kernel(op, "triton", "tables", _SM70_ON) for op in _TABLES),
+    Kernel("moe_route_plan", "triton", "route_plan", _SM70_ON),
+    *(Kernel(op, "triton", "combine", _SM70_ON) for op in _COMBINE),
+    *(Kernel(op, "triton", "grouped", _SM70_ON) for op in _GROUPED),
+    Kernel("route_topk", "pallas", "routing", _SM90_ON),
+    *(Kernel(op, "pallas", "combine", _SM90_ON) for op in _COMBINE),
+    *(Kernel(op, "pallas", "grouped", _WGMMA) for op in _GROUPED),
 )
-MEASURED: Mapping[str, Sequence[Measured]] = {
-    # T=16 2.3/2.4/2.2, T=128 3.8/3.8/3.7, T=1024 15.7/14.6/14.7, T=8192 105/103/103; H=7168 352/359/350; K=2 H=4096
-    # 76/68/68.
-    "moe_combine": (
-        Measured(
-            "xla",
-            "K >= 8, but for 4096 <= T*K <= 16384",
-            lambda shapes, params: shapes[2][-1] >= 8 and not 4096 <= _pairs(shapes[2]) <= 16384,
-        ),
-    ),
-    # With pairs_by_token: T=16 2.1/3.9/2.2, T=128 3.5/5.2/3.7, T=1024 15.5/15.8/14.6, T=8192 104/104/103.
-    "moe_collect": (
-        Measured(
-            "pallas",
-            "K >= 8, 4096 <= T*K <= 16384",
-            lambda shapes, params: len(shapes) == 3 and shapes[2][-1] >= 8 and 4096 <= _pairs(shapes[2]) <= 16384,
-        ),
-        Measured("xla", "K >= 8", lambda shapes, params: len(shapes) == 3 and shapes[2][-1] >= 8),
-    ),
-    # This and the next in turn, the gradients of combine: T=16 4.7/6.7/7.2, T=128 7.7/9.2/9.4, T=8192 268/278/236;
-    # H=7168 965/1004/752; K=2 H=4096 156/168/150.
-    "moe_spread": (
-        Measured("xla", "T*K <= 4096", lambda shapes, params: params["unique_rows"] and _pairs(shapes[2]) <= 4096),
-        Measured("pallas", "T*K > 4096", lambda shapes, params: params["unique_rows"]),
-    ),
-    "moe_row_dot": (
-        Measured("xla", "T*K <= 4096", lambda shapes, params: _pairs(shapes[2]) <= 4096),
-        Measured("pallas", "T*K > 4096", lambda shapes, params: True),
-    ),
-    # On an H200: T=16 5.0/3.9/3.8, T=128 6.2/6.0/5.7, T=512 13.2/13.1/12.3, T=1024 26.6/21.7/22.6, T=8192 186/148/167;
-    # H=7168 672/502/511; K=2 H=4096 110/84/88. On an H100 T=16 5.7/4.6/4.5, T=8192 269/204/214; H=7168 966/706/704.
-    "moe_combine_cotangents": (Measured("pallas", "T*K <= 4096", lambda shapes, params: _pairs(shapes[3]) <= 4096),),
-    # T=16 1.7/2.5/1.7, T=128 4.3/3.6/3.2, T=8192 99/100/99.
-    "weighted_sum_batched": (
-        Measured("pallas", "512 <= T*K <= 8192", lambda shapes, params: 512 <= _pairs(shapes[1]) <= 8192),
-        Measured("xla", "T*K < 512 or T*K > 8192", lambda shapes, params: True),
-    ),
-    # Both gradients of the weighted sum, which xla computes in one pass: T=16 2.0/3.9/5.1, T=128 3.9/6.2/6.9, T=8192
-    # 191/212/218.
-    "slot_scale": (Measured("xla", "every size tried", lambda shapes, params: True),),
-    "slot_dot": (Measured("xla", "every size tried", lambda shapes, params: True),),
-    # By the bench's measurement, in a script, triton/pallas on an H200, E=128 N=1536, packed rows: T=1024 231/236,
-    # T=2048 272/270, T=4096 414/383; E=64 H=7168 N=4096, T=4096 2981/2732. Rows apart Pallas gathers first: T=8192
-    # 699/1214. The transposed form was not timed.
-    "grouped_matmul": (_LARGE_PACKED,),
-    # With silu, "xla" being the product and then it: packed rows, T=16 124/123/138, T=128 190/190/206, T=1024
-    # 244/231/247, T=8192 755/782/714; E=64 H=7168 N=4096, T=4096 2878/3297/2861; pair ids, T=1024 241/227, T=8192
-    # 783/785. Between these sizes as the product by itself.
-    "grouped_matmul_activated": (
-        _LARGE_PACKED,
-        Measured("xla", "96 rows an expert and more", _many_rows),
-    ),
-    # triton/pallas, E=128 N=1536, packed rows: T=16 403/275, T=128 448/298, T=1024 530/354, T=8192 1340/774; pair ids:
-    # 406/319, 451/327, 530/426, 1344/1024.
-    "grouped_outer": (Measured("pallas", "every size tried", lambda shapes, params: True),),
-}
 
 
 class Choice(NamedTuple):
@@ -136,39 +80,35 @@ class Choice(NamedTuple):
     passed_over: dict[str, str]
 
 
-def choose(
-    op: str,
-    asked: str | None,
-    operands: Sequence[Any],
-    params: Mapping[str, Any],
-    platform: str,
-    device_kind: str | None = None,
-    made_of_ops: bool = False,
-) -> Choice:
-    """The implementation that runs `op` on these shapes; NotImplementedError if one was asked for that cannot.
+def choose(call: Call, asked: str | None, platform: str, device_kind: str | None = None) -> Choice:
+    """The implementation that runs the call; NotImplementedError if one was `asked` for that cannot.
 
-    An op made of others can be run as those, of which each then chooses for itself: that is its "xla". What refuses it
-    whatever its parameters are refuses those too.
+    An op that is made of others has a second way to run: as these others, each of which chooses its own implementation.
+    This way is called "xla". It is taken where the asked backend has a kernel of the op that refuses only the call's
+    parameters. A backend that can run the op with no parameters cannot run the others either.
     """
-    capability = _capability(op, asked, platform, device_kind)
-    reasons = {name: _refusal(name, op, operands, params, platform, capability) for name in KERNELS}
+    capability = _capability(call.op, asked, platform, device_kind)
+    reasons = {name: _refusal(name, call, platform, capability) for name in BACKENDS}
     if asked and reasons.get(asked):
-        if not made_of_ops or _refusal(asked, op, operands, {}, platform, capability):
-            raise NotImplementedError(f"{op}: implementation={asked!r} cannot be used: {reasons[asked]}")
+        whatever_params = dataclasses.replace(call, params={})
+        if not call.made_of_ops or _refusal(asked, whatever_params, platform, capability):
+            raise NotImplementedError(f"{call.op}: implementation={asked!r} cannot be used: {reasons[asked]}")
         asked = "xla"
-    order, where = (*KERNELS, "xla"), ""
-    if not asked and platform == "cuda":
-        order, where = _order(op, operands, params, capability)
+    row = _measured(call, capability) if not asked and platform == "cuda" else None
+    order = (*([row.implementation] if row else []), *BACKENDS, "xla")
     taken = asked or next(name for name in order if not reasons.get(name))
     why = "was asked for" if asked else "comes first"
-    if where and taken == order[0] and not asked:
-        why += f", measured as fast or faster on a Hopper GPU at {where}"
+    if row and taken == row.implementation:
+        why += f", measured as fast or faster on {row.architectures.words} at {row.where}"
     others = {name: reasons.get(name) or f"{taken} {why}" for name in IMPLEMENTATIONS if name != taken}
     return Choice(taken, others)
 
 
 def _capability(op: str, asked: str | None, platform: str, device_kind: str | None) -> int | None:
-    """The target GPU's; None where none is known or none counts. To lower xla, its name need not be known."""
+    """The target GPU's compute capability; None where no GPU is known, or where it does not matter.
+
+    xla runs on any GPU: if it is asked for, the GPU that the mesh names need not be a known one.
+    """
     if platform != "cuda" or _interpreting.value or not served(op):
         return None
     try:
@@ -179,108 +119,107 @@ def _capability(op: str, asked: str | None, platform: str, device_kind: str | No
         return None
 
 
-def _order(
-    op: str, operands: Sequence[Any], params: Mapping[str, Any], capability: int | None
-) -> tuple[tuple[str, ...], str]:
-    """The implementations, best first, and where that was measured: for Hopper, which counts where no GPU is known.
-
-    Kernels are first where they are interpreted.
-    """
-    usual, shapes = (*KERNELS, "xla"), [x.shape for x in operands]
-    if capability not in (90, None) or _interpreting.value or _symbolic(operands, params):
-        return usual, ""
-    for first, where, holds in MEASURED.get(op, ()):
-        if holds(shapes, params):
-            return tuple(dict.fromkeys((first, *usual))), where
-    return usual, ""
+def _measured(call: Call, capability: int | None) -> Measured | None:
+    """The row of measured.py that holds for the call. Interpreted kernels have none: there a kernel comes first."""
+    if _interpreting.value or call.symbolic:
+        return None
+    return next((row for row in MEASURED if row.op == call.op and row.holds(call, capability or HOPPER)), None)
 
 
 def load(implementation: str, op: str, results: Sequence[Any]) -> Callable[..., Any] | None:
-    """The kernel wrapper of `op`, interpreted where kernels are; None where the jnp meaning is the implementation."""
+    """The kernel wrapper of `op`, interpreted where kernels are; None where the jnp meaning is the implementation.
+
+    results: the abstract values of the op's results.
+    """
     if implementation == "xla":
         return None
-    backend, family = importlib.import_module(f"{__name__}.{implementation}"), _family(implementation, op)
+    kernel = _kernel(implementation, op, None if _interpreting.value else target_capability())
+    assert kernel, f"{op} has no {implementation} kernel here"
+    backend = importlib.import_module(f"{__name__}.{implementation}")
     if not _interpreting.value:
-        return getattr(importlib.import_module(f"{backend.__name__}.{family}"), op)
-    wrapper = getattr(backend.interpreted(family), op)
-    shapes = [jax.ShapeDtypeStruct(r.shape, r.dtype) for r in results]
-    return lambda *operands, **params: jax.pure_callback(functools.partial(wrapper, **params), tuple(shapes), *operands)
+        return getattr(importlib.import_module(f"{backend.__name__}.{kernel.file}"), kernel.wrapper)
+    wrapper = getattr(backend.interpreted(kernel.file), kernel.wrapper)
+    if implementation == "triton":  # each of whose launches is a callback already
+        return wrapper
+    shapes = tuple(jax.ShapeDtypeStruct(r.shape, r.dtype) for r in results)
+
+    def interpreted(*operands: jax.Array, **params: Any) -> Any:
+        return jax.pure_callback(functools.partial(wrapper, **params), shapes, *operands)
+
+    return interpreted
 
 
-def _refusal(
-    backend: str,
-    op: str,
-    operands: Sequence[Any],
-    params: Mapping[str, Any],
-    platform: str,
-    capability: int | None,
-) -> str | None:
+def _refusal(backend: str, call: Call, platform: str, capability: int | None) -> str | None:
+    """Why the backend cannot run the call, in words; None if it can."""
     if platform != "cuda" and not _interpreting.value:
         return f"it runs on NVIDIA GPUs, and this is lowered for {platform} (see ferrum_jax.interpret_kernels)"
-    family = _family(backend, op)
-    if family is None:
-        return f"{op} has no {backend} kernel"
-    if _symbolic(operands, params):
+    rows = _kernels(backend, call.op)
+    if not rows:
+        return f"{call.op} has no {backend} kernel"
+    if call.devices > 1:
+        return (
+            f"the program runs on {call.devices} devices under plain jit, and a kernel is not divided: "
+            "call it inside jax.shard_map"
+        )
+    if call.symbolic:
         return "a kernel's grid and blocks are made for sizes that are numbers, and there are symbolic ones"
-    if backend == "triton":
-        if capability is not None and capability < 70:
-            return f"it needs a Volta GPU or a newer one; the target's compute capability is {capability / 10}"
-        for package in ["triton"] if _interpreting.value else ["triton", "jax_triton"]:
-            try:
-                importlib.import_module(package)
-            except Exception as error:  # jax-triton 0.3 fails in its own ways where JAX's CUDA plugin is not installed
-                return f"{package} cannot be imported ({error}): pip install '.[cuda]' from a clone"
-    if backend == "pallas":
-        reason = importlib.import_module(f"{__name__}.pallas").refuse(capability, _interpreting.value, family)
-        if reason:
-            return reason
-    refuse = getattr(importlib.import_module(f"{__name__}.{backend}.{family}"), "refuse", None)
-    return refuse(operands, params) if refuse else None
-
-
-def _symbolic(operands: Sequence[Any], params: Mapping[str, Any]) -> bool:
-    from jax import export
-
-    return any(map(export.is_symbolic_dim, (*(n for x in operands for n in x.shape), *params.values())))
+    kernel = _kernel(backend, call.op, capability)
+    if not kernel:
+        needs = " or ".join(dict.fromkeys(row.architectures.words for row in rows))
+        return f"it needs {needs}; the target's compute capability is {(capability or HOPPER) / 10}"
+    package = importlib.import_module(f"{__name__}.{backend}")
+    reason = package.refuse(capability, _interpreting.value, kernel.file)
+    if reason:
+        return reason
+    refuse = getattr(importlib.import_module(f"{package.__name__}.{kernel.file}"), "refuse", None)
+    if not refuse:
+        return None
+    return refuse(call.given, call.params) if backend == "pallas" else refuse(call)
 
 
 def served(op: str) -> bool:
     """Whether there is a kernel of `op` at all."""
-    return any(_family(backend, op) for backend in KERNELS)
+    return any(kernel.op == op for kernel in KERNELS)
 
 
-def _family(backend: str, op: str) -> str | None:
-    return next((file for file, ops in KERNELS[backend].items() if op in ops), None)
+def _kernels(backend: str, op: str) -> list[Kernel]:
+    return [kernel for kernel in KERNELS if (kernel.backend, kernel.op) == (backend, op)]
 
 
-def lead_axes(*operands: tuple[Any, int]) -> tuple[int, ...]:
-    """The broadcast leading axes of operands, each given with its count of trailing axes."""
-    leads = (x.shape[: x.ndim - trailing] for x, trailing in operands)
-    return tuple(next((n for n in sizes if n != 1), 1) for sizes in zip(*leads, strict=True))
+def _kernel(backend: str, op: str, capability: int | None) -> Kernel | None:
+    """The op's first row that holds for the GPU, or for Hopper where none is known.
+
+    The interpreter needs no GPU: if no row holds, the first one is interpreted.
+    """
+    rows = _kernels(backend, op)
+    held = (row for row in rows if (capability or HOPPER) in row.architectures)
+    return next(held, rows[0] if rows and _interpreting.value else None)
 
 
 _interpreting = jax.make_user_context(False)
 
 
 def interpreting() -> bool:
+    """Whether kernels are interpreted here: see `interpret_kernels`."""
     return _interpreting.value
 
 
 def interpret_kernels() -> contextlib.AbstractContextManager[Any]:
     """In this context the GPU kernels run on the CPU, interpreted, under the normal API: eager, jit, vmap, grad.
 
-    For debugging and testing on a machine without a GPU what will run on one. Slow: a tenth of a second and more a
-    call. `implementation=None` takes a kernel wherever there is one. What was compiled outside is not used inside, nor
-    the other way round.
+    Use it to debug and test, on a machine without a GPU, what will run on one. It is slow: one call can take a tenth of
+    a second and more. `implementation=None` takes a kernel wherever there is one. Functions that were compiled outside
+    the context are compiled again inside it, and the other way round.
 
     Returns:
       A context manager.
 
     Raises:
-      NotImplementedError: inside, by an op whose asked implementation has no kernel, or whose package is not installed.
+      NotImplementedError: in the context an op raises it if the asked implementation has no kernel of the op, or if
+        its package is not installed.
 
-    The interpreters are Triton's, https://triton-lang.org, where NumPy does the work, and JAX's own for Pallas kernels,
-    which finds races and reads out of bounds too.
+    Triton kernels run in Triton's interpreter, https://triton-lang.org, which computes with NumPy. Pallas kernels run
+    in JAX's own interpreter, which also finds races and reads out of bounds.
 
     >>> import jax.numpy as jnp, ferrum_jax
     >>> with ferrum_jax.interpret_kernels():
@@ -292,10 +231,11 @@ def interpret_kernels() -> contextlib.AbstractContextManager[Any]:
 
 
 def export_checks() -> list[Any]:
-    """For `jax.export.export(..., disabled_checks=export_checks())`: the custom calls that the kernels are.
+    """The custom calls of the kernels, for `jax.export.export(..., disabled_checks=export_checks())`.
 
-    JAX promises no stability for them across its versions: load what is exported with the versions that exported it.
-    An exported Triton kernel is machine code of one GPU architecture: the one it was lowered for.
+    JAX does not promise that these calls stay the same from version to version: load an exported program with the
+    versions that exported it. An exported Triton kernel is machine code for one GPU architecture, the one that it was
+    lowered for.
 
     Returns:
       A list of `jax.export.DisabledSafetyCheck`.

@@ -1,13 +1,33 @@
-"""The GPU that a program is lowered for: its compute capability, by asking the one that is here, or by its name."""
+"""The GPU that a program is lowered for: its compute capability, from the GPU that is here or from a GPU's name."""
 
 import contextlib
+import dataclasses
 import re
 from collections.abc import Mapping
 
 import jax
 
-# NVIDIA's GPUs with tensor cores, by compute capability. A name holds for every GPU whose own has the same words side
-# by side: "A100" for "NVIDIA A100-SXM4-80GB", but not "A30" for "NVIDIA RTX A3000". Of several the longest holds.
+HOPPER = 90  # compute capability 9.0, which is also what counts where no GPU is known
+
+
+@dataclasses.dataclass(frozen=True)
+class Architectures:
+    """Some GPUs, by compute capability (90 for 9.0): those in `only`, or, if it is empty, all from `least` on.
+
+    words: what such a GPU is or has, as the end of "it needs ...".
+    """
+
+    words: str
+    least: int = 0
+    only: tuple[int, ...] = ()
+
+    def __contains__(self, capability: int) -> bool:
+        return capability in self.only if self.only else capability >= self.least
+
+
+# Known GPUs with tensor cores, by compute capability. A name matches a GPU whose own name holds the same words side by
+# side: "A100" matches "NVIDIA A100-SXM4-80GB", but "A30" does not match "NVIDIA RTX A3000". If several names match, the
+# longest counts.
 _NAMES = {
     70: "V100, V100S, GV100, TITAN V",
     75: "T4, T4G, T10, TITAN RTX, RTX 2060, RTX 2070, RTX 2080,"
@@ -26,10 +46,13 @@ GPUS = {name: capability for capability, names in _NAMES.items() for name in nam
 
 
 def target_capability(device_kind: str | None = None) -> int | None:
-    """90 for compute capability 9.0: that of the GPU of this name, or of the one that the mesh names, or that is here.
+    """The compute capability, such as 90 for 9.0, of the GPU that is lowered for.
 
-    One that is here is asked, whatever its name. ValueError: one that is not here, and whose name is not known. None:
-    nothing names one.
+    The GPU is the one named by `device_kind`, else the one that the abstract mesh names, else the one that is here. A
+    GPU that is here is asked for its compute capability, whatever its name is. None: there is no GPU and no name.
+
+    Raises:
+      ValueError: the named GPU is not here, and its name is not known.
     """
     mesh_device = jax.sharding.get_abstract_mesh().abstract_device
     kind = device_kind or (mesh_device.device_kind if mesh_device else None)
@@ -41,6 +64,7 @@ def target_capability(device_kind: str | None = None) -> int | None:
 
 
 def capability_by_name(kind: str, gpus: Mapping[str, int] = GPUS) -> int:
+    """The compute capability of the known GPU whose name `kind` holds; ValueError if it holds none."""
     words = f" {_words(kind)} "
     known = [name for name in gpus if f" {_words(name)} " in words]
     if not known:

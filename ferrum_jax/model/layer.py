@@ -1,18 +1,21 @@
 """The whole layer: from tokens and router logits to output, over the library's ops."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
 
-from ..core.signature import Signature, as_int, canonical, one_of, parse
-from ..ops.combine import moe_combine, moe_dispatch, weighted_sum_batched
-from ..ops.grouped import ACTIVATIONS, as_precision, grouped_matmul, unfinished
-from ..ops.routing import RouterOutput, as_pair, route_topk_softmax
-from ..ops.tables import expert_of_row, moe_align_block_size_pair_ids, moe_plan
+from ..core.sharding import as_given, tokens_of
+from ..core.signature import as_int, checked, one_of, parse
+from ..core.types import RouterOutput
+from ..kernels import IMPLEMENTATIONS
+from ..ops import tables
+from ..ops.activations import ACTIVATIONS
+from ..ops.combine import combine_op, dispatch_op
+from ..ops.grouped import as_precision, product, unfinished
+from ..ops.routing import as_pair, route_topk_softmax
+from ..ops.weighted_sum import weighted_sum_op
 
 _OP = "moe_mlp"
 
@@ -87,34 +90,38 @@ def moe_mlp(
     (5, 4)
     """
     act = checked_settings(activation, flow, block_size)
-    x, logits, routed, w_gate_up, w_down, b_gate_up, b_down = checked(
-        _OP, x, router_logits, router_output, w_gate_up, w_down, b_gate_up, b_down
+    one_of(_OP, "implementation", implementation, (None, *IMPLEMENTATIONS))
+    x, logits, routed, w_gate_up, w_down, b_gate_up, b_down = checked_arrays(
+        _OP, top_k, x, router_logits, router_output, w_gate_up, w_down, b_gate_up, b_down
     )
     given, num_experts = jax.typeof(x), w_gate_up.shape[0]
-    x = tokens_of(x)
-    if routed is None:
-        if top_k is None:
-            raise TypeError(f"{_OP}: top_k must be an int with router_logits; got None")
-        ids, weights = route_topk_softmax(
-            tokens_of(logits), top_k, norm_topk_prob=norm_topk_prob, implementation=implementation
-        )
-    else:
-        if top_k is not None and as_int(_OP, "top_k", top_k, 0) != routed[0].shape[-1]:
-            raise ValueError(f"{_OP}: top_k must be that of router_output, {routed[0].shape[-1]}; got {top_k}")
-        ids, weights = map(tokens_of, routed)
-    if not ids.shape[-1]:
-        flow = "packed"  # without choices no pair id names a token
-    elif flow is None:
-        flow = "pair_ids" if x.size * x.dtype.itemsize <= 2**25 else "packed"
+    x, *beside = [tokens_of(a) for a in (x, *(routed or (logits,)))]
+    ids, weights = (
+        beside
+        if routed
+        else route_topk_softmax(*beside, top_k, norm_topk_prob=norm_topk_prob, implementation=implementation)
+    )
+    flow = _usual_flow(x, ids) if flow is None or not ids.shape[-1] else flow
     block_size = usual_block_size(ids.size, num_experts) if block_size is None else block_size
-    run: dict[str, Any] = {"implementation": implementation}
+    precision = as_precision(_OP, precision, x.dtype)
     plan = None
     if flow == "packed":
-        plan = routing = moe_plan(ids, num_experts, block_size, **run)
-        rows, choices = moe_dispatch(x, plan.packed_token_idx, pairs_by_token=plan.pairs_by_token, **run), 1
+        plan = tables.plan(ids, num_experts, block_size, False, implementation)
+        routing, top_k = plan.routing, 1
+        rows = dispatch_op.bind(x, plan.packed_token_idx, plan.pairs_by_token, implementation=implementation)
     else:
-        routing = moe_align_block_size_pair_ids(ids, num_experts, block_size, **run)
-        rows, choices = x, ids.shape[-1]
+        routing = tables.align(ids, num_experts, block_size, True, implementation)
+        rows, top_k = x, ids.shape[-1]
+    blocks = tuple(routing)
+    how: dict[str, Any] = {"packed_rows": plan is not None, "precision": precision, "implementation": implementation}
+
+    def bias_rows(bias: jax.Array | None) -> jax.Array | None:
+        if bias is None:
+            return None
+        owner = ids.reshape(-1)
+        if plan:
+            owner = tables.expert_of_row.bind(plan.packed_token_idx, plan.expert_offsets, implementation=None)
+        return dispatch_op.bind(bias, owner, None, implementation=implementation)
 
     # Kept for the gradient: the product. Computed again from it: the activation's many float32 intermediates.
     @jax.checkpoint
@@ -125,53 +132,28 @@ def moe_mlp(
             raise ValueError(f"{_OP}: activation must give an array of shape {gate.shape}; got {jnp.shape(hidden)}")
         return hidden.astype(x.dtype)
 
-    def bias_rows(bias: jax.Array | None) -> jax.Array | None:
-        if bias is None:
-            return None
-        owner = expert_of_row(plan.packed_token_idx, plan.expert_offsets) if plan else ids.reshape(-1)
-        return moe_dispatch(bias, owner, **run)
-
-    precision = as_precision(_OP, precision, x.dtype)
-    product: dict[str, Any] = {"packed_rows": flow == "packed", "precision": precision, **run}
     if b_gate_up is None and not callable(activation):
-        rows = grouped_matmul(rows, w_gate_up, routing, top_k=choices, activation=activation, **product)
+        rows = product(rows, w_gate_up, *blocks, top_k=top_k, activation=activation, dtype=x.dtype.name, **how)
     else:
-        wide = unfinished(x.dtype.name)
-        rows = grouped_matmul(rows, w_gate_up, routing, top_k=choices, preferred_element_type=wide, **product)
+        made = unfinished(x.dtype.name)
+        rows = product(rows, w_gate_up, *blocks, top_k=top_k, activation=None, dtype=made, **how)
         rows = activate(rows, bias_rows(b_gate_up))
-    rows = grouped_matmul(rows, w_down, routing, **product)
+    rows = product(rows, w_down, *blocks, top_k=1, activation=None, dtype=x.dtype.name, **how)
     if b_down is not None:
         rows = _plus(rows, bias_rows(b_down)).astype(x.dtype)
     if plan:
-        out = moe_combine(rows, plan.pairs_by_token, weights, unique_rows=True, **run)
+        out = combine_op.bind(rows, plan.pairs_by_token, weights, unique_rows=True, implementation=implementation)
     else:
         weights = jnp.where((ids >= 0) & (ids < num_experts), weights, 0)
-        out = weighted_sum_batched(rows.reshape(*ids.shape, x.shape[-1]), weights, **run)
+        rows = rows.reshape(*ids.shape, x.shape[-1])
+        out = weighted_sum_op.bind(rows, weights, implementation=implementation)
     return as_given(out.reshape(given.shape), given)
 
 
-def tokens_of(x: jax.Array, whole: bool = False) -> jax.Array:
-    """[..., N] as [T, N]. Of sharded axes in an Explicit mesh JAX flattens the first alone: the others are gathered.
-
-    All of them, if it is to be whole on every device.
-    """
-    sharding = jax.typeof(x).sharding
-    spec = [axes if i in (0, x.ndim - 1) and not whole else None for i, axes in enumerate(sharding.spec)]
-    if AxisType.Explicit in sharding.mesh.axis_types and tuple(spec) != tuple(sharding.spec):
-        x = jax.sharding.reshard(x, sharding.update(spec=PartitionSpec(*spec)))
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # not -1: what is left over is unknown where a width is 0
-
-
-def as_given(out: jax.Array, given: Any) -> jax.Array:
-    """The result with its tokens sharded as those that were given, so that what follows stays divided too."""
-    *lead, _ = given.sharding.spec
-    sharding = jax.typeof(out).sharding
-    *own, last = sharding.spec
-    if AxisType.Explicit not in sharding.mesh.axis_types or own == lead:
-        return out
-    taken = {name for axes in lead for name in (axes if isinstance(axes, tuple) else (axes,))}
-    last = None if taken & {*(last if isinstance(last, tuple) else (last,))} - {None} else last
-    return jax.sharding.reshard(out, sharding.update(spec=PartitionSpec(*lead, last)))
+def _usual_flow(x: jax.Array, ids: jax.Array) -> str:
+    """Tokens that fit an L2 cache are read through pair ids; without choices no pair id names a token."""
+    few_bytes = x.size * x.dtype.itemsize <= 2**25
+    return "pair_ids" if few_bytes and ids.shape[-1] else "packed"
 
 
 def _plus(rows: jax.Array, bias: jax.Array | None) -> jax.Array:
@@ -195,8 +177,9 @@ def checked_settings(activation: Any, flow: Any, block_size: Any) -> Any:
     return activation if callable(activation) else ACTIVATIONS[activation]
 
 
-def checked(
+def checked_arrays(
     op: str,
+    top_k: Any,
     x: Any,
     router_logits: Any,
     router_output: Any,
@@ -210,40 +193,42 @@ def checked(
         got = "neither" if router_logits is None else "both"
         raise ValueError(f"{op}: give one of router_logits (with top_k) and router_output; got {got}")
     ids, weights = (None, None) if router_output is None else as_pair(op, router_output)
-    (x,), (logits,) = _arrays(op, "x: rows[T,H]", x), _arrays(op, "router_logits: rows[T,E]", router_logits)
-    ids, weights = _arrays(op, "expert_ids: ids[T,K], expert_weights: weights[T,K]", ids, weights)
-    matrices = "w_gate_up: rows[E,H,G], w_down: rows[E,F,H], b_gate_up: rows[E,G], b_down: rows[E,H]"
-    w_gate_up, w_down, b_gate_up, b_down = _arrays(op, matrices, w_gate_up, w_down, b_gate_up, b_down)
-    if w_gate_up.ndim != 3:
-        raise ValueError(f"{op}: w_gate_up must be [E, H, 2F], without leading axes; got shape {w_gate_up.shape}")
-    if not w_gate_up.shape[0]:
-        raise ValueError(f"{op}: w_gate_up must hold at least one expert, E >= 1; got shape {w_gate_up.shape}")
-    for name, array, axis, size, source in (
-        ("w_gate_up", w_gate_up, 1, x.shape[-1], "H of x"),
-        ("w_gate_up", w_gate_up, 2, 2 * w_down.shape[1], "2F of w_down"),
-        *([("router_logits", logits, -1, w_gate_up.shape[0], "E of w_gate_up")] if logits is not None else []),
-    ):
-        if array.shape[axis] != size:
-            raise ValueError(
-                f"{op}: {name} must have {size} entries along axis {axis}, {source}; got shape {array.shape}"
-            )
+    x, logits, ids, weights = checked(op, _TOKENS, x, router_logits, ids, weights)
+    w_gate_up, w_down, b_gate_up, b_down = checked(op, _MATRICES, w_gate_up, w_down, b_gate_up, b_down)
+    shape = w_gate_up.shape
+    if len(shape) != 3:
+        raise ValueError(f"{op}: w_gate_up must be [E, H, 2F], without leading axes; got shape {shape}")
+    if not shape[0]:
+        raise ValueError(f"{op}: w_gate_up must hold at least one expert, E >= 1; got shape {shape}")
+    if shape[1] != x.shape[-1]:
+        raise ValueError(f"{op}: w_gate_up must have {x.shape[-1]} entries along axis 1, H of x; got shape {shape}")
+    if shape[2] != 2 * w_down.shape[1]:
+        raise ValueError(
+            f"{op}: w_gate_up must have {2 * w_down.shape[1]} entries along axis 2, 2F of w_down; got shape {shape}"
+        )
+    if logits is not None and logits.shape[-1] != shape[0]:
+        raise ValueError(
+            f"{op}: router_logits must have {shape[0]} entries along axis -1, E of w_gate_up; got shape {logits.shape}"
+        )
     if w_gate_up.dtype != x.dtype:
         raise TypeError(f"{op}: w_gate_up must have the dtype of x, {x.dtype}; got {w_gate_up.dtype}")
-    if any(r is not None and r.shape[:-1] != x.shape[:-1] for r in (logits, ids)):
-        name, other = ("router_logits", logits) if logits is not None else ("router_output", ids)
+    name, other = ("router_output", ids) if logits is None else ("router_logits", logits)
+    if other.shape[:-1] != x.shape[:-1]:
         raise ValueError(
             f"{op}: {name} must have the axes {x.shape[:-1]} of x before its last; got shape {other.shape}"
         )
-    if ids is not None and ids.shape != weights.shape:
+    if ids is None:
+        if top_k is None:
+            raise TypeError(f"{op}: top_k must be an int with router_logits; got None")
+        return x, logits, None, w_gate_up, w_down, b_gate_up, b_down
+    if ids.shape != weights.shape:
         raise ValueError(
             f"{op}: router_output must hold ids and weights of one shape; got {ids.shape} and {weights.shape}"
         )
-    return x, logits, None if ids is None else (ids, weights), w_gate_up, w_down, b_gate_up, b_down
+    if top_k is not None and as_int(op, "top_k", top_k, 0) != ids.shape[-1]:
+        raise ValueError(f"{op}: top_k must be that of router_output, {ids.shape[-1]}; got {top_k}")
+    return x, logits, (ids, weights), w_gate_up, w_down, b_gate_up, b_down
 
 
-def _arrays(op: str, signature: str, *args: Any) -> list[Any]:
-    terms = parse(signature + " -> ").operands
-    given = [(term, arg) for term, arg in zip(terms, args, strict=True) if arg is not None]
-    present = Signature(tuple(term for term, _ in given), ())
-    checked = iter(canonical(op, present, tuple(arg for _, arg in given)))
-    return [None if arg is None else next(checked) for arg in args]
+_TOKENS = parse("x: rows[T,H], router_logits?: logits[T,E], expert_ids?: ids[T,K], expert_weights?: weights[T,K]")
+_MATRICES = parse("w_gate_up: rows[E,H,G], w_down: rows[E,F,H], b_gate_up?: rows[E,G], b_down?: rows[E,H]")

@@ -4,12 +4,13 @@
     y = moe(x)                                                # [..., 64] to [..., 64]
     y, balance = nnx.capture(moe, LoadBalancingLoss)(x)       # and what the layer sows, where it is asked for
 
-A layer sows its losses and counts in types of their own, as `nnx.capture` takes them: unweighted, and only inside
-`nnx.capture`, from whatever depth of a model, out of `nnx.scan`, `nnx.remat` and `nnx.jit`; elsewhere they cost
-nothing. `optax.tree.sum(balance)` adds them over the layers.
+A layer sows its losses, without weights, and its counts, each as a variable type of its own, which `nnx.capture` takes.
+It sows only inside `nnx.capture`; elsewhere losses and counts cost nothing. The layer may stand at any depth, also
+inside `nnx.scan`, `nnx.remat` and `nnx.jit`. `optax.tree.sum(balance)` adds a loss over the layers.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
@@ -21,15 +22,17 @@ try:
 except ImportError as error:
     raise ImportError("ferrum_jax.nnx needs flax: pip install '.[nnx]' from a clone") from error
 
-from ..core.signature import ROW_DTYPES, as_bool, as_int, one_of
+from ..core.signature import as_bool, as_int, one_of
+from ..core.types import RouterOutput
 from ..kernels import IMPLEMENTATIONS
-from ..ops.grouped import ACTIVATIONS, as_precision
+from ..ops.activations import ACTIVATIONS
+from ..ops.grouped import as_precision
 from ..ops.losses import NORMALIZATIONS, expert_counts, load_balancing_loss, router_z_loss, update_routing_bias
-from ..ops.routing import RouterOutput, route_topk
-from ..ops.routing import checked_settings as checked_routing
-from .checkpoint import MoEParams
+from ..ops.routing import route_topk
+from ..ops.scoring import checked_settings as checked_routing
 from .layer import checked_settings as checked_layer
 from .layer import moe_mlp
+from .layouts import AXES, MoEParams, as_dtype, shape_of
 from .presets import Preset
 
 Initializer = Callable[..., jax.Array]
@@ -37,7 +40,7 @@ _BY_FAN_IN = jax.nn.initializers.lecun_normal()
 
 
 class ScoreBias(nnx.Variable):
-    """A bias that decides which experts are chosen, and nothing else: no parameter, so that no gradient trains it."""
+    """A bias that only takes part in the choice of experts. It is no `nnx.Param`, so no gradient trains it."""
 
 
 class LoadBalancingLoss(nnx.Intermediate):
@@ -52,52 +55,40 @@ class ExpertCounts(nnx.Intermediate):
     """What `MoE` sows as `expert_counts`: the pairs of each expert in this call, [E] int32."""
 
 
-# The axes of each parameter, those of MoEParams. H: hidden width, E: experts, F: an expert's width, S: the shared
-# experts'; FF and SS are gate, then up.
-_AXES = {
-    "router": ("H", "E"),
-    "w_gate_up": ("E", "H", "FF"),
-    "w_down": ("E", "F", "H"),
-    "router_bias": ("E",),
-    "score_bias": ("E",),
-    "b_gate_up": ("E", "FF"),
-    "b_down": ("E", "H"),
-    "shared_w_gate_up": ("H", "SS"),
-    "shared_w_down": ("S", "H"),
-    "shared_gate": ("H", "1"),
-}
 _PARTITIONED = ("E", "H", "F")
-_ROUTER = ("router", "router_bias", "score_bias")  # whole on every device: the choice is among all experts
+# These stay whole along E on every device, because the choice is among all experts.
+_ROUTER = ("router", "router_bias", "score_bias")
 _BIASES = ("router_bias", "score_bias", "b_gate_up", "b_down")
 
 
 class MoE(nnx.Module):
     """A Mixture-of-Experts layer: a router, `num_experts` gated MLPs, and perhaps an MLP that serves every token.
 
-    What the layer does is a `Preset`: one of `ferrum_jax.presets`, or settings by name, or both, of which the settings
-    win. Its parameters, those that the preset has, are attributes under the names and shapes of
-    `ferrum_jax.checkpoint.MoEParams`; `score_bias` is a `ScoreBias`, the others are `nnx.Param`s.
+    A `Preset` says what the layer does: one of `ferrum_jax.presets`, or settings by name. If both are given, a setting
+    replaces the preset's. The parameters are attributes with the names and shapes of
+    `ferrum_jax.checkpoint.MoEParams`, None where the preset has none; `score_bias` is a `ScoreBias`, the others are
+    `nnx.Param`s.
 
     Args:
       hidden_width: H, entries of a token.
       expert_width: F, hidden entries of an expert.
-      preset: settings; default: none, and `num_experts` and `top_k` must be given.
+      preset: settings; without one, `num_experts` and `top_k` must be given.
       shared_width: hidden entries of the shared MLP; default: the preset's `shared_experts` times F.
-      dtype: of the experts' products and the result, float16, bfloat16 or float32; default: that of x and the
+      dtype: of the experts' products and the result, float16, bfloat16 or float32; default: the dtype of x and the
         parameters, or float32 where these differ.
-      param_dtype: of the parameters, but for the router's and the score bias, which is float32.
-      router_dtype: of the router's parameters, and of x in the router's product; its sums and the logits are float32.
+      param_dtype: of the parameters, except the router's, and except the score bias, which is float32.
+      router_dtype: of the router's parameters, and of x in the router's product. Sums and logits are float32.
       kernel_init, router_init: initialisers of matrices, such as `jax.nn.initializers`. Experts are initialised one by
-        one: an expert's fan-in is its own. Default: `lecun_normal`, variance 1 / fan-in. Biases start at 0.
-      partition: mesh axes (or flax's logical axis names) by the parameters' axes "E", "H" and "F", such as
-        {"E": "expert"}; the router's matrix and biases stay whole along E. As metadata `out_sharding` of the
-        parameters: in a mesh (`jax.set_mesh`) they are made sharded. This spreads memory, not work: a device gathers
-        the matrices that its tokens' products take.
-      normalization: of the loss that is sown, as in `load_balancing_loss`, which takes scores by sigmoid where the
-        layer's `scoring` is that, else by softmax. For "deepseek" x is [..., T, H], leading axes are sequences, and the
-        experts counted are those chosen without the score bias.
+        one, so an expert's fan-in is its own. Default: `lecun_normal`, variance 1 / fan-in. Biases start at 0.
+      partition: which mesh axes (or flax's logical axis names) divide the parameters' axes "E", "H" and "F", such as
+        {"E": "expert"}. The router's matrix and biases stay whole along E. Parameters get it as metadata
+        `out_sharding`, and are sharded from the start if a mesh is set (`jax.set_mesh`). This spreads memory, not
+        work: a device gathers the matrices that the products of its tokens need.
+      normalization: of the loss that is sown, as in `load_balancing_loss`, with the layer's `scoring` if that is
+        "sigmoid", else "softmax". For "deepseek", x is [..., T, H], leading axes are sequences, and the experts that
+        count are those chosen without the score bias.
       flow, block_size, implementation: as in `moe_mlp`.
-      precision: of float32 products of the experts and of the shared MLP, as in `moe_mlp`; the router's product is
+      precision: of float32 products of the experts and of the shared MLP, as in `moe_mlp`. The router's product is
         always in full float32.
       rngs: its stream `params` makes the parameters.
       **settings: fields of `Preset`: num_experts, top_k, scoring, norm_topk_prob, activation, shared_experts,
@@ -147,61 +138,66 @@ class MoE(nnx.Module):
         rngs: nnx.Rngs,
         **settings: Any,
     ):
-        self.preset = chosen = _preset(preset, settings)
-        self.dtype = None if dtype is None else _dtype("dtype", dtype)
-        self.normalization = normalization
+        self.preset = _preset(preset, settings)
+        self.dtype = None if dtype is None else as_dtype("MoE", "dtype", dtype)
+        self.normalization, self.precision = normalization, precision
         self.flow, self.block_size, self.implementation = flow, block_size, implementation
-        as_precision("MoE", precision, jnp.float32)
-        self.precision = precision
-        shared_experts = as_int("MoE", "shared_experts", chosen.shared_experts, least=0)
-        size = {
-            "1": 1,
-            "H": as_int("MoE", "hidden_width", hidden_width),
-            "E": as_int("MoE", "num_experts", chosen.num_experts),
-            "F": as_int("MoE", "expert_width", expert_width),
-            "S": shared_experts * expert_width if shared_width is None else shared_width,
-        }
-        size |= {"FF": 2 * size["F"], "SS": 2 * as_int("MoE", "shared_width", size["S"], least=0)}
-        for name in ("shared_gate", "score_bias", "router_bias", "expert_bias", "weight_on_input"):
-            as_bool("MoE", name, getattr(chosen, name))
-        if chosen.shared_gate and not size["S"]:
-            raise ValueError("MoE: shared_gate needs shared_experts or shared_width >= 1; got 0")
-        one_of("MoE", "normalization", normalization, NORMALIZATIONS)
-        # What the layer's calls would say of its settings, they say now.
-        checked_routing("route_topk", size["E"], **chosen)
-        one_of("route_topk", "implementation", implementation, (None, *IMPLEMENTATIONS))
-        checked_layer(chosen.activation, flow, block_size)
-        names = dict(partition or {})
-        if unknown := names.keys() - set(_PARTITIONED):
+        self._check_settings()
+        partition = dict(partition or {})
+        if unknown := partition.keys() - set(_PARTITIONED):
             raise ValueError(f"MoE: partition must name axes of {_PARTITIONED}; got {', '.join(sorted(unknown))}")
-        param_dtype, router_dtype = _dtype("param_dtype", param_dtype), _dtype("router_dtype", router_dtype)
-        present = {
-            "router_bias": chosen.router_bias,
-            "score_bias": chosen.score_bias,
-            "b_gate_up": chosen.expert_bias,
-            "b_down": chosen.expert_bias,
-            "shared_w_gate_up": size["S"] > 0,
-            "shared_w_down": size["S"] > 0,
-            "shared_gate": chosen.shared_gate,
-        }
-        for name, axes in _AXES.items():
-            if not present.get(name, True):
+        param_dtype = as_dtype("MoE", "param_dtype", param_dtype)
+        router_dtype = as_dtype("MoE", "router_dtype", router_dtype)
+        size = self._axis_sizes(hidden_width, expert_width, shared_width)
+        for name, axes in AXES.items():
+            if not self._has(name, size["S"]):
                 setattr(self, name, nnx.data(None))
                 continue
-            shape = tuple(size[axis] for axis in axes)
-            of = jnp.float32 if name == "score_bias" else router_dtype if name in _ROUTER else param_dtype
+            of_router, shape = name in _ROUTER, shape_of(axes, size)
+            of = jnp.float32 if name == "score_bias" else router_dtype if of_router else param_dtype
             if name in _BIASES:
                 value = jnp.zeros(shape, of)
             else:
-                value = _matrices(router_init if name in _ROUTER else kernel_init, rngs.params(), shape, of)
-            spec = [None if axis == "E" and name in _ROUTER else names.get(axis[0].replace("S", "F")) for axis in axes]
+                value = _matrices(router_init if of_router else kernel_init, rngs.params(), shape, of)
+            # An axis of 2F or 2S entries ("UF", "US") is divided as F is.
+            letters = [axis[-1].replace("S", "F") for axis in axes.split()]
+            spec = [None if of_router and letter == "E" else partition.get(letter) for letter in letters]
             kind = ScoreBias if name == "score_bias" else nnx.Param
             setattr(self, name, kind(value, out_sharding=tuple(spec)) if any(spec) else kind(value))
+
+    def _check_settings(self) -> None:
+        """Refuse now, with the same errors, what the layer's calls would refuse later."""
+        for name in ("shared_gate", "score_bias", "router_bias", "expert_bias", "weight_on_input"):
+            as_bool("MoE", name, getattr(self.preset, name))
+        as_int("MoE", "shared_experts", self.preset.shared_experts, least=0)
+        one_of("MoE", "normalization", self.normalization, NORMALIZATIONS)
+        as_precision("MoE", self.precision, jnp.float32)
+        num_experts = as_int("MoE", "num_experts", self.preset.num_experts)
+        checked_routing("route_topk", num_experts, **self.preset)
+        one_of("route_topk", "implementation", self.implementation, (None, *IMPLEMENTATIONS))
+        checked_layer(self.preset.activation, self.flow, self.block_size)
+
+    def _axis_sizes(self, hidden_width: int, expert_width: int, shared_width: int | None) -> dict[str, int]:
+        """The sizes of the axes that `AXES` names."""
+        expert_width = as_int("MoE", "expert_width", expert_width)
+        shared = self.preset.shared_experts * expert_width if shared_width is None else shared_width
+        shared = as_int("MoE", "shared_width", shared, least=0)
+        if self.preset.shared_gate and not shared:
+            raise ValueError("MoE: shared_gate needs shared_experts or shared_width >= 1; got 0")
+        hidden_width = as_int("MoE", "hidden_width", hidden_width)
+        return {"1": 1, "U": 2, "H": hidden_width, "E": int(self.preset.num_experts), "F": expert_width, "S": shared}
+
+    def _has(self, name: str, shared_width: int) -> bool:
+        """Whether the layer has a parameter."""
+        if name in ("shared_w_gate_up", "shared_w_down"):
+            return shared_width > 0
+        setting = "expert_bias" if name in ("b_gate_up", "b_down") else name
+        return getattr(self.preset, setting, True)  # a parameter without a setting is always there
 
     def __call__(self, x: jax.Array, *, token_mask: jax.Array | None = None) -> jax.Array:
         """The layer: each token through its experts, and through the shared MLP if there is one.
 
-        Inside `nnx.capture` it sows `LoadBalancingLoss`, `RouterZLoss` and `ExpertCounts`, those that are captured.
+        Inside `nnx.capture` it sows those of `LoadBalancingLoss`, `RouterZLoss` and `ExpertCounts` that are captured.
 
         Args:
           x: [..., H] float16, bfloat16 or float32; all axes but the last are tokens.
@@ -218,14 +214,14 @@ class MoE(nnx.Module):
         x, mask = jnp.asarray(x), None if token_mask is None else jnp.asarray(token_mask)
         if x.ndim == 1:
             return self(x[None], token_mask=None if mask is None else mask[None])[0]
-        if mask is not None and mask.shape == x.shape[:-1]:  # or `route` says what is wrong with it
+        if mask is not None and mask.shape == x.shape[:-1]:  # if the shapes differ, `route` raises the error
             x = jnp.where(mask[..., None], x, jnp.zeros((), x.dtype))
         logits = self.logits(x)
         routed = self.route(logits, token_mask=mask)
-        # Elsewhere flax's sow is deprecated: it would grow the module by an entry at each call.
+        # Outside `nnx.capture`, flax's sow is deprecated: it would add an entry to the module at each call.
         if hasattr(self, "__captures__"):
             self._sow(logits, routed.expert_ids, mask)
-        # Of two different ones of the three dtypes, float32 is what they promote to.
+        # Two different ones of the three dtypes promote to float32.
         x = x.astype(self.dtype or (x.dtype if x.dtype == self.w_gate_up.dtype else jnp.float32))
         out = self._routed(x, routed)
         return (out if self.shared_w_down is None else _f32(out) + self._shared(x)).astype(x.dtype)
@@ -233,8 +229,7 @@ class MoE(nnx.Module):
     def logits(self, x: jax.Array) -> jax.Array:
         """The router's product with the tokens x[..., H]: [..., E] float32."""
         width = self.router.shape[0]
-        if jnp.dtype(x.dtype).name not in ROW_DTYPES:
-            raise TypeError(f"MoE: x must be float16, bfloat16 or float32; got {x.dtype}")
+        as_dtype("MoE", "x", x.dtype)
         if x.ndim < 1 or x.shape[-1] != width:
             raise ValueError(f"MoE: x must be [..., H] with H = {width}, the layer's hidden width; got shape {x.shape}")
         logits = _product(x.astype(self.router.dtype), self.router[...], "highest")
@@ -263,11 +258,11 @@ class MoE(nnx.Module):
 
     @classmethod
     def from_params(cls, params: MoEParams, preset: Preset | None = None, **kwargs: Any) -> Self:
-        """A layer with these parameters, such as `checkpoint.load_moe` reads them. Random ones are never made.
+        """A layer with these parameters, for example from `checkpoint.load_moe`. No random parameters are made.
 
         Args:
-          params: arrays of NumPy or JAX. Sizes, and which parameters there are, come from here, whatever the preset
-            says; dtypes too, unless `kwargs` has others.
+          params: arrays of NumPy or JAX. They say the sizes and which parameters there are, whatever the preset says.
+            They also say the dtypes, unless `kwargs` does.
           preset, **kwargs: as in `MoE`, without its widths and `rngs`.
 
         Raises:
@@ -285,17 +280,18 @@ class MoE(nnx.Module):
             "shared_gate": params.shared_gate is not None,
             **kwargs,
         }
-        expert_width = params.w_down.shape[1]
-        make = lambda: cls(hidden_width, expert_width, preset, rngs=nnx.Rngs(0), **settings)  # noqa: E731
-        module = nnx.as_abstract(nnx.eval_shape(make))
+        make = functools.partial(cls, hidden_width, params.w_down.shape[1], preset, **settings)
+        module = nnx.as_abstract(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
         module.load(params)
         return module
 
     def load(self, params: MoEParams) -> None:
-        """Take these parameters, cast to the dtypes and put where the layer's own are, or where they belong.
+        """Take these parameters. They are cast to the layer's dtypes, and put where the layer's own parameters are.
+
+        A layer without arrays (`nnx.eval_shape`) has its parameters put where its partition says.
 
         Raises:
-          ValueError: a parameter that only one of the two has, or of another shape; all are named.
+          ValueError: a parameter that only one of the two has, or that has another shape; all are named.
         """
         wrong = []
         for name, value in params._asdict().items():
@@ -310,12 +306,12 @@ class MoE(nnx.Module):
                 own = variable.get_value()
                 where = own.sharding if getattr(own, "committed", True) else None
                 if isinstance(own, jax.ShapeDtypeStruct) and where is not None:
-                    where = where.spec  # its mesh is abstract: the one that is set has the devices
+                    where = where.spec  # its mesh is abstract and has no devices; the mesh that is set has them
                 variable.set_value(jax.device_put(value.astype(own.dtype), where))
 
     def params(self) -> MoEParams:
         """The layer's parameters, for `checkpoint.to_layout` or `moe_mlp`."""
-        return MoEParams(**{name: None if (v := getattr(self, name)) is None else v.get_value() for name in _AXES})
+        return MoEParams(**{name: None if (v := getattr(self, name)) is None else v.get_value() for name in AXES})
 
     # ---- parts
 
@@ -323,23 +319,26 @@ class MoE(nnx.Module):
         return route_topk(logits, **self.preset, bias=bias, token_mask=token_mask, implementation=self.implementation)
 
     def _routed(self, x: jax.Array, routed: RouterOutput) -> jax.Array:
-        matrices = (_cast(p, x.dtype) for p in (self.w_gate_up, self.w_down))
-        run = {
-            "b_gate_up": _cast(self.b_gate_up, x.dtype),
-            "b_down": _cast(self.b_down, x.dtype),
-            "activation": self.preset.activation,
-            "flow": self.flow,
-            "block_size": self.block_size,
-            "precision": self.precision,
-            "implementation": self.implementation,
-        }
+        experts = functools.partial(
+            moe_mlp,
+            router_logits=None,
+            w_gate_up=_cast(self.w_gate_up, x.dtype),
+            w_down=_cast(self.w_down, x.dtype),
+            b_gate_up=_cast(self.b_gate_up, x.dtype),
+            b_down=_cast(self.b_down, x.dtype),
+            activation=self.preset.activation,
+            flow=self.flow,
+            block_size=self.block_size,
+            precision=self.precision,
+            implementation=self.implementation,
+        )
         if not self.preset.weight_on_input:
-            return moe_mlp(x, None, *matrices, router_output=routed, **run)
-        # Every pair is a token of its own, with one expert and weight 1.
+            return experts(x, router_output=routed)
+        # Each pair becomes a token of its own, already multiplied by its weight, with one expert of weight 1.
         ids, weights = routed
         rows = (_f32(x)[..., None, :] * weights[..., None]).astype(x.dtype)
         single = RouterOutput(ids[..., None], jnp.ones_like(weights)[..., None])
-        return jnp.sum(_f32(moe_mlp(rows, None, *matrices, router_output=single, **run)), axis=-2)
+        return jnp.sum(_f32(experts(rows, router_output=single)), axis=-2)
 
     def _shared(self, x: jax.Array) -> jax.Array:
         name: Any = self.preset.activation
@@ -380,14 +379,8 @@ def _preset(preset: Preset | None, settings: dict[str, Any]) -> Preset:
     return Preset(**settings)
 
 
-def _dtype(name: str, dtype: Any) -> Any:
-    if jnp.dtype(dtype).name not in ROW_DTYPES:
-        raise TypeError(f"MoE: {name} must be float16, bfloat16 or float32; got {jnp.dtype(dtype)}")
-    return jnp.dtype(dtype)
-
-
 def _matrices(init: Initializer, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """A matrix, or one for each expert; by vmap, so that an initialiser's fans are those of one matrix."""
+    """A matrix, or one for each expert. Under vmap, an initialiser sees one expert's matrix and takes its fan-in."""
     if len(shape) == 2:
         return init(key, shape, dtype)
     return jax.vmap(lambda key: init(key, shape[1:], dtype))(jax.random.split(key, shape[0]))

@@ -14,11 +14,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
-from ..core.primitive import equally_varying, in_auto_mesh
-from ..core.signature import INT32_MAX, as_bool, as_int, canonical, one_of, parse
+from ..core.sharding import as_given, equally_varying, in_auto_mesh, tokens_of
+from ..core.signature import INT32_MAX, as_bool, as_int, checked, one_of
+from ..core.types import RouterOutput
 from ..ops.combine import moe_combine, moe_dispatch
 from ..ops.grouped import as_precision
-from ..ops.routing import RouterOutput, route_topk_softmax
+from ..ops.routing import route_topk_softmax
 from ..ops.tables import moe_build_pairs_by_token
 from . import layer
 
@@ -83,7 +84,7 @@ def exchange_sizes(
     ([1, 2], [2, 3])
     """
     op = "exchange_sizes"
-    (offsets,) = canonical(op, parse("expert_offsets: ids[D,E] ->"), (expert_offsets,))
+    (offsets,) = checked(op, "expert_offsets: ids[D,E]", expert_offsets)
     shape = offsets.shape
     if len(shape) != 2 or not shape[0] or shape[1] < 2 or (shape[1] - 1) % shape[0]:
         raise ValueError(f"{op}: expert_offsets must be [D, E+1] with E a multiple of D, both >= 1; got shape {shape}")
@@ -209,12 +210,12 @@ def moe_mlp(
         )
         router_logits = None
     biases = options.get("b_gate_up"), options.get("b_down")
-    x, _, (ids, weights), *_ = layer.checked(_OP, x, router_logits, router_output, w_gate_up, w_down, *biases)
-    if top_k is not None and as_int(_OP, "top_k", top_k, 0) != ids.shape[-1]:
-        raise ValueError(f"{_OP}: top_k must be that of router_output, {ids.shape[-1]}; got {top_k}")
+    x, _, (ids, weights), *_ = layer.checked_arrays(
+        _OP, top_k, x, router_logits, router_output, w_gate_up, w_down, *biases
+    )
     given, experts = jax.typeof(x), w_gate_up.shape[0]
     precision = as_precision(_OP, precision, x.dtype)
-    x, ids, weights = (layer.tokens_of(a, whole=True) for a in (x, ids, weights))
+    x, ids, weights = (tokens_of(a, whole=True) for a in (x, ids, weights))
     x, ids, weights, _ = equally_varying([x, ids, weights, lax.axis_index(axis_name)])
     if block_size is None:
         block_size = layer.usual_block_size(ids.size, experts)
@@ -242,7 +243,7 @@ def moe_mlp(
         out, dropped = _gathered(local, axis_name, x, ids, weights, experts)
     else:
         out, dropped = _exchanged(local, axis_name, exchange, x, ids, weights, experts, rows, implementation)
-    out = layer.as_given(out.reshape(given.shape), given)
+    out = as_given(out.reshape(given.shape), given)
     return (out, dropped) if return_dropped else out
 
 

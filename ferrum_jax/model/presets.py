@@ -2,8 +2,9 @@
 
     ids, weights = route_topk(logits, **presets.deepseek_v3, bias=score_bias)
 
-A preset is the routing of one published model, named in `source`. Other sizes of its family may have other numbers of
-experts, or another scale; `dataclasses.replace(preset, num_experts=32)` says so. `PRESETS` finds a preset by name.
+A preset is the routing of one published model, which `source` names. Other models of its family may have another number
+of experts or another scale; make their preset with `dataclasses.replace(preset, num_experts=32)`. `PRESETS` finds a
+preset by name.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ _ROUTING = ("top_k", "scoring", "norm_topk_prob", "num_groups", "group_top_k", "
 
 
 class Source(NamedTuple):
-    """A model's name on the Hugging Face hub, and where its figures and its formula are published."""
+    """A model's name on the Hugging Face hub, and the addresses of its numbers (config) and its formula (code)."""
 
     model: str
     config: str
@@ -24,9 +25,9 @@ class Source(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preset:
-    """A model's routing. `**preset` gives the first eight fields, the keywords of `route_topk`, and nothing else.
+    """A model's routing. `**preset` passes the first eight fields, which are keywords of `route_topk`, and no others.
 
-    The other fields are what a model needs beside them: its number of experts, and which parameters it has.
+    The other fields say what else a model has: its number of experts, and which parameters.
 
     >>> from ferrum_jax import presets
     >>> dict(**presets.mixtral)["top_k"], presets.mixtral.num_experts
@@ -43,17 +44,18 @@ class Preset:
     zero_sum: str = "uniform"
 
     num_experts: int
-    #: Experts that serve every token, beside the routed ones: as one MLP, this many times an expert's width.
+    #: Experts that every token goes through. They are one MLP, this many times as wide as an expert.
     shared_experts: int = 0
     #: The shared experts' output is multiplied by the sigmoid of one more product with the token.
     shared_gate: bool = False
-    #: The router adds a bias to its scores for the choice alone: the `bias` of `route_topk`.
+    #: The router adds a bias to its scores, for the choice only: the `bias` of `route_topk`.
     score_bias: bool = False
-    #: The router's product has a bias: it is part of the logits.
+    #: The router's product has a bias, which is part of the logits.
     router_bias: bool = False
-    #: The experts' products have biases: `b_gate_up` and `b_down` of `moe_mlp`.
+    #: The experts' products have biases, `b_gate_up` and `b_down` of `moe_mlp`.
     expert_bias: bool = False
-    #: The weights multiply the experts' input, not their output: with top_k = 1, `moe_mlp` of x * weight, weights 1.
+    #: The weights multiply the experts' input, not their output. With top_k = 1, call `moe_mlp` on x * weight with
+    #: weights of 1.
     weight_on_input: bool = False
     #: The `activation` of `moe_mlp`.
     activation: str = "silu"
@@ -75,8 +77,8 @@ def _published(model: str, code: str) -> Source:
     return Source(model, f"{hub}/config.json", where)
 
 
-# Where a published config has one group, there are none. DeepSeek's formula, which Kimi and GLM share, adds 1e-20 to
-# the sum that it divides by: zero_sum="eps". The chosen probabilities of a softmax never sum to 0.
+# One group in a published config means no groups, so it is left out here. DeepSeek's formula, which Kimi and GLM share,
+# adds 1e-20 to the sum that it divides by: zero_sum="eps". For a softmax this is left out: there the sum is never 0.
 
 # https://arxiv.org/abs/2401.04088
 mixtral = Preset(num_experts=8, top_k=2, source=_published("mistralai/Mixtral-8x7B-v0.1", "mixtral"))

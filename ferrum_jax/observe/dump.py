@@ -16,14 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..core.primitive import define
+from ..core.types import MoeRouting
 from ..ops import tables
-from ..ops.tables import MoeRouting
 from . import profile
 
 _SLOTS, _BLOCKS = 48, 32  # entries shown
 
 
-def dump_routing(routing: MoeRouting, *, pair_ids: bool, num_pairs: int, num_experts: int, block_size: int) -> None:
+def dump_routing(routing: MoeRouting, num_pairs: int) -> None:
     """Print one aligned table to standard error when it has been computed: the first of this process, and no other.
 
     Called for every alignment that is traced while FERRUM_MOE_DUMP is set (any value), and for every eager one: what
@@ -41,16 +41,17 @@ def dump_routing(routing: MoeRouting, *, pair_ids: bool, num_pairs: int, num_exp
     except RuntimeError as error:  # where a callback would fail, and the computation with it
         warnings.warn(f"FERRUM_MOE_DUMP: no dump without JAX's CPU backend: {error}", RuntimeWarning, stacklevel=4)
         return
-    sizes = {"batch_x_topk": num_pairs, "block_size": block_size, "num_experts": num_experts}
-    slots, blocks = (min(most, x.shape[-1]) for most, x in zip((_SLOTS, _BLOCKS), routing[:2], strict=True))
-    kind, summary = "pair_ids" if pair_ids else "packed", _summary(*routing, block_size=block_size)
-    jax.debug.callback(functools.partial(_print_dump, kind, sizes, slots, blocks), summary)
+    facts = {"batch_x_topk": num_pairs, "block_size": routing.block_size, "num_experts": routing.num_experts}
+    slots = min(_SLOTS, routing.sorted_token_ids.shape[-1])
+    blocks = min(_BLOCKS, routing.block_ids.shape[-1])
+    summary = _summary(*routing, block_size=routing.block_size)
+    jax.debug.callback(functools.partial(_print_dump, routing.kind, facts, slots, blocks), summary)
 
 
 _once = threading.Lock()
 
 
-def _print_dump(kind: str, sizes: dict[str, int], slots: int, blocks: int, summary: Any) -> None:
+def _print_dump(kind: str, sizes: dict[str, Any], slots: int, blocks: int, summary: Any) -> None:
     """Whatever fails here, the computation goes on."""
     with contextlib.suppress(Exception):
         slices = np.asarray(summary).reshape(-1, 3 + slots + blocks)
@@ -79,11 +80,15 @@ def _summary_meaning(slots: jax.Array, blocks: jax.Array, total: jax.Array, *, b
     return jnp.concatenate([figures, slots[:_SLOTS], blocks[:_BLOCKS]])
 
 
+def _summary_sizes(sizes: dict[str, int], block_size: int) -> dict[str, int]:
+    return {"N": 3 + min(_SLOTS, sizes["S"]) + min(_BLOCKS, sizes["B"])}
+
+
 _summary = define(
     "moe_dump",
     "sorted_token_ids: ids[S], block_ids: ids[B], total_tokens_post_pad: ids[] -> ids[N]",
     _summary_meaning,
-    sizes=lambda size, block_size: {"N": 3 + min(_SLOTS, size["S"]) + min(_BLOCKS, size["B"])},
+    sizes=_summary_sizes,
     export_error="the routing dump prints in the process that traced it, so it cannot be exported: unset "
     "FERRUM_MOE_DUMP while exporting",
 )

@@ -7,15 +7,16 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ..core.signature import INT32_MAX, as_int
+from ..core.signature import as_int
+from ..core.types import MoeRouting
 from ..ops.routing import route_topk_softmax
-from ..ops.tables import MoeRouting
+from .check import as_integers, distinct_rule, entry_rules, first_wrong
 
 
 def route_topk_into_host(
     logits: jax.Array, top_k: int, *, norm_topk_prob: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`route_topk_softmax`, its results read back to the host: when this returns, they are there.
+    """Run `route_topk_softmax` and read its results back; when this returns, the host has them.
 
     Args:
       logits: [..., E] float16, bfloat16 or float32, on any device, in any sharding whose devices this process sees.
@@ -23,7 +24,7 @@ def route_topk_into_host(
       norm_topk_prob: divide the chosen probabilities by their sum.
 
     Returns:
-      (expert_ids[..., K] uint32, expert_weights[..., K] float32), NumPy arrays of the caller's own.
+      (expert_ids[..., K] uint32, expert_weights[..., K] float32), NumPy arrays that the caller may write to.
 
     Raises:
       TypeError: called in a function that JAX traces (jit, vmap, grad, shard_map, ...); else as `route_topk_softmax`.
@@ -56,12 +57,12 @@ def upload_moe_routing(
     block_size: int | None = None,
     device: Any = None,
 ) -> MoeRouting:
-    """Check block-aligned tables made on the host, and put them on a device: int32, whatever integers came.
+    """Check block-aligned tables made on the host, and put them on a device as int32.
 
-    Always checked: block_size = S / B divides S, and is the one given; every slot is in [0, 2^31); the total is a
-    multiple of block_size in [0, S]; the blocks before it have owners >= 0, the blocks past it -1. With `num_experts`:
-    owners are in [0, E). With `num_pairs`: slots are in [0, P]; none past the total is live, and no value below P
-    stands in two slots. Blocks may come in any order.
+    It always checks that every block has S / B slots (`block_size` if that is given); that slots are in [0, 2^31); that
+    the total is a multiple of the block size in [0, S]; and that blocks before the total have owners >= 0, and blocks
+    past it -1. With `num_experts`, owners must be in [0, E). With `num_pairs`, slots must be in [0, P], slots past the
+    total must hold P, and no value below P may stand in two slots. Blocks may come in any order.
 
     Args:
       sorted_token_ids: [S], any integers: packed rows or pair ids; P at padding and in the tail.
@@ -71,7 +72,8 @@ def upload_moe_routing(
       device: a `jax.Device` or a `jax.sharding.Sharding`; default: JAX's default device. The total is replicated.
 
     Returns:
-      MoeRouting of device arrays: sorted_token_ids[S], block_ids[B], total_tokens_post_pad[].
+      MoeRouting of device arrays: sorted_token_ids[S], block_ids[B], total_tokens_post_pad[]. It knows its block size,
+      and E if that is given.
 
     Raises:
       TypeError: an argument that is no host array of integers; a size that is no int.
@@ -83,72 +85,48 @@ def upload_moe_routing(
     [0, 1, 2]
     """
     op = "upload_moe_routing"
-    slots = _integers("sorted_token_ids", sorted_token_ids)
-    blocks = _integers("block_ids", block_ids)
-    total = _integers("total_tokens_post_pad", total_tokens_post_pad)
+    slots = as_integers(op, "sorted_token_ids", sorted_token_ids, host=True)
+    blocks = as_integers(op, "block_ids", block_ids, host=True)
+    total = as_integers(op, "total_tokens_post_pad", total_tokens_post_pad, host=True)
+    num_pairs = None if num_pairs is None else as_int(op, "num_pairs", num_pairs, 0)
+    num_experts = None if num_experts is None else as_int(op, "num_experts", num_experts)
+    block_size = _block_size(op, slots, blocks, total, block_size)
+    total, value = total.reshape(()), "packed row or pair id"
+    rules = list(entry_rules(np, slots, blocks, total, num_experts, num_pairs, block_size, value))
+    if num_pairs is not None:
+        rules.append(distinct_rule(np, slots, num_pairs, value))
+    for rule in rules:
+        if not np.all(rule[1]):
+            sentence, values = first_wrong(np, rule)
+            raise ValueError(f"{op}: {sentence.format(*values)}")
+
+    def put(array: np.ndarray, where: Any) -> jax.Array:
+        return jax.device_put(array.astype(np.int32), where)
+
+    whole = NamedSharding(device.mesh, PartitionSpec()) if isinstance(device, NamedSharding) else device
+    facts: dict[str, Any] = {"num_experts": num_experts, "block_size": block_size}
+    return MoeRouting(put(slots, device), put(blocks, device), put(total, whole), **facts)
+
+
+def _block_size(op: str, slots: np.ndarray, blocks: np.ndarray, total: np.ndarray, given: int | None) -> int:
+    """The number of slots in a block; or the ValueError that says which shapes do not fit."""
     for name, array in (("sorted_token_ids", slots), ("block_ids", blocks)):
         if array.ndim != 1:
             raise ValueError(f"{op}: {name} must have one axis; got shape {array.shape}")
     if total.shape not in ((), (1,)):
         raise ValueError(f"{op}: total_tokens_post_pad must be a scalar or of length 1; got shape {total.shape}")
-
     if slots.size % max(blocks.size, 1) or bool(slots.size) != bool(blocks.size):
         raise ValueError(
             f"{op}: sorted_token_ids must hold equally many slots, at least 1, for each of the {blocks.size} "
             f"block_ids; got {slots.size}"
         )
     size = slots.size // blocks.size if blocks.size else 1
-    if block_size is not None:
-        block_size = as_int(op, "block_size", block_size)
-        if slots.size != blocks.size * block_size:
-            raise ValueError(
-                f"{op}: sorted_token_ids must hold {blocks.size} blocks of block_size {block_size}, "
-                f"{blocks.size * block_size} slots; got {slots.size}"
-            )
-        size = block_size
-
-    most = INT32_MAX if num_pairs is None else as_int(op, "num_pairs", num_pairs, 0)
-    _refuse("sorted_token_ids", slots, (slots < 0) | (slots > most), f"in [0, {most}]")
-    end = int(total.reshape(()))
-    if not 0 <= end <= slots.size or end % size:
+    if given is None:
+        return size
+    given = as_int(op, "block_size", given)
+    if slots.size != blocks.size * given:
         raise ValueError(
-            f"{op}: total_tokens_post_pad must be a multiple of block_size {size} in [0, {slots.size}]; got {end}"
+            f"{op}: sorted_token_ids must hold {blocks.size} blocks of block_size {given}, "
+            f"{blocks.size * given} slots; got {slots.size}"
         )
-    live = end // size
-    experts = INT32_MAX if num_experts is None else as_int(op, "num_experts", num_experts)
-    index = np.arange(blocks.size)
-    owned = (blocks >= 0) & (blocks < experts)
-    _refuse("block_ids", blocks, (index < live) & ~owned, f"in [0, {experts}) in the {live} live blocks")
-    _refuse("block_ids", blocks, (index >= live) & (blocks != -1), f"-1 past the {live} live blocks")
-    if num_pairs is not None:
-        place = np.arange(slots.size)
-        tail = (place >= end) & (slots != most)
-        _refuse("sorted_token_ids", slots, tail, f"{most}, num_pairs, past the {end} slots of live blocks")
-        again = np.ones(slots.size, bool)
-        again[np.unique(slots, return_index=True)[1]] = False
-        _refuse("sorted_token_ids", slots, again & (slots != most), "distinct at live slots, and it has come before")
-
-    put = lambda array, where: jax.device_put(array.astype(np.int32), where)  # noqa: E731
-    whole = NamedSharding(device.mesh, PartitionSpec()) if isinstance(device, NamedSharding) else device
-    return MoeRouting(put(slots, device), put(blocks, device), put(total.reshape(()), whole))
-
-
-def _integers(name: str, values: Any) -> np.ndarray:
-    try:
-        array = np.asarray(values)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise TypeError(
-            f"upload_moe_routing: {name} must be a host array; got {type(values).__name__}: {error}"
-        ) from error
-    if array.size == 0 and not hasattr(values, "dtype"):
-        array = array.astype(np.int32)  # NumPy calls an empty list float64
-    if not np.issubdtype(array.dtype, np.integer):
-        raise TypeError(f"upload_moe_routing: {name} must hold integers; got {array.dtype}")
-    return array
-
-
-def _refuse(name: str, values: np.ndarray, wrong: np.ndarray, rule: str) -> None:
-    """Raise if an entry is wrong, naming the first one."""
-    if wrong.any():
-        first = int(np.argmax(wrong))
-        raise ValueError(f"upload_moe_routing: {name}[{first}] must be {rule}; got {values[first]}")
+    return given

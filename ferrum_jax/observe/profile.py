@@ -1,10 +1,11 @@
 """Profile events in the Ferrum engine's envelope: one JSON line each, appended to the file in FERRUM_PROFILE_JSONL.
 
-The environment is read at every event. FERRUM_PROFILE_JSONL names the file; unset or empty, an event is nothing.
-FERRUM_PROFILE_COMMIT_SHA, _ENV_HASH (only "sha256:..."), _MODEL, _CONCURRENCY (>= 1) and _RUNTIME_FLAGS_JSON (an
-object) fill the envelope; where one is unset or not of its kind stands null, "sha256:unknown", "unknown", 1 or {}.
+The environment is read at every event. FERRUM_PROFILE_JSONL names the file; if it is unset or empty, an event does
+nothing. FERRUM_PROFILE_COMMIT_SHA, _ENV_HASH ("sha256:..."), _MODEL, _CONCURRENCY (>= 1) and _RUNTIME_FLAGS_JSON (an
+object) fill the envelope. For a variable that is unset or of another kind, the envelope has null, "sha256:unknown",
+"unknown", 1 or {}.
 
-Lines are whole, also when threads and processes share a file. A file that cannot be written is one warning.
+Lines stay whole when threads and processes share a file. A file that cannot be written causes one warning.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ from typing import Any
 
 try:
     import fcntl
-except ImportError:  # no POSIX: threads still take turns
+except ImportError:  # not a POSIX system: then threads take turns, but processes do not
     fcntl = None
 
 
@@ -40,8 +41,8 @@ def event(
     Raises:
       ValueError: a value that JSON cannot hold, such as NaN.
 
-    Never raises for the file: one that cannot be written is one RuntimeWarning. The envelope is that of the Ferrum
-    engine's profile events, https://github.com/sizzlecar/ferrum-infer-rs.
+    A file that cannot be written causes one RuntimeWarning and no error. The envelope is that of the Ferrum engine's
+    profile events, https://github.com/sizzlecar/ferrum-infer-rs.
 
     >>> import os, tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -60,7 +61,7 @@ def event(
         "stage_us": dict(stage_us or {}),
         "graph_enabled": bool(graph_enabled),
     }
-    fields["runtime_flags"] = fields.pop("runtime_flags")  # the last field, after those of this event
+    fields["runtime_flags"] = fields.pop("runtime_flags")  # moved to the end
     try:
         line = json.dumps(fields, separators=(",", ":"), allow_nan=False, default=lambda x: x.tolist())
     except (AttributeError, TypeError, ValueError) as error:
@@ -77,10 +78,10 @@ def event(
 def stages(
     name: str, *, shape: Mapping[str, Any] | None = None, graph_enabled: bool = False
 ) -> Iterator[Callable[[str], contextlib.AbstractContextManager[None]]]:
-    """Measure stages and write one event of them at the end: `stage_us` holds microseconds by stage, in their order.
+    """Measure stages, and write one event at the end: its `stage_us` holds microseconds by stage, in their order.
 
-    JAX runs asynchronously: call `jax.block_until_ready` on a stage's results inside it, or its time is that of the
-    dispatch alone. A stage that runs several times adds up. A block that raises writes no event.
+    JAX runs asynchronously: call `jax.block_until_ready` on a stage's results inside the stage, or only the dispatch is
+    timed. The times of a stage that runs several times are added. If the block raises, no event is written.
 
     Args:
       name, shape, graph_enabled: as for `event`.
@@ -108,7 +109,9 @@ def stages(
 
 
 def _envelope() -> dict[str, Any]:
-    get = lambda name: os.environ.get(f"FERRUM_PROFILE_{name}", "").strip()  # noqa: E731
+    def get(name: str) -> str:
+        return os.environ.get(f"FERRUM_PROFILE_{name}", "").strip()
+
     env_hash, concurrency = get("ENV_HASH"), get("CONCURRENCY")
     try:
         flags = json.loads(get("RUNTIME_FLAGS_JSON"), parse_constant=_no_constant)
@@ -132,8 +135,11 @@ _unwritable: set[str] = set()
 
 
 def _append(path: str, line: bytes) -> None:
-    """One write to a descriptor opened for appending lands whole, except on a full disk or a file system that cuts it
-    short. So writers also take turns, and what a write that fails half-way has left is cut off again."""
+    """Append a line as a whole.
+
+    One write to a descriptor opened for appending is usually atomic, but a full disk or some file systems cut it short.
+    So writers take turns, and if a write fails half-way, the part that it wrote is removed.
+    """
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with _lock:
         file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
@@ -150,4 +156,4 @@ def _append(path: str, line: bytes) -> None:
                     os.ftruncate(file, end)
                 raise
         finally:
-            os.close(file)  # and with it the lock
+            os.close(file)  # this also releases the lock

@@ -1,4 +1,4 @@
-"""What a routing does to the experts, in figures and in words."""
+"""How a routing loads the experts, in numbers and in words."""
 
 import math
 from typing import NamedTuple
@@ -8,20 +8,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..core.signature import INT32_MAX, as_int
+from ..core.types import RouterOutput
 from ..ops.losses import expert_counts
-from ..ops.routing import RouterOutput, as_pair
+from ..ops.routing import as_pair
 
 
 class RoutingStats(NamedTuple):
     """What `routing_stats` returns, a pytree; `...` are the leading axes of the expert ids.
 
-    tokens_per_expert[..., E] int32: pairs that chose each expert.
-    load_imbalance[...] float32: the busiest expert's pairs / the mean of all E; 1 is even, E is one expert alone.
-    entropy[...] float32: of the shares of the load, in nats; log(E) is even, 0 is one expert alone.
-    unused_experts[...] int32: experts without a pair.
-    pairs_without_expert[...] int32: pairs whose id is outside [0, E).
-    padding_waste[...] float32: the part of the slots in live blocks that holds no pair.
-    block_size[] int32: the block size that `padding_waste` is for.
+    tokens_per_expert[..., E] int32: the number of pairs that chose each expert.
+    load_imbalance[...] float32: the busiest expert's pairs / the mean of all E; 1 means an even load, E means that one
+      expert has all of it.
+    entropy[...] float32: the entropy of the experts' shares of the load, in nats; log(E) means an even load, 0 means
+      that one expert has all of it.
+    unused_experts[...] int32: the number of experts without a pair.
+    pairs_without_expert[...] int32: the number of pairs whose id is outside [0, E).
+    padding_waste[...] float32: the share of the slots in live blocks that hold no pair.
+    block_size[] int32: the block size that `padding_waste` was computed for.
 
     Without any pair, load_imbalance is 1, entropy and padding_waste are 0.
     """
@@ -35,7 +38,7 @@ class RoutingStats(NamedTuple):
     block_size: jax.Array
 
     def summary(self) -> str:
-        """The figures in words, a paragraph for each slice. Of values: outside jit.
+        """The numbers in words, a paragraph for each slice. It needs values, so call it outside jit.
 
         >>> import jax.numpy as jnp
         >>> ids = jnp.array([[0, 1], [0, 2], [0, -1]])
@@ -55,7 +58,7 @@ class RoutingStats(NamedTuple):
         return "\n\n".join(f"{list(i)}: {s._words()}" for i, s in zip(np.ndindex(lead), slices, strict=True))
 
     def _words(self) -> str:
-        load, size = np.asarray(self.tokens_per_expert), int(np.ravel(self.block_size)[0])  # vmap repeats it
+        load, size = np.asarray(self.tokens_per_expert), int(np.ravel(self.block_size)[0])  # under vmap it has axes
         pairs, experts = int(load.sum()), load.size
         lines = [f"{_count(pairs, 'pair')} on {_count(experts, 'expert')}, {pairs / experts:.1f} an expert."]
         if pairs:
@@ -82,16 +85,16 @@ def routing_stats(router_output: RouterOutput, num_experts: int, *, block_size: 
     """How evenly a routing loads the experts, and what that costs in padded rows. Works under jit and vmap.
 
     Args:
-      router_output: expert_ids[..., T, K] of any integer dtype, and weights, which do not count. Leading axes (layers,
-        steps) are slices of their own.
+      router_output: expert_ids[..., T, K] of any integer dtype, and weights, which are ignored. Each slice of the
+        leading axes (layers, steps) has statistics of its own.
       num_experts: E, >= 1.
       block_size: slots in a block, >= 1, for the padding.
 
     Returns:
-      RoutingStats; `.summary()` says them in words.
+      RoutingStats; its `summary()` puts them in words.
 
     Raises:
-      TypeError: `router_output` that is no pair of arrays, expert ids that are no integers, a size that is no int.
+      TypeError: `router_output` is not a pair of arrays, expert ids are not integers, or a size is not an int.
       ValueError: fewer than two axes, a size < 1.
 
     Entropy is Shannon's; load imbalance is the maximum over the mean, as Switch Transformers count their capacity
@@ -108,7 +111,7 @@ def routing_stats(router_output: RouterOutput, num_experts: int, *, block_size: 
     ids, _ = as_pair(op, router_output)
     load = expert_counts(ids, num_experts)
     pairs = jnp.sum(load, axis=-1, dtype=jnp.int32)
-    # Slots may be more than int32 holds; of float32 a share is all that is wanted.
+    # There may be more slots than int32 can count. Only a share is computed from them, so float32 is precise enough.
     slots = jnp.sum((-(-load // block_size)).astype(jnp.float32), axis=-1) * block_size
     wide = pairs.astype(jnp.float32)
     some, least = pairs > 0, jnp.maximum(wide, 1)

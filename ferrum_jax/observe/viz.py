@@ -1,7 +1,7 @@
 """Pictures of a routing, with matplotlib: pip install '.[viz]' from a clone. Each function returns the Axes it drew on.
 
-Experts have the colours of Okabe and Ito, which the colour-blind can tell apart, https://jfly.uni-koeln.de/color/, in
-turn; loads have matplotlib's cividis. Nothing depends on colour alone.
+Experts take turns with the colours of Okabe and Ito, which the colour-blind can tell apart,
+https://jfly.uni-koeln.de/color/. Loads are drawn in matplotlib's cividis. Every picture can be read without colours.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#CC79A7", "#0072B2", "#D
 
 
 def expert_load(tokens_per_expert: Any, *, ax: "Axes | None" = None) -> "Axes":
-    """Bars: how many pairs each expert has, and a line at the mean.
+    """Draw a bar for each expert, as high as its number of pairs, and a line at the mean.
 
     Args:
       tokens_per_expert: [E] integers, such as `routing_stats(...).tokens_per_expert`.
@@ -52,7 +52,7 @@ def expert_load(tokens_per_expert: Any, *, ax: "Axes | None" = None) -> "Axes":
 
 
 def token_map(router_output: Any, num_experts: int, *, ax: "Axes | None" = None) -> "Axes":
-    """A map of who goes where: a column for each token, a row for each expert, the weight where they meet.
+    """Draw which tokens go to which experts: a column a token, a row an expert, and the weight where they meet.
 
     Args:
       router_output: expert_ids[T, K] and expert_weights[T, K]; an id outside [0, E) is not drawn.
@@ -60,7 +60,7 @@ def token_map(router_output: Any, num_experts: int, *, ax: "Axes | None" = None)
       ax: where to draw; default: a new figure.
 
     Returns:
-      The Axes: one image [E, T] of weights, masked where a token does not go.
+      The Axes: one image [E, T] of weights, masked where a token does not go to an expert.
 
     Raises:
       ImportError: matplotlib is not installed.
@@ -95,8 +95,9 @@ def token_map(router_output: Any, num_experts: int, *, ax: "Axes | None" = None)
 
 
 def aligned_table(routing: Any, num_pairs: int, *, ax: "Axes | None" = None) -> "Axes":
-    """The block-aligned table as a strip of slots, coloured by expert; padding and the tail are white (and
-    hatched, up to 400 slots).
+    """Draw the block-aligned table as a strip of slots, coloured by expert. Padding and the tail are white.
+
+    They are also hatched, unless there are too many slots for that.
 
     Args:
       routing: MoeRouting or MoePlan of one slice: sorted_token_ids[S], block_ids[B].
@@ -125,7 +126,7 @@ def aligned_table(routing: Any, num_pairs: int, *, ax: "Axes | None" = None) -> 
     axes = _new_axes(min(4 + slots.size / 10, 14), 2) if ax is None else ax
     bars = axes.bar(np.arange(slots.size), 1, 1, color=np.where(live, _colours(owner), "white"), linewidth=0.3)
     for bar, filled in zip(bars, live, strict=True):
-        if slots.size <= 400:  # narrower slots would be all edge
+        if slots.size <= 400:  # with more slots, the edges would cover the bars
             bar.set(edgecolor="white" if filled else "#888888", hatch=None if filled else "////")
     middle = np.arange(blocks.size) * size + (size - 1) / 2
     step = -(-blocks.size // 48)
@@ -141,11 +142,11 @@ def aligned_table(routing: Any, num_pairs: int, *, ax: "Axes | None" = None) -> 
 
 
 def load_heatmap(tokens_per_expert: Any, *, rows: str = "layer", ax: "Axes | None" = None) -> "Axes":
-    """A heat map of the load over layers or steps: each row's share of the mean, so that 1 is even.
+    """Draw a heat map of the load over layers or steps: each expert's load over the mean of its row; 1 is the mean.
 
     Args:
       tokens_per_expert: [L, E] integers, such as `routing_stats(...).tokens_per_expert` of stacked routings.
-      rows: what a row is: "layer", "step", ...
+      rows: the name of a row: "layer", "step", ...
       ax: where to draw; default: a new figure.
 
     Returns:
@@ -169,7 +170,7 @@ def load_heatmap(tokens_per_expert: Any, *, rows: str = "layer", ax: "Axes | Non
 
 
 def benchmark(report: Any, *, axes: "Sequence[Axes] | None" = None) -> "list[Axes]":
-    """Times over T, both logarithmic: a panel for each op and model, a line for each way, the floor dashed.
+    """Draw times over T, both logarithmic: a panel for each op and model, a line for each way, a dashed floor.
 
     Args:
       report: what `python -m ferrum_jax bench --json FILE` writes, loaded.
@@ -180,7 +181,7 @@ def benchmark(report: Any, *, axes: "Sequence[Axes] | None" = None) -> "list[Axe
 
     Raises:
       ImportError: matplotlib is not installed.
-      ValueError: a report without a time; too few `axes`.
+      ValueError: the report has no time; too few `axes`.
 
     >>> row = {"op": "moe_plan", "model": "qwen3", "way": "xla", "T": 16, "us": 9.0, "floor_us": 1.0}
     >>> report = {"device": "a GPU", "date": "today", "versions": {"jax": "0"}, "rows": [row]}
@@ -196,7 +197,7 @@ def benchmark(report: Any, *, axes: "Sequence[Axes] | None" = None) -> "list[Axe
     drawn = _grid(len(panels), title) if axes is None else list(axes)
     for ax, (op, model) in zip(drawn, panels, strict=False):
         here = [row for row in timed if (row["op"], row["model"]) == (op, model)]
-        ours = ("xla", "triton", "pallas", "default")  # of one colour in all panels
+        ours = ("xla", "triton", "pallas", "default")  # they come first, so their colours are the same in all panels
         ways = dict.fromkeys(row["way"] for row in here)
         for way in ways:
             i = [*ours, *(other for other in ways if other not in ours)].index(way)

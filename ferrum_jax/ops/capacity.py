@@ -5,8 +5,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..core.primitive import define
-from ..core.signature import INT32_MAX, as_int, canonical, one_of, parse
-from .routing import RouterOutput, as_pair, rankable
+from ..core.signature import INT32_MAX, as_int, checked, one_of
+from ..core.types import RouterOutput
+from .routing import as_pair
+from .scoring import rankable
 from .tables import moe_build_pairs_by_token
 
 PRIORITIES = ("token", "weight")
@@ -53,12 +55,10 @@ def limit_capacity(
     one_of(op, "priority", priority, PRIORITIES)
     num_experts = as_int(op, "num_experts", num_experts, most=INT32_MAX - 1)
     capacity = as_int(op, "capacity", capacity, 0)
-    ids, weights = canonical(
-        op, parse("expert_ids: ids[T,K], expert_weights: weights[T,K] ->"), as_pair(op, router_output)
-    )
+    ids, weights = checked(op, "expert_ids: ids[T,K], expert_weights: weights[T,K]", *as_pair(op, router_output))
     if ids.shape != weights.shape:
         raise ValueError(f"{op}: expert_weights must have the shape of expert_ids, {ids.shape}; got {weights.shape}")
-    rank = _rank(ids, *([weights] if priority == "weight" else []), num_experts=num_experts)
+    rank = _rank.bind(ids, weights if priority == "weight" else None, num_experts=num_experts, implementation=None)
     kept = (rank >= 0) & (rank < capacity)
     dropped = jnp.sum(rank >= capacity, axis=(-2, -1), dtype=jnp.int32)
     return RouterOutput(jnp.where(kept, ids, -1), jnp.where(kept, weights, 0)), dropped
@@ -84,7 +84,6 @@ def _descending(weights: jax.Array) -> jax.Array:
 # A pair's place among those of its expert, in the order of pair ids or of weights; -1 without an expert.
 _rank = define(
     "rank_in_expert",
-    "expert_ids: ids[T,K], expert_weights: weights[T,K] -> ids[T,K]",
+    "expert_ids: ids[T,K], expert_weights?: weights[T,K] -> ids[T,K]",
     _rank_meaning,
-    sizes=lambda size, num_experts: {},
 )

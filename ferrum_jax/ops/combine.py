@@ -3,26 +3,28 @@
 Everything here is one trilinear form of rows y, weights w and tokens g over the pairs (t, k), L = sum of
 w[t,k] * <y[pairs[t,k]], g[t]>. Combine is its derivative by g, spread by y, row_dot by w; so each of the three has
 the other two as its transposes; both of combine's at once, of unique rows, are one op more, which passes over g and
-the rows once. Weighted sum, slot_scale and slot_dot are the same with rows already in pair order, dispatch and collect
-with unit weights.
+the rows once. Dispatch and collect are the same with unit weights; `weighted_sum.py` has it for rows in pair order.
 """
 
+import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from ..core.primitive import define
-from ..core.signature import as_bool
-from .tables import counting_sort
+from ..core.signature import as_bool, checked, one_of
+from ..core.types import MoePlan, TokenPairs
+from ..kernels import IMPLEMENTATIONS
+from .rows import add_rows, rows_at
+from .tables import packed_order
 
 
 def moe_dispatch(
     x: jax.Array,
-    packed_token_idx: jax.Array,
+    packed_token_idx: jax.Array | TokenPairs | MoePlan,
     *,
     pairs_by_token: jax.Array | None = None,
     implementation: str | None = None,
@@ -31,33 +33,39 @@ def moe_dispatch(
 
     Args:
       x: [..., T, H] float16, bfloat16 or float32.
-      packed_token_idx: [..., R] of any integer dtype; an index outside [0, T) gives a zero row.
-      pairs_by_token: [..., T, K], the table of the same routing, if there is one. The gradient to x is then the sum of
-        each token's K rows, one gather; without it rows are added in float32 in a fixed order, which takes a sort.
+      packed_token_idx: [..., R] of any integer dtype; an index outside [0, T) gives a zero row. Or the table that holds
+        it, whose pairs_by_token is then used too.
+      pairs_by_token: [..., T, K] of the same routing, if there is one. The gradient to x is then the sum of each
+        token's K rows, one gather; without it rows are added in float32 in a fixed order, which takes a sort.
       implementation: None (see `which`), "xla", "triton" or "pallas".
 
     Returns:
       [..., R, H] in x's dtype.
 
     Raises:
-      TypeError: an argument of another dtype.
-      ValueError: ranks or shapes that do not fit, an unknown `implementation`.
+      TypeError: an argument of another dtype, a table of another type.
+      ValueError: ranks or shapes that do not fit, a plan of pair ids, a table and `pairs_by_token` too, an unknown
+        `implementation`.
       NotImplementedError: the implementation asked for cannot run here; the message says why.
 
     >>> import jax.numpy as jnp
     >>> moe_dispatch(jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([1, 0, 2])).tolist()
     [[3.0, 4.0], [1.0, 2.0], [0.0, 0.0]]
     """
-    tables = (packed_token_idx,) if pairs_by_token is None else (packed_token_idx, pairs_by_token)
-    return _dispatch(x, *tables, implementation=implementation)
+    if dataclasses.is_dataclass(packed_token_idx):
+        if pairs_by_token is not None:
+            raise ValueError("moe_dispatch: pairs_by_token must be None with a table, which holds it")
+        table = packed_order("moe_dispatch", packed_token_idx)
+        packed_token_idx, pairs_by_token = table.packed_token_idx, table.pairs_by_token
+    return dispatch_op(x, packed_token_idx, pairs_by_token, implementation=implementation)
 
 
 def moe_combine(
     packed_down: jax.Array,
-    pairs_by_token: jax.Array,
+    pairs_by_token: jax.Array | TokenPairs | MoePlan,
     pair_weights: jax.Array,
     *,
-    unique_rows: bool = False,
+    unique_rows: bool | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """Add each token's K rows, weighted: out[t] = sum over k of pair_weights[t,k] * packed_down[pairs_by_token[t,k]].
@@ -67,18 +75,20 @@ def moe_combine(
 
     Args:
       packed_down: [..., R, H] float16, bfloat16 or float32, rows grouped by expert.
-      pairs_by_token: [..., T, K] of any integer dtype.
+      pairs_by_token: [..., T, K] of any integer dtype; or the table that holds it, whose rows packed_down must be.
       pair_weights: [..., T, K] of any float dtype, used in float32.
       unique_rows: a promise that no row is named twice, true of what `moe_build_pairs_by_token` makes; it makes the
-        gradient to packed_down cheaper. If it is false, that gradient's values are unspecified.
+        gradient to packed_down cheaper. If it is false, that gradient's values are unspecified. None: True with a
+        table, False with an array.
       implementation: None (see `which`), "xla", "triton" or "pallas".
 
     Returns:
       [..., T, H] in packed_down's dtype.
 
     Raises:
-      TypeError: an argument of another dtype, `unique_rows` that is no bool.
-      ValueError: ranks or shapes that do not fit, an unknown `implementation`.
+      TypeError: an argument of another dtype, a table of another type, `unique_rows` that is no bool.
+      ValueError: ranks or shapes that do not fit, a plan of pair ids, a table of another P or K, an unknown
+        `implementation`.
       NotImplementedError: the implementation asked for cannot run here; the message says why.
 
     >>> import jax.numpy as jnp
@@ -86,53 +96,28 @@ def moe_combine(
     >>> moe_combine(rows, pairs, jnp.array([[0.5, 0.5], [2.0, 9.0]])).tolist()
     [[5.5], [20.0]]
     """
-    unique_rows = as_bool("moe_combine", "unique_rows", unique_rows)
-    return _combine(packed_down, pair_weights, pairs_by_token, unique_rows=unique_rows, implementation=implementation)
-
-
-def weighted_sum_batched(slots: jax.Array, weights: jax.Array, *, implementation: str | None = None) -> jax.Array:
-    """Add each token's K slots, weighted: out[t] = sum over k of weights[t,k] * slots[t,k], in float32, cast once.
-
-    The sum of `moe_combine` for rows that already stand in pair order.
-
-    Args:
-      slots: [..., T, K, H] float16, bfloat16 or float32.
-      weights: [..., T, K] of any float dtype, used in float32.
-      implementation: None (see `which`), "xla", "triton" or "pallas".
-
-    Returns:
-      [..., T, H] in slots' dtype.
-
-    Raises:
-      TypeError: an argument of another dtype.
-      ValueError: ranks or shapes that do not fit, an unknown `implementation`.
-      NotImplementedError: the implementation asked for cannot run here; the message says why.
-
-    >>> import jax.numpy as jnp
-    >>> weighted_sum_batched(jnp.array([[[1.0], [10.0]]]), jnp.array([[0.5, 0.25]])).tolist()
-    [[3.0]]
-    """
-    return _weighted_sum(slots, weights, implementation=implementation)
+    op, table = "moe_combine", None
+    if dataclasses.is_dataclass(pairs_by_token):
+        table = packed_order(op, pairs_by_token)
+        pairs_by_token = table.pairs_by_token
+    unique_rows = as_bool(op, "unique_rows", table is not None if unique_rows is None else unique_rows)
+    one_of(op, "implementation", implementation, (None, *IMPLEMENTATIONS))
+    rows, pairs, weights = checked(op, combine_op.signature, packed_down, pairs_by_token, pair_weights)
+    if table is not None and rows.shape[-2] != table.packed_token_idx.shape[-1]:
+        raise ValueError(
+            f"{op}: packed_down must have the P = {table.packed_token_idx.shape[-1]} rows of the table; "
+            f"got shape {rows.shape}"
+        )
+    return combine_op.bind(rows, pairs, weights, unique_rows=unique_rows, implementation=implementation)
 
 
 # ---- meanings, for one slice without leading axes
 
 
-def _rows_at(rows: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """rows[index] in float32, and where the index is a row; the other entries of the result are some row.
-
-    XLA would fuse whatever makes the index, and compute it anew for each of a row's elements: up to 30 times slower.
-    """
-    index = lax.optimization_barrier(index)
-    valid = (index >= 0) & (index < rows.shape[0])
-    taken = rows.at[index].get(mode="clip", wrap_negative_indices=False)
-    return taken.astype(jnp.float32), valid[..., None]
-
-
 def _dispatch_meaning(x: jax.Array, token: jax.Array, pairs: jax.Array | None = None) -> jax.Array:
     if x.shape[0] == 0:
         return jnp.zeros((token.size, x.shape[1]), x.dtype)
-    rows, valid = _rows_at(x, token)
+    rows, valid = rows_at(x, token)
     return jnp.where(valid, rows, 0).astype(x.dtype)
 
 
@@ -140,28 +125,28 @@ def _collect_meaning(
     rows: jax.Array, token: jax.Array, pairs: jax.Array | None = None, *, num_tokens: int
 ) -> jax.Array:
     if pairs is not None:
-        return _combine_meaning(rows, jnp.ones(pairs.shape, jnp.float32), pairs, unique_rows=True)
-    return _add_rows(rows.astype(jnp.float32), token, num_tokens).astype(rows.dtype)
+        return _combine_meaning(rows, pairs, jnp.ones(pairs.shape, jnp.float32), unique_rows=True)
+    return add_rows(rows.astype(jnp.float32), token, num_tokens).astype(rows.dtype)
 
 
-def _combine_meaning(rows: jax.Array, weights: jax.Array, pairs: jax.Array, *, unique_rows: bool) -> jax.Array:
+def _combine_meaning(rows: jax.Array, pairs: jax.Array, weights: jax.Array, *, unique_rows: bool) -> jax.Array:
     if rows.shape[0] == 0:
         return jnp.zeros((pairs.shape[0], rows.shape[1]), rows.dtype)
-    taken, valid = _rows_at(rows, pairs)
+    taken, valid = rows_at(rows, pairs)
     return jnp.sum(jnp.where(valid, weights[..., None] * taken, 0), axis=1).astype(rows.dtype)
 
 
 def _spread_meaning(
-    g: jax.Array, weights: jax.Array, pairs: jax.Array, *, num_rows: int, unique_rows: bool
+    g: jax.Array, pairs: jax.Array, weights: jax.Array, *, num_rows: int, unique_rows: bool
 ) -> jax.Array:
     if pairs.size == 0:
         return jnp.zeros((num_rows, g.shape[1]), g.dtype)
     if not unique_rows:
         terms = weights[..., None] * g[:, None].astype(jnp.float32)
-        return _add_rows(terms.reshape(pairs.size, -1), pairs.reshape(-1), num_rows).astype(g.dtype)
+        return add_rows(terms.reshape(pairs.size, -1), pairs.reshape(-1), num_rows).astype(g.dtype)
     pair = jnp.arange(pairs.size, dtype=jnp.int32)
     owner = jnp.full(num_rows, -1, jnp.int32).at[pairs.reshape(-1)].set(pair, mode="drop", wrap_negative_indices=False)
-    taken, valid = _rows_at(g, jnp.where(owner < 0, -1, owner // pairs.shape[1]))
+    taken, valid = rows_at(g, jnp.where(owner < 0, -1, owner // pairs.shape[1]))
     weight = weights.reshape(-1).at[owner].get(mode="clip", wrap_negative_indices=False)
     return jnp.where(valid, weight[:, None] * taken, 0).astype(g.dtype)
 
@@ -169,173 +154,216 @@ def _spread_meaning(
 def _row_dot_meaning(rows: jax.Array, g: jax.Array, pairs: jax.Array, *, unique_rows: bool) -> jax.Array:
     if rows.shape[0] == 0:
         return jnp.zeros(pairs.shape, jnp.float32)
-    taken, valid = _rows_at(rows, pairs)
+    taken, valid = rows_at(rows, pairs)
     return jnp.sum(jnp.where(valid, taken * g[:, None].astype(jnp.float32), 0), axis=2)
 
 
 def _cotangents_meaning(
-    g: jax.Array, rows: jax.Array, weights: jax.Array, pairs: jax.Array
+    g: jax.Array, rows: jax.Array, pairs: jax.Array, weights: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    g_rows = _spread_meaning(g, weights, pairs, num_rows=rows.shape[0], unique_rows=True)
+    g_rows = _spread_meaning(g, pairs, weights, num_rows=rows.shape[0], unique_rows=True)
     return g_rows, _row_dot_meaning(rows, g, pairs, unique_rows=True)
-
-
-def _add_rows(terms: jax.Array, dest: jax.Array, num_rows: int) -> jax.Array:
-    """out[r] = the sum of the terms whose dest is r, in a fixed order: a pairwise tree over each destination's terms.
-
-    Terms a b c d e of one destination, side by side after the sort, become (a+b) . (c+d) . e, then (a+b+c+d) . . . e,
-    then their sum in the first place. A scatter-add would leave the order to atomics on a GPU. The tree's depth is the
-    logarithm of the most terms that any destination has, found at run time.
-    """
-    if terms.shape[0] == 0 or num_rows == 0:
-        return jnp.zeros((num_rows, *terms.shape[1:]), terms.dtype)
-    order, offsets = counting_sort(dest, num_rows)
-    counts = jnp.diff(offsets)
-    index = jnp.arange(terms.shape[0], dtype=jnp.int32)
-    dest = dest[order]  # one that is no row takes the bounds of some row: its sums are in nobody's place
-    first = offsets.at[dest].get(mode="clip", wrap_negative_indices=False)
-    end = jnp.where(index < offsets[-1], offsets.at[dest + 1].get(mode="clip", wrap_negative_indices=False), 0)
-
-    def add_neighbours(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        step, sums = state
-        pair_up = ((index - first) % (2 * step) == 0) & (index + step < end)
-        return 2 * step, sums + jnp.where(pair_up[:, None], sums.at[index + step].get(mode="clip"), 0)
-
-    longest = jnp.max(counts)
-    _, sums = lax.while_loop(lambda state: state[0] < longest, add_neighbours, (jnp.ones_like(longest), terms[order]))
-    return jnp.where(counts[:, None] > 0, sums.at[offsets[:-1]].get(mode="clip"), 0)
 
 
 # ---- the family: every op with the transposes by which it is differentiated
 
 
-def _both_cotangents(
-    ct: jax.Array, rows: jax.Array, weights: jax.Array, pairs: jax.Array, *, unique_rows: bool, **params: Any
+def _dispatch_to_x(ct: Any, x: Any, *tables: Any, implementation: str | None) -> jax.Array:
+    return _collect.bind(ct, *tables, num_tokens=x.shape[-2], implementation=implementation)
+
+
+def _collect_to_rows(ct: Any, rows: Any, *tables: Any, num_tokens: int, implementation: str | None) -> jax.Array:
+    return dispatch_op.bind(ct, *tables, implementation=implementation)
+
+
+# `how` is what combine's family has in common: unique_rows and implementation.
+
+
+def _combine_to_rows(ct: Any, rows: Any, pairs: Any, weights: Any, **how: Any) -> jax.Array:
+    return _spread.bind(ct, pairs, weights, num_rows=rows.shape[-2], **how)
+
+
+def _combine_to_weights(ct: Any, rows: Any, pairs: Any, weights: Any, **how: Any) -> jax.Array:
+    return _row_dot.bind(rows, ct, pairs, **how)
+
+
+def _combine_jvp(primals: Any, results: Any, tangents: Any, **how: Any) -> list[jax.Array]:
+    (rows, pairs, weights), (d_rows, _, d_weights) = primals, tangents
+    if d_rows is not None and d_weights is not None:
+        return [_combine_tangent.bind(rows, pairs, weights, d_rows, d_weights, **how)]
+    return [
+        combine_op.bind(rows if d_rows is None else d_rows, pairs, weights if d_weights is None else d_weights, **how)
+    ]
+
+
+def _tangent_meaning(rows: Any, pairs: Any, weights: Any, d_rows: Any, d_weights: Any, **how: Any) -> jax.Array:
+    return combine_op.bind(d_rows, pairs, weights, **how) + combine_op.bind(rows, pairs, d_weights, **how)
+
+
+def _tangent_to_rows(ct: Any, rows: Any, pairs: Any, w: Any, d_rows: Any, d_weights: Any, **how: Any) -> jax.Array:
+    return _combine_to_rows(ct, rows, pairs, d_weights, **how)
+
+
+def _tangent_to_weights(ct: Any, rows: Any, pairs: Any, w: Any, d_rows: Any, d_weights: Any, **how: Any) -> jax.Array:
+    return _combine_to_weights(ct, d_rows, pairs, w, **how)
+
+
+def _tangent_to_d_rows(ct: Any, rows: Any, pairs: Any, weights: Any, *tangents: Any, **how: Any) -> jax.Array:
+    return _combine_to_rows(ct, rows, pairs, weights, **how)
+
+
+def _tangent_to_d_weights(ct: Any, rows: Any, pairs: Any, weights: Any, *tangents: Any, **how: Any) -> jax.Array:
+    return _combine_to_weights(ct, rows, pairs, weights, **how)
+
+
+def _tangent_to_both(
+    ct: Any, rows: Any, pairs: Any, weights: Any, *tangents: Any, unique_rows: bool, implementation: str | None
 ) -> Sequence[jax.Array]:
     if unique_rows:
-        return _cotangents(ct, rows, weights, pairs, **params)
-    params["unique_rows"] = unique_rows
-    return _spread(ct, weights, pairs, num_rows=rows.shape[-2], **params), _row_dot(rows, ct, pairs, **params)
+        return _cotangents.bind(ct, rows, pairs, weights, implementation=implementation)
+    how: dict[str, Any] = {"unique_rows": False, "implementation": implementation}
+    return _combine_to_rows(ct, rows, pairs, weights, **how), _combine_to_weights(ct, rows, pairs, weights, **how)
 
 
-def _cotangent_of_rows(cts: Any, g: jax.Array, rows: Any, weights: Any, pairs: jax.Array, **params: Any) -> jax.Array:
-    return _spread(g, cts[1], pairs, num_rows=rows.shape[-2], unique_rows=True, **params)
+def _each(*maps: Callable[..., jax.Array]) -> Callable[..., list[jax.Array]]:
+    """The cotangents of several operands, each by its own map."""
+
+    def of_all(*args: Any, **params: Any) -> list[jax.Array]:
+        return [to_one(*args, **params) for to_one in maps]
+
+    return of_all
 
 
-def _cotangent_of_weights(
-    cts: Any, g: jax.Array, rows: Any, weights: Any, pairs: jax.Array, **params: Any
+def _spread_to_g(ct: Any, g: Any, pairs: Any, weights: Any, *, num_rows: int, **how: Any) -> jax.Array:
+    return combine_op.bind(ct, pairs, weights, **how)
+
+
+def _spread_to_weights(ct: Any, g: Any, pairs: Any, weights: Any, *, num_rows: int, **how: Any) -> jax.Array:
+    return _row_dot.bind(ct, g, pairs, **how)
+
+
+def _row_dot_to_rows(ct: Any, rows: Any, g: Any, pairs: Any, **how: Any) -> jax.Array:
+    return _spread.bind(g, pairs, ct, num_rows=rows.shape[-2], **how)
+
+
+def _row_dot_to_g(ct: Any, rows: Any, g: Any, pairs: Any, **how: Any) -> jax.Array:
+    return combine_op.bind(rows, pairs, ct, **how)
+
+
+# The cotangents of combine are cts = (that of rows, that of weights), and linear in g, in rows and weights together,
+# and in each of these.
+
+
+def _cotangents_to_g(cts: Any, g: Any, rows: Any, pairs: Any, weights: Any, *, implementation: str | None) -> jax.Array:
+    how: dict[str, Any] = {"unique_rows": True, "implementation": implementation}
+    return combine_op.bind(cts[0], pairs, weights, **how) + combine_op.bind(rows, pairs, cts[1], **how)
+
+
+def _cotangents_to_rows(
+    cts: Any, g: Any, rows: Any, pairs: Any, weights: Any, *, implementation: str | None
 ) -> jax.Array:
-    return _row_dot(cts[0], g, pairs, unique_rows=True, **params)
+    num_rows = rows.shape[-2]
+    return _spread.bind(g, pairs, cts[1], num_rows=num_rows, unique_rows=True, implementation=implementation)
 
 
-def _cotangents_jvp(primals: Any, results: Any, tangents: Any, **params: Any) -> list[jax.Array | None]:
-    (g, rows, weights, pairs), (dg, drows, dweights, _) = primals, tangents
-    params["unique_rows"] = True
-    spread = functools.partial(_spread, num_rows=rows.shape[-2], **params)
-    to_rows = [spread(dg, weights, pairs)] if dg is not None else []
-    to_rows += [spread(g, dweights, pairs)] if dweights is not None else []
-    to_weights = [_row_dot(rows, dg, pairs, **params)] if dg is not None else []
-    to_weights += [_row_dot(drows, g, pairs, **params)] if drows is not None else []
-    # Beginning with zeros: slices may share what a term is made of, and differ in the result.
-    total = lambda terms, result: functools.reduce(jnp.add, terms, jnp.zeros_like(result)) if terms else None  # noqa: E731
-    return [total(terms, result) for terms, result in zip((to_rows, to_weights), results, strict=True)]
+def _cotangents_to_weights(
+    cts: Any, g: Any, rows: Any, pairs: Any, weights: Any, *, implementation: str | None
+) -> jax.Array:
+    return _row_dot.bind(cts[0], g, pairs, unique_rows=True, implementation=implementation)
 
 
-_TABLES = "packed_token_idx: ids[R], pairs_by_token: ids[T,K]"
+def _cotangents_jvp(primals: Any, results: Any, tangents: Any, *, implementation: str | None) -> list[jax.Array | None]:
+    (g, rows, pairs, weights), (d_g, d_rows, _, d_weights) = primals, tangents
+    how: dict[str, Any] = {"unique_rows": True, "implementation": implementation}
+    to_rows, to_weights = [], []
+    if d_g is not None:
+        to_rows.append(_spread.bind(d_g, pairs, weights, num_rows=rows.shape[-2], **how))
+        to_weights.append(_row_dot.bind(rows, d_g, pairs, **how))
+    if d_weights is not None:
+        to_rows.append(_spread.bind(g, pairs, d_weights, num_rows=rows.shape[-2], **how))
+    if d_rows is not None:
+        to_weights.append(_row_dot.bind(d_rows, g, pairs, **how))
+    # Start from zeros of the result's full shape: a term may have a leading axis of size 1, which broadcasts.
+    return [
+        functools.reduce(jnp.add, terms, jnp.zeros_like(result)) if terms else None
+        for terms, result in zip((to_rows, to_weights), results, strict=True)
+    ]
 
-_dispatch = define(
+
+def _collect_sizes(sizes: dict[str, int], num_tokens: int) -> dict[str, int]:
+    return {"T": num_tokens}
+
+
+def _spread_sizes(sizes: dict[str, int], num_rows: int, unique_rows: bool) -> dict[str, int]:
+    return {"R": num_rows}
+
+
+_TABLES = "packed_token_idx: ids[R], pairs_by_token?: ids[T,K]"
+_PAIRS = "pairs_by_token: ids[T,K]"
+_WEIGHTED = f"{_PAIRS}, pair_weights: weights[T,K]"
+
+dispatch_op = define(
     "moe_dispatch",
     f"x: rows[T,H], {_TABLES} -> rows[R,H]",
     _dispatch_meaning,
-    independent="R H",
-    transposes={0: lambda ct, x, *tables, **params: _collect(ct, *tables, num_tokens=x.shape[-2], **params)},
+    transposes={"x": _dispatch_to_x},
 )
 _collect = define(
     "moe_collect",
     f"rows: rows[R,H], {_TABLES} -> rows[T,H]",
     _collect_meaning,
-    sizes=lambda size, num_tokens: {"T": num_tokens},
-    independent="H",
-    transposes={0: lambda ct, rows, *tables, num_tokens, **params: _dispatch(ct, *tables, **params)},
+    sizes=_collect_sizes,
+    transposes={"rows": _collect_to_rows},
 )
-_combine = define(
+combine_op = define(
     "moe_combine",
-    "packed_down: rows[R,H], pair_weights: weights[T,K], pairs_by_token: ids[T,K] -> rows[T,H]",
+    f"packed_down: rows[R,H], {_WEIGHTED} -> rows[T,H]",
     _combine_meaning,
-    independent="T H",
+    transposes={"packed_down": _combine_to_rows, "pair_weights": _combine_to_weights},
+    jvp=_combine_jvp,
+)
+# Combine's derivative by rows and weights at once. JAX transposes equation by equation: one equation for the sum of
+# both terms lets one op make both cotangents, in one pass over the rows.
+_combine_tangent = define(
+    "moe_combine_tangent",
+    f"packed_down: rows[R,H], {_WEIGHTED}, d_packed_down: rows[R,H], d_pair_weights: weights[T,K] -> rows[T,H]",
+    _tangent_meaning,
+    leading_axes=True,
     transposes={
-        0: lambda ct, rows, weights, pairs, **params: _spread(ct, weights, pairs, num_rows=rows.shape[-2], **params),
-        1: lambda ct, rows, weights, pairs, **params: _row_dot(rows, ct, pairs, **params),
+        "packed_down": _tangent_to_rows,
+        "pair_weights": _tangent_to_weights,
+        "d_packed_down": _tangent_to_d_rows,
+        "d_pair_weights": _tangent_to_d_weights,
+        ("d_packed_down", "d_pair_weights"): _tangent_to_both,
+        # No term holds both of these, so each has its own cotangent.
+        ("packed_down", "pair_weights"): _each(_tangent_to_rows, _tangent_to_weights),
+        ("packed_down", "d_packed_down"): _each(_tangent_to_rows, _tangent_to_d_rows),
+        ("pair_weights", "d_pair_weights"): _each(_tangent_to_weights, _tangent_to_d_weights),
     },
-    both_cotangents=_both_cotangents,
+    made_of_ops=True,
 )
 _spread = define(
     "moe_spread",
-    "g: rows[T,H], pair_weights: weights[T,K], pairs_by_token: ids[T,K] -> rows[R,H]",
+    f"g: rows[T,H], {_WEIGHTED} -> rows[R,H]",
     _spread_meaning,
-    sizes=lambda size, num_rows, unique_rows: {"R": num_rows},
-    independent="H",
-    transposes={
-        0: lambda ct, g, weights, pairs, *, num_rows, **params: _combine(ct, weights, pairs, **params),
-        1: lambda ct, g, weights, pairs, *, num_rows, **params: _row_dot(ct, g, pairs, **params),
-    },
+    sizes=_spread_sizes,
+    transposes={"g": _spread_to_g, "pair_weights": _spread_to_weights},
 )
 _row_dot = define(
     "moe_row_dot",
-    "packed_down: rows[R,H], g: rows[T,H], pairs_by_token: ids[T,K] -> weights[T,K]",
+    f"packed_down: rows[R,H], g: rows[T,H], {_PAIRS} -> weights[T,K]",
     _row_dot_meaning,
-    independent="T",
-    summed="H",
-    transposes={
-        0: lambda ct, rows, g, pairs, **params: _spread(g, ct, pairs, num_rows=rows.shape[-2], **params),
-        1: lambda ct, rows, g, pairs, **params: _combine(rows, ct, pairs, **params),
-    },
+    transposes={"packed_down": _row_dot_to_rows, "g": _row_dot_to_g},
 )
 _cotangents = define(
     "moe_combine_cotangents",
-    "g: rows[T,H], packed_down: rows[R,H], pair_weights: weights[T,K], pairs_by_token: ids[T,K]"
-    " -> rows[R,H], weights[T,K]",
+    f"g: rows[T,H], packed_down: rows[R,H], {_WEIGHTED} -> rows[R,H], weights[T,K]",
     _cotangents_meaning,
-    summed="H",
     transposes={
-        0: lambda cts, g, rows, weights, pairs, **params: jnp.add(
-            _combine(cts[0], weights, pairs, unique_rows=True, **params),
-            _combine(rows, cts[1], pairs, unique_rows=True, **params),
-        ),
-        1: _cotangent_of_rows,
-        2: _cotangent_of_weights,
-        (1, 2): lambda *args, **params: [f(*args, **params) for f in (_cotangent_of_rows, _cotangent_of_weights)],
+        "g": _cotangents_to_g,
+        "packed_down": _cotangents_to_rows,
+        "pair_weights": _cotangents_to_weights,
+        ("packed_down", "pair_weights"): _each(_cotangents_to_rows, _cotangents_to_weights),
     },
     jvp=_cotangents_jvp,
-)
-_weighted_sum = define(
-    "weighted_sum_batched",
-    "slots: rows[T,K,H], weights: weights[T,K] -> rows[T,H]",
-    lambda slots, weights: jnp.sum(weights[..., None] * slots.astype(jnp.float32), axis=1).astype(slots.dtype),
-    independent="T H",
-    transposes={
-        0: lambda ct, slots, weights, **params: _slot_scale(ct, weights, **params),
-        1: lambda ct, slots, weights, **params: _slot_dot(slots, ct, **params),
-    },
-)
-_slot_scale = define(
-    "slot_scale",
-    "g: rows[T,H], weights: weights[T,K] -> rows[T,K,H]",
-    lambda g, weights: (weights[..., None] * g[:, None].astype(jnp.float32)).astype(g.dtype),
-    independent="T K H",
-    transposes={
-        0: lambda ct, g, weights, **params: _weighted_sum(ct, weights, **params),
-        1: lambda ct, g, weights, **params: _slot_dot(ct, g, **params),
-    },
-)
-_slot_dot = define(
-    "slot_dot",
-    "slots: rows[T,K,H], g: rows[T,H] -> weights[T,K]",
-    lambda slots, g: jnp.sum(slots.astype(jnp.float32) * g[:, None].astype(jnp.float32), axis=2),
-    independent="T K",
-    summed="H",
-    transposes={
-        0: lambda ct, slots, g, **params: _slot_scale(g, ct, **params),
-        1: lambda ct, slots, g, **params: _weighted_sum(slots, ct, **params),
-    },
 )

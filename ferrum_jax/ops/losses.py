@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ..core.signature import INT32_MAX, as_int, as_mask, canonical, one_of, parse
+from ..core.signature import INT32_MAX, as_int, as_mask, checked, one_of
 from .tables import moe_build_pairs_by_token
 
 NORMALIZATIONS = ("huggingface", "switch", "deepseek")
@@ -70,7 +70,7 @@ def load_balancing_loss(
     op = "load_balancing_loss"
     one_of(op, "normalization", normalization, NORMALIZATIONS)
     one_of(op, "scoring", scoring, SCORINGS)
-    logits, ids = canonical(op, parse("logits: rows[T,E], expert_ids: ids[T,K] ->"), (logits, expert_ids))
+    logits, ids = checked(op, "logits: rows[T,E], expert_ids: ids[T,K]", logits, expert_ids)
     num_experts = as_int(op, "num_experts", num_experts, most=INT32_MAX - 1)
     if logits.shape[-1] != num_experts:
         raise ValueError(f"{op}: logits must have num_experts = {num_experts} entries a row; got shape {logits.shape}")
@@ -117,7 +117,7 @@ def router_z_loss(logits: jax.Array, *, token_mask: jax.Array | None = None, axi
     1.6736
     """
     op = "router_z_loss"
-    (logits,) = canonical(op, parse("logits: rows[E] ->"), (logits,))
+    (logits,) = checked(op, "logits: rows[E]", logits)
     x, live = _tokens(op, logits, token_mask)
     squares = jnp.where(live, jnp.square(jax.nn.logsumexp(x, axis=-1)), 0)
     return _mean(*_psum((jnp.sum(squares), jnp.sum(live, dtype=jnp.int32)), _names(axis_name)))
@@ -151,7 +151,7 @@ def expert_counts(
     [1, 3, 0]
     """
     op = "expert_counts"
-    (ids,) = canonical(op, parse("expert_ids: ids[T,K] ->"), (expert_ids,))
+    (ids,) = checked(op, "expert_ids: ids[T,K]", expert_ids)
     num_experts = as_int(op, "num_experts", num_experts, most=INT32_MAX - 1)
     if token_mask is not None:
         ids = jnp.where(as_mask(op, token_mask, ids.shape[:-1])[..., None], ids, -1)
@@ -184,7 +184,7 @@ def update_routing_bias(bias: jax.Array, counts: jax.Array, rate: jax.Array | fl
     [-0.5, 0.0, 0.5]
     """
     op = "update_routing_bias"
-    bias, counts = canonical(op, parse("bias: rows[E], counts: ids[E] ->"), (bias, _at_most_int32(counts)))
+    bias, counts = checked(op, "bias: rows[E], counts: ids[E]", bias, _at_most_int32(counts))
     if jnp.ndim(rate) != 0:
         raise ValueError(f"{op}: rate must be a scalar; got shape {jnp.shape(rate)}")
     if not any(jnp.issubdtype(jnp.result_type(rate), kind) for kind in (jnp.integer, jnp.floating)):

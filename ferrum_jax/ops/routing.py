@@ -1,31 +1,15 @@
-"""Routing: the top_k experts of every token, and their weights; with the tables that follow, for few tokens."""
+"""Routing: the top_k experts of every token, and their weights."""
 
-import functools
-import math
-import numbers
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from ..core.primitive import define
-from ..core.signature import INT32_MAX, as_bool, as_int, as_mask, canonical, one_of, parse
-from .tables import MoePlan, MoeRouting, checked, moe_plan, plan_meaning, table_sizes, tell
-
-SCORINGS = ("softmax", "topk_softmax", "sigmoid", "sqrt_softplus")
-GROUP_SCORES = ("top2_sum", "max")
-ZERO_SUMS = ("uniform", "zero", "eps")
-_LOG_EPS = math.log(1e-20)
-# Pairs, and lanes of logits, up to which routing and tables are one op: see kernels/triton/route_plan.py.
-ONE_OP_PAIRS, ONE_OP_LOGITS = 256, 4096
-
-
-class RouterOutput(NamedTuple):
-    """expert_ids[..., K] int32, best first; expert_weights[..., K] float32."""
-
-    expert_ids: jax.Array
-    expert_weights: jax.Array
+from ..core.signature import as_mask, checked, one_of
+from ..core.types import RouterOutput
+from ..kernels import IMPLEMENTATIONS
+from .scoring import Selection, Weighing, checked_settings, select, weigh, weight_tangent
 
 
 def route_topk(
@@ -103,32 +87,42 @@ def route_topk(
     ([[0, 1]], [0.9053, 1.5947])
     """
     op = "route_topk"
-    (logits,) = canonical(op, parse("logits: rows[E] -> "), (logits,))
+    (logits,) = checked(op, "logits: rows[E]", logits)
     *lead, experts = logits.shape
     if not experts:
         raise ValueError(f"{op}: logits must hold at least one expert, E >= 1, for any top_k; got shape {logits.shape}")
-    top_k = as_int(op, "top_k", top_k, 1, experts)
-    choice = _choice(op, experts, top_k, num_groups, group_top_k, group_score)
-    weighing = _weighing(op, scoring, norm_topk_prob, scale, zero_sum)
-    bias = None if bias is None else _bias(op, bias, len(lead))
-    forced_ids = _beside(op, "forced_ids: ids[K]", forced_ids, (*lead, top_k))
-    expert_map = _beside(op, "expert_map: ids[E]", expert_map, (experts,))
+    one_of(op, "implementation", implementation, (None, *IMPLEMENTATIONS))
+    selection, weighing = checked_settings(
+        op,
+        experts,
+        top_k,
+        scoring=scoring,
+        norm_topk_prob=norm_topk_prob,
+        num_groups=num_groups,
+        group_top_k=group_top_k,
+        group_score=group_score,
+        scale=scale,
+        zero_sum=zero_sum,
+    )
+    if bias is not None:
+        logits, bias = checked(op, _route.signature, logits, with_leading_axes(op, bias, len(lead)))
+    forced_ids = _beside(op, "forced_ids", forced_ids, (*lead, selection.top_k))
+    expert_map = _beside(op, "expert_map", expert_map, (experts,))
     token_mask = None if token_mask is None else as_mask(op, token_mask, tuple(lead))
-    if token_mask is not None:  # before the routing, so that no gradient meets what a masked row holds
+    if token_mask is not None:  # before the routing, so that no gradient touches what a masked row holds
         logits = jnp.where(token_mask[..., None], logits, jnp.zeros((), logits.dtype))
     if forced_ids is None:
-        given = (logits,) if bias is None else (logits, bias)
-        ids, weights = _route(*given, top_k=top_k, **choice, **weighing, implementation=implementation)
+        ids, weights = _route_op(logits, bias, selection, weighing, implementation)
     else:
         if implementation in ("triton", "pallas"):
             raise NotImplementedError(f"{op}: implementation={implementation!r} has no kernel for forced_ids")
         ids = jnp.where((forced_ids >= 0) & (forced_ids < experts), forced_ids, -1)
-        weights = _weighed(logits, ids, **weighing, implementation=implementation, called=op)
+        weights = _weighed.bind(logits, ids, **weighing._asdict(), implementation=implementation)
     if token_mask is not None:
         ids = jnp.where(token_mask[..., None], ids, -1)
         weights = jnp.where(token_mask[..., None], weights, 0)
     if expert_map is not None:
-        ids = _renamed(ids, jnp.expand_dims(expert_map, tuple(range(len(lead)))))
+        ids = _renamed.bind(ids, jnp.expand_dims(expert_map, tuple(range(len(lead)))), implementation=None)
     return RouterOutput(ids, weights)
 
 
@@ -164,80 +158,13 @@ def route_topk_softmax(
     >>> ids.tolist(), [round(w, 4) for w in weights[0].tolist()]
     ([[1, 2]], [0.7311, 0.2689])
     """
-    op, shape = "route_topk_softmax", jnp.shape(logits)
-    if shape and not shape[-1]:
-        raise ValueError(f"{op}: logits must hold at least one expert, E >= 1, for any top_k; got shape {shape}")
-    top_k = as_int(op, "top_k", top_k, 1, shape[-1] if shape else INT32_MAX)
-    choice = _choice(op, INT32_MAX, top_k, None, None, "top2_sum")
-    weighing = _weighing(op, "softmax", norm_topk_prob, 1.0, "uniform")
-    run: dict[str, Any] = {"implementation": implementation, "called": op}
-    return RouterOutput(*_route(logits, top_k=top_k, **choice, **weighing, **run))
-
-
-def moe_route_plan(
-    logits: jax.Array,
-    top_k: int,
-    block_size: int,
-    *,
-    pair_ids: bool = False,
-    num_experts: int | None = None,
-    implementation: str | None = None,
-    **router: Any,
-) -> tuple[RouterOutput, MoePlan]:
-    """`route_topk`, and `moe_plan` of what it chose: on a GPU in one launch where there is little to do, as in decode.
-
-    One op, that is, up to 256 pairs T*K and 4,096 logits T*E, E rounded up to a power of two, of each slice of the
-    leading axes; with none of `forced_ids`, `token_mask` and `expert_map`, and no bias for each token. Else two.
-
-    Args:
-      logits: [..., T, E] float16, bfloat16 or float32.
-      top_k: K, experts per token, in [1, E], and in the groups kept.
-      block_size: slots in a block, >= 1.
-      pair_ids: live slots hold pair ids, not packed rows, as in `moe_plan`.
-      num_experts: experts of the tables; None: E, the usual. With an `expert_map`, as many as it maps to.
-      implementation: None (see `which`), "xla" or "triton"; Pallas has no kernel of tables.
-      router: `scoring`, `norm_topk_prob`, `bias`, `num_groups`, `group_top_k`, `group_score`, `scale`, `zero_sum`,
-        `forced_ids`, `token_mask`, `expert_map`, as in `route_topk`: a preset, for one.
-
-    Returns:
-      (RouterOutput, MoePlan), those of the two functions. The ids are the same bits, and the tables are bit for bit
-      those of the ids; with "softmax" scores and a bias or groups, ids agree where `route_topk` says that
-      implementations agree. A weight may differ by the rounding of the sum that it was divided by, since one launch
-      may add in another order: K terms, or all E without `norm_topk_prob` or with zero_sum="eps". Gradients are those
-      of `route_topk`.
-
-    Raises:
-      As `route_topk` and `moe_plan`; ValueError also for logits with fewer than two axes.
-
-    >>> import jax.numpy as jnp
-    >>> routed, plan = moe_route_plan(jnp.array([[0.0, 2.0, 1.0], [3.0, 1.0, 0.0]]), 2, 2)
-    >>> routed.expert_ids.tolist(), plan.pairs_by_token.tolist(), plan.block_ids.tolist()
-    ([[1, 2], [0, 1]], [[1, 3], [0, 2]], [0, 1, 2])
-    """
-    op = "moe_route_plan"
-    (logits,) = canonical(op, parse("logits: rows[T,E] -> "), (logits,))
-    *lead, tokens, experts = logits.shape
-    run: dict[str, Any] = {"implementation": implementation}
-    for name in set(router) - set(route_topk.__kwdefaults__ or ()):
-        raise TypeError(f"{op}: got an unexpected keyword argument {name!r}")
-    sizes = checked(op, experts if num_experts is None else num_experts, block_size)
-    pair_ids = as_bool(op, "pair_ids", pair_ids)
-    bias, beside = router.pop("bias", None), ("forced_ids", "token_mask", "expert_map")
-    if bias is not None:
-        bias = _bias(op, bias, len(lead))
-    together = sizes["num_experts"] == experts and all(router.get(name) is None for name in beside)
-    together &= bias is None or bias.ndim == len(lead) + 1
-    top_k = as_int(op, "top_k", top_k, 1, experts) if experts else top_k
-    few = experts and tokens * top_k <= ONE_OP_PAIRS and tokens << (experts - 1).bit_length() <= ONE_OP_LOGITS
-    if not (together and few):
-        routed = route_topk(logits, top_k, bias=bias, **router, **run)
-        return routed, moe_plan(routed.expert_ids, **sizes, pair_ids=pair_ids, **run)
-    settings = checked_settings(op, experts, top_k, **{k: v for k, v in router.items() if k not in beside})
-    given = (logits,) if bias is None else (logits, bias)
-    found = _route_plan(*given, **settings, block_size=sizes["block_size"], pair_ids=pair_ids, **run)
-    routed, plan = RouterOutput(*found[:2]), MoePlan(*found[2:])
-    tell(MoeRouting(*plan[-3:]), routed.expert_ids, pair_ids, **sizes)
-    return routed, plan
+    op = "route_topk_softmax"
+    (logits,) = checked(op, "logits: rows[E]", logits)
+    if not logits.shape[-1]:
+        raise ValueError(f"{op}: logits must hold at least one expert, E >= 1, for any top_k; got shape {logits.shape}")
+    one_of(op, "implementation", implementation, (None, *IMPLEMENTATIONS))
+    selection, weighing = checked_settings(op, logits.shape[-1], top_k, norm_topk_prob=norm_topk_prob)
+    return RouterOutput(*_route_op(logits, None, selection, weighing, implementation))
 
 
 def as_pair(op: str, router_output: Any) -> tuple[Any, Any]:
@@ -247,293 +174,85 @@ def as_pair(op: str, router_output: Any) -> tuple[Any, Any]:
     return router_output
 
 
-# ---- the settings, checked, in the one form that each meaning has
+def _route_op(
+    logits: jax.Array, bias: jax.Array | None, selection: Selection, weighing: Weighing, implementation: str | None
+) -> list[jax.Array]:
+    return _route.bind(logits, bias, **selection._asdict(), **weighing._asdict(), implementation=implementation)
 
 
-def _choice(op: str, experts: int, top_k: int, num_groups: Any, group_top_k: Any, group_score: str) -> dict[str, Any]:
-    """How experts are chosen. Groups that are all kept are none."""
-    one_of(op, "group_score", group_score, GROUP_SCORES)
-    none = {"num_groups": None, "group_top_k": None, "group_score": None}
-    if num_groups is None and group_top_k is None:
-        return none
-    if num_groups is None or group_top_k is None:
-        raise ValueError(
-            f"{op}: num_groups and group_top_k must be given together; got num_groups={num_groups}, "
-            f"group_top_k={group_top_k}"
-        )
-    num_groups = as_int(op, "num_groups", num_groups, 1, experts)
-    group_top_k = as_int(op, "group_top_k", group_top_k, 1, num_groups)
-    if experts % num_groups:
-        raise ValueError(f"{op}: num_groups must divide the {experts} experts of logits; got {num_groups}")
-    if top_k > group_top_k * (experts // num_groups):
-        raise ValueError(
-            f"{op}: top_k must be at most {group_top_k * (experts // num_groups)}, the experts of group_top_k = "
-            f"{group_top_k} groups of {experts // num_groups}; got {top_k}"
-        )
-    if group_top_k == num_groups:
-        return none
-    if num_groups == experts:
-        group_score = "max"  # which the sum of one is
-    return {"num_groups": num_groups, "group_top_k": group_top_k, "group_score": group_score}
-
-
-def _weighing(op: str, scoring: str, norm_topk_prob: bool, scale: Any, zero_sum: str) -> dict[str, Any]:
-    """How the chosen experts are weighed."""
-    one_of(op, "scoring", scoring, SCORINGS)
-    one_of(op, "zero_sum", zero_sum, ZERO_SUMS)
-    if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
-        raise TypeError(
-            f"{op}: scale must be a Python number, known when the function is traced; got {type(scale).__name__}"
-        )
-    try:
-        number = abs(float(scale))
-    except OverflowError:
-        number = math.inf
-    if number and not float(jnp.finfo(jnp.float32).tiny) <= number <= float(jnp.finfo(jnp.float32).max):
-        raise ValueError(f"{op}: scale must be 0, or finite and normal in float32; got {scale}")
-    norm = as_bool(op, "norm_topk_prob", norm_topk_prob) or scoring == "topk_softmax"
-    return {"scoring": scoring, "norm_topk_prob": norm, "scale": float(scale), "zero_sum": zero_sum}
-
-
-def checked_settings(
-    op: str,
-    experts: int,
-    top_k: int,
-    *,
-    scoring: str = "softmax",
-    norm_topk_prob: bool = True,
-    num_groups: int | None = None,
-    group_top_k: int | None = None,
-    group_score: str = "top2_sum",
-    scale: float = 1.0,
-    zero_sum: str = "uniform",
-) -> dict[str, Any]:
-    """All of them, by the names and defaults of `route_topk`."""
-    top_k = as_int(op, "top_k", top_k, 1, experts)
-    choice = _choice(op, experts, top_k, num_groups, group_top_k, group_score)
-    return {"top_k": top_k, **choice, **_weighing(op, scoring, norm_topk_prob, scale, zero_sum)}
-
-
-def _bias(op: str, bias: Any, leading: int) -> jax.Array:
+def with_leading_axes(op: str, bias: Any, leading: int) -> jax.Array:
     """The bias with as many leading axes as an operand beside it."""
-    (array,) = canonical(op, parse("bias: weights[E] -> "), (bias,))
+    (array,) = checked(op, "bias: weights[E]", bias)
     return jnp.expand_dims(array, tuple(range(array.ndim - 1, leading)))
 
 
-def _beside(op: str, term: str, value: Any, shape: tuple[Any, ...]) -> Any:
-    """An optional array that goes with the logits, of the shape that these give it."""
+def _beside(op: str, name: str, value: Any, shape: tuple[Any, ...]) -> Any:
+    """An optional array of ids that goes with the logits, of the shape that these give it."""
     if value is None:
         return None
-    name = term.partition(":")[0]
-    (array,) = canonical(op, parse(f"{term} -> "), (value,))
+    (array,) = checked(op, f"{name}: ids[K]", value)
     if array.shape != shape:
         raise ValueError(f"{op}: {name} must have shape {shape}, for these logits; got {array.shape}")
     return array
 
 
-# ---- the choice
+# ---- the op. Its parameters are the fields of Selection and Weighing.
 
 
-def _choose(
-    x: jax.Array,
+def route_meaning(
+    logits: jax.Array,
     bias: jax.Array | None,
-    scoring: str,
+    *,
     top_k: int,
     num_groups: int | None,
     group_top_k: int | None,
     group_score: str | None,
-) -> jax.Array:
-    if bias is None and num_groups is None:
-        return lax.top_k(rankable(x), top_k)[1].astype(jnp.int32)
-    scores = _score(x, scoring) if bias is None else _score(x, scoring) + bias
-    if num_groups is None or group_top_k is None:
-        return lax.top_k(rankable(scores), top_k)[1].astype(jnp.int32)
-    # The groups kept, in order of their experts' ids, side by side: what is not there cannot be chosen, NaN or not.
-    groups = scores.reshape(num_groups, -1)
-    best = lax.top_k(rankable(groups), 2 if group_score == "top2_sum" else 1)[0]
-    kept = jnp.sort(lax.top_k(rankable(jnp.sum(best, axis=1)), group_top_k)[1])
-    place = lax.top_k(rankable(groups[kept].reshape(-1)), top_k)[1]
-    size = groups.shape[1]
-    return (kept[place // size] * size + place % size).astype(jnp.int32)
-
-
-def rankable(x: jax.Array) -> jax.Array:
-    """Floats which lax.top_k, that compares bits, ranks as the contract says: -0 as +0, and every NaN below -inf."""
-    bits = lax.bitcast_convert_type(x, jnp.int32)
-    bits = jnp.where(bits == jnp.int32(-(2**31)), 0, bits)
-    bits = jnp.where((bits & 0x7FFFFFFF) > 0x7F800000, -1, bits)
-    return lax.bitcast_convert_type(bits, jnp.float32)
-
-
-def _score(x: jax.Array, scoring: str) -> jax.Array:
-    """What a bias is added to, of one row."""
-    if scoring == "topk_softmax":
-        return x
-    exponent, factor = _parts(x, scoring)
-    if scoring != "softmax":
-        return factor * jnp.exp(exponent)
-    score = jnp.exp(x - _finite(jnp.max(x)))
-    total = jnp.sum(score)
-    return score / jnp.where(total == 0, 1, total)
-
-
-# ---- the weights of chosen experts
-
-
-def _parts(x: jax.Array, scoring: str) -> tuple[jax.Array, jax.Array]:
-    """(exponent, factor): a score is factor * exp(exponent), so that scores too small for a float still compare."""
-    if scoring == "sigmoid":
-        return jnp.minimum(x, 0), 1 / (1 + jnp.exp(-jnp.abs(x)))
-    if scoring == "sqrt_softplus":  # below -40 it is exp(x / 2), to the last bit
-        return jnp.minimum(x + 40, 0) / 2, jnp.sqrt(jax.nn.softplus(jnp.maximum(x, -40)))
-    return x, jnp.ones_like(x)
-
-
-def _finite(largest: jax.Array) -> jax.Array:
-    return jnp.where(largest == -jnp.inf, 0, largest)
-
-
-def _weigh(
-    logits: jax.Array, ids: jax.Array, *, scoring: str, norm_topk_prob: bool, scale: float, zero_sum: str
-) -> jax.Array:
-    """The weights of the experts `ids` of one token; an id outside [0, E) is no expert."""
+    scoring: str,
+    norm_topk_prob: bool,
+    scale: float,
+    zero_sum: str,
+) -> tuple[jax.Array, jax.Array]:
     x = logits.astype(jnp.float32)
-    live = (ids >= 0) & (ids < x.shape[0])
-    chosen = x.at[ids].get(mode="fill", fill_value=-jnp.inf, wrap_negative_indices=False)
-    exponent, factor = _parts(chosen, scoring)
-    # Relative to the largest of them, the terms' sum is 0 only where each of them really is.
-    largest = exponent if norm_topk_prob else x if scoring == "softmax" else jnp.zeros_like(x)
-    base = _finite(jnp.max(largest))
-    weights = factor * jnp.exp(exponent - base)
-    if norm_topk_prob:
-        total = jnp.sum(weights)
-        if zero_sum == "eps" and scoring != "topk_softmax":  # 1e-20, relative like the terms
-            total += jnp.sum(jnp.exp(x - base + _LOG_EPS)) if scoring == "softmax" else jnp.exp(_LOG_EPS - base)
-    else:
-        total = jnp.sum(jnp.exp(x - base)) if scoring == "softmax" else jnp.float32(1)
-    otherwise = 1 / ids.shape[0] if norm_topk_prob and zero_sum == "uniform" else 0
-    weights = jnp.where(total == 0, otherwise, weights / total)
-    if scoring == "softmax":
-        # Said outright: the maximum of a row with NaN is not always NaN on XLA:CPU.
-        weights = jnp.where(jnp.all(x < jnp.inf), weights, jnp.nan)
-    weights = jnp.where(live, weights, 0)
-    return weights if scale == 1 else weights * jnp.float32(scale)
+    ids = select(x, bias, scoring, Selection(top_k, num_groups, group_top_k, group_score))
+    return ids, weigh(x, ids, Weighing(scoring, norm_topk_prob, scale, zero_sum))
 
 
-def _tangent(
-    logits: jax.Array,
-    ids: jax.Array,
-    weights: jax.Array,
-    dlogits: jax.Array | None,
+def route_jvp(
+    primals: Any,
+    results: Any,
+    tangents: Any,
     *,
     scoring: str,
     norm_topk_prob: bool,
     scale: float,
     zero_sum: str,
-) -> jax.Array | None:
-    """d weights = weights * (d log score - its mean under what the weights are normalised by), with constant ids."""
-    if dlogits is None or scale == 0:
-        return None
-    x, dx = logits.astype(jnp.float32), dlogits.astype(jnp.float32)
-    live = (ids >= 0) & (ids < x.shape[-1])
-    chosen = _take(x, ids)
-    change = _take(dx, ids)
-    if scoring == "sigmoid":
-        change *= jax.nn.sigmoid(-chosen)
-    elif scoring == "sqrt_softplus":
-        bounded = jnp.maximum(chosen, -40)  # where it is 1/2, to the last bit
-        change *= jax.nn.sigmoid(bounded) / (2 * jax.nn.softplus(bounded))
-    constant, mean, outside = ~live, jnp.zeros_like(change), jnp.ones((), x.dtype)
-    if norm_topk_prob:
-        shares = weights / scale
-        mean = jnp.sum(shares * change, axis=-1, keepdims=True)
-        outside = 1 - jnp.sum(shares, axis=-1, keepdims=True)  # what the 1e-20 of "eps" has of the sum
-        summed_to_zero = jnp.all(~live | (chosen == -jnp.inf), axis=-1, keepdims=True)
-        constant |= summed_to_zero & ~jnp.isnan(weights)
-    if scoring == "softmax" and (not norm_topk_prob or zero_sum == "eps"):
-        masked = jnp.all(x == -jnp.inf, axis=-1, keepdims=True)
-        every = jnp.sum(jax.nn.softmax(jnp.where(masked, 0, x), axis=-1) * dx, axis=-1, keepdims=True)
-        mean += outside * every
-    return jnp.where(constant, 0, weights * (change - mean))
+    **selection: Any,
+) -> tuple[None, jax.Array | None]:
+    """The tangent of the weights: the ids are held constant, so how they were selected does not matter."""
+    ids, weights = results
+    weighing = Weighing(scoring, norm_topk_prob, scale, zero_sum)
+    return None, weight_tangent(primals[0], ids, weights, tangents[0], weighing)
 
 
-def _meaning(
-    logits: jax.Array,
-    bias: jax.Array | None = None,
-    *,
-    top_k: int,
-    num_groups: int | None,
-    group_top_k: int | None,
-    group_score: str | None,
-    **weighing: Any,
-) -> tuple[jax.Array, jax.Array]:
-    x = logits.astype(jnp.float32)
-    ids = _choose(x, bias, weighing["scoring"], top_k, num_groups, group_top_k, group_score)
-    return ids, _weigh(x, ids, **weighing)
+def _weigh_meaning(
+    logits: jax.Array, ids: jax.Array, *, scoring: str, norm_topk_prob: bool, scale: float, zero_sum: str
+) -> jax.Array:
+    return weigh(logits, ids, Weighing(scoring, norm_topk_prob, scale, zero_sum))
 
 
-def _jvp(
+def _weigh_jvp(
     primals: Any,
     results: Any,
     tangents: Any,
     *,
-    top_k: int,
-    num_groups: int | None,
-    group_top_k: int | None,
-    group_score: str | None,
+    scoring: str,
+    norm_topk_prob: bool,
+    scale: float,
+    zero_sum: str,
     implementation: str | None,
-    **weighing: Any,
-) -> tuple[None, jax.Array | None]:
-    ids, weights = results
-    return None, _tangent(primals[0], ids, weights, tangents[0], **weighing)
-
-
-def _weigh_jvp(
-    primals: Any, results: Any, tangents: Any, *, implementation: str | None, **weighing: Any
 ) -> tuple[jax.Array | None]:
     (logits, ids), (weights,) = primals, results
-    return (_tangent(logits, ids, weights, tangents[0], **weighing),)
-
-
-_route = define(
-    "route_topk",
-    "logits: rows[E], bias: weights[E] -> ids[K], weights[K]",
-    _meaning,
-    sizes=lambda size, top_k, **settings: {"K": top_k},
-    jvp=_jvp,
-)
-
-
-def _route_plan_meaning(
-    logits: jax.Array, bias: jax.Array | None = None, *, block_size: int, pair_ids: bool, **settings: Any
-) -> tuple[jax.Array, ...]:
-    ids, weights = jax.vmap(functools.partial(_meaning, **settings), in_axes=(0, None))(logits, bias)
-    tables = plan_meaning(ids, num_experts=logits.shape[1], block_size=block_size, pair_ids=pair_ids)
-    return ids, weights, *tables
-
-
-def _route_plan_jvp(
-    primals: Any, results: Any, tangents: Any, *, block_size: int, pair_ids: bool, **settings: Any
-) -> tuple[Any, ...]:
-    return *_jvp(primals, results[:2], tangents, **settings), *(None for _ in results[2:])
-
-
-_route_plan = define(
-    "moe_route_plan",
-    "logits: rows[T,E], bias: weights[E] -> ids[T,K], weights[T,K], ids[T,K], ids[P], ids[O], ids[S], ids[B], ids[]",
-    _route_plan_meaning,
-    sizes=lambda size, top_k, block_size, pair_ids, **settings: {
-        "K": top_k,
-        **table_sizes({**size, "K": top_k}, size["E"], block_size),
-    },
-    jvp=_route_plan_jvp,
-)
-_weighed = define(
-    "route_weigh",
-    "logits: rows[E], forced_ids: ids[K] -> weights[K]",
-    _weigh,
-    jvp=_weigh_jvp,
-)
+    return (weight_tangent(logits, ids, weights, tangents[0], Weighing(scoring, norm_topk_prob, scale, zero_sum)),)
 
 
 def _renamed_meaning(ids: jax.Array, expert_map: jax.Array) -> jax.Array:
@@ -541,29 +260,21 @@ def _renamed_meaning(ids: jax.Array, expert_map: jax.Array) -> jax.Array:
     return jnp.where(local < 0, -1, local)
 
 
+def _route_sizes(sizes: dict[str, int], top_k: int, **settings: Any) -> dict[str, int]:
+    return {"K": top_k}
+
+
+_route = define(
+    "route_topk",
+    "logits: rows[E], bias?: weights[E] -> ids[K], weights[K]",
+    route_meaning,
+    sizes=_route_sizes,
+    jvp=route_jvp,
+)
+_weighed = define(
+    "route_weigh",
+    "logits: rows[E], forced_ids: ids[K] -> weights[K]",
+    _weigh_meaning,
+    jvp=_weigh_jvp,
+)
 _renamed = define("route_rename", "expert_ids: ids[K], expert_map: ids[E] -> ids[K]", _renamed_meaning)
-
-# A token's values at its experts, and back: what the derivative of any router is made of.
-
-
-def _take_meaning(values: jax.Array, ids: jax.Array) -> jax.Array:
-    return values.at[ids].get(mode="fill", fill_value=0, wrap_negative_indices=False)
-
-
-def _put_meaning(values: jax.Array, ids: jax.Array, *, num_experts: int) -> jax.Array:
-    return jnp.zeros(num_experts, values.dtype).at[ids].add(values, mode="drop", wrap_negative_indices=False)
-
-
-_take = define(
-    "route_take",
-    "values: weights[E], expert_ids: ids[K] -> weights[K]",
-    _take_meaning,
-    transposes={0: lambda ct, values, ids, **params: _put(ct, ids, num_experts=values.shape[-1], **params)},
-)
-_put = define(
-    "route_put",
-    "values: weights[K], expert_ids: ids[K] -> weights[E]",
-    _put_meaning,
-    sizes=lambda size, num_experts: {"E": num_experts},
-    transposes={0: lambda ct, values, ids, *, num_experts, **params: _take(ct, ids, **params)},
-)

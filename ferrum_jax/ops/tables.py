@@ -1,42 +1,16 @@
 """Tables: which packed row each pair takes, and blocks of rows that belong to one expert."""
 
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from ..core.primitive import define
-from ..core.signature import INT32_MAX, as_bool, as_int
-
-
-class TokenPairs(NamedTuple):
-    """pairs_by_token[..., T, K], packed_token_idx[..., P], expert_offsets[..., E+1], all int32."""
-
-    pairs_by_token: jax.Array
-    packed_token_idx: jax.Array
-    expert_offsets: jax.Array
-
-
-class MoeRouting(NamedTuple):
-    """sorted_token_ids[..., S], block_ids[..., S/block_size], total_tokens_post_pad[...], all int32."""
-
-    sorted_token_ids: jax.Array
-    block_ids: jax.Array
-    total_tokens_post_pad: jax.Array
-
-
-class MoePlan(NamedTuple):
-    """The fields of TokenPairs, then those of MoeRouting."""
-
-    pairs_by_token: jax.Array
-    packed_token_idx: jax.Array
-    expert_offsets: jax.Array
-    sorted_token_ids: jax.Array
-    block_ids: jax.Array
-    total_tokens_post_pad: jax.Array
+from ..core.signature import INT32_MAX, as_bool, as_int, checked, one_of
+from ..core.types import PACKED, PAIR_IDS, MoePlan, MoeRouting, TokenPairs
+from ..kernels import IMPLEMENTATIONS
 
 
 def max_aligned_rows(num_pairs: int, num_experts: int, block_size: int) -> int:
@@ -61,13 +35,19 @@ def max_aligned_rows(num_pairs: int, num_experts: int, block_size: int) -> int:
     """
     op = "max_aligned_rows"
     num_pairs = as_int(op, "num_pairs", num_pairs, 0)
-    num_experts, block_size = as_int(op, "num_experts", num_experts), as_int(op, "block_size", block_size)
+    return aligned_rows(num_pairs, as_int(op, "num_experts", num_experts), as_int(op, "block_size", block_size))
+
+
+def aligned_rows(num_pairs: int, num_experts: int, block_size: int) -> int:
+    """`max_aligned_rows` of sizes that have been checked, but that one of them may be symbolic."""
+    if not isinstance(num_pairs, int):
+        as_int("max_aligned_rows", "num_pairs", num_pairs)
     busy = min(num_experts, num_pairs)
     rows = (busy + (num_pairs - busy) // block_size) * block_size
     if rows > INT32_MAX:
         raise ValueError(
-            f"{op}: {num_pairs} pairs, {num_experts} experts and block_size {block_size} make {rows} aligned rows; "
-            f"int32 ids allow {INT32_MAX}"
+            f"max_aligned_rows: {num_pairs} pairs, {num_experts} experts and block_size {block_size} make {rows} "
+            f"aligned rows; int32 ids allow {INT32_MAX}"
         )
     return rows
 
@@ -86,7 +66,7 @@ def moe_build_pairs_by_token(
       implementation: None (see `which`), "xla" or "triton"; Pallas has no kernel of tables.
 
     Returns:
-      TokenPairs, int32:
+      TokenPairs, int32, which also knows E and K:
       pairs_by_token[..., T, K]: the packed row of each pair; -1 if it has no expert.
       packed_token_idx[..., P]: the token of each packed row; T past the last live row.
       expert_offsets[..., E+1]: expert e owns packed rows expert_offsets[e] to expert_offsets[e+1].
@@ -101,7 +81,8 @@ def moe_build_pairs_by_token(
     [[1, 0], [2, 3]]
     """
     num_experts = as_int("moe_build_pairs_by_token", "num_experts", num_experts, most=INT32_MAX - 1)
-    return TokenPairs(*_pairs(expert_ids, num_experts=num_experts, implementation=implementation))
+    tables = _pairs(expert_ids, num_experts=num_experts, implementation=implementation)
+    return TokenPairs(*tables, num_experts=num_experts, top_k=_known(tables[0].shape[-1]))
 
 
 def moe_align_block_size(
@@ -119,7 +100,7 @@ def moe_align_block_size(
       implementation: None (see `which`), "xla" or "triton"; Pallas has no kernel of tables.
 
     Returns:
-      MoeRouting, int32, every entry written:
+      MoeRouting, int32, every entry written, which also knows its kind, E, K and `block_size`:
       sorted_token_ids[..., S]: at a live slot its packed row (see `moe_build_pairs_by_token`); P at padding and in
         the tail. S = `max_aligned_rows(P, E, block_size)`.
       block_ids[..., S/block_size]: the expert that owns each block; -1 past the live blocks.
@@ -137,7 +118,9 @@ def moe_align_block_size(
     >>> routing.sorted_token_ids.tolist(), routing.block_ids.tolist()
     ([0, 4, 1, 2, 3, 4], [0, 1, 2])
     """
-    return _align("moe_align_block_size", expert_ids, num_experts, block_size, False, implementation)
+    op = "moe_align_block_size"
+    num_experts, block_size = checked_sizes(op, num_experts, block_size)
+    return align(checked_ids(op, expert_ids, implementation), num_experts, block_size, False, implementation)
 
 
 def moe_align_block_size_pair_ids(
@@ -151,7 +134,9 @@ def moe_align_block_size_pair_ids(
     >>> moe_align_block_size_pair_ids(jnp.array([[1, 0], [1, 2]]), 3, 2).sorted_token_ids.tolist()
     [1, 4, 0, 2, 3, 4]
     """
-    return _align("moe_align_block_size_pair_ids", expert_ids, num_experts, block_size, True, implementation)
+    op = "moe_align_block_size_pair_ids"
+    num_experts, block_size = checked_sizes(op, num_experts, block_size)
+    return align(checked_ids(op, expert_ids, implementation), num_experts, block_size, True, implementation)
 
 
 def moe_plan(
@@ -172,7 +157,7 @@ def moe_plan(
       implementation: None (see `which`), "xla" or "triton"; Pallas has no kernel of tables.
 
     Returns:
-      MoePlan, int32: the fields of TokenPairs, then those of MoeRouting.
+      MoePlan, int32: the arrays of TokenPairs, then those of MoeRouting; it also knows its kind, E, K and `block_size`.
 
     Raises:
       As `moe_align_block_size`; TypeError also for `pair_ids` that is no bool.
@@ -182,44 +167,130 @@ def moe_plan(
     >>> plan.expert_offsets.tolist(), int(plan.total_tokens_post_pad)
     ([0, 1, 3, 4], 6)
     """
-    sizes, pair_ids = checked("moe_plan", num_experts, block_size), as_bool("moe_plan", "pair_ids", pair_ids)
-    plan = MoePlan(*_plan(expert_ids, **sizes, pair_ids=pair_ids, implementation=implementation))
-    tell(MoeRouting(*plan[-3:]), expert_ids, pair_ids, **sizes)
-    return plan
+    num_experts, block_size = checked_sizes("moe_plan", num_experts, block_size)
+    pair_ids = as_bool("moe_plan", "pair_ids", pair_ids)
+    expert_ids = checked_ids("moe_plan", expert_ids, implementation)
+    return plan(expert_ids, num_experts, block_size, pair_ids, implementation)
 
 
-def _align(
-    op: str, expert_ids: jax.Array, num_experts: int, block_size: int, pair_ids: bool, implementation: str | None
+def plan(
+    expert_ids: jax.Array, num_experts: int, block_size: int, pair_ids: bool, implementation: str | None
+) -> MoePlan:
+    """`moe_plan` of arguments that have been checked."""
+    tables = _plan.bind(
+        expert_ids, num_experts=num_experts, block_size=block_size, pair_ids=pair_ids, implementation=implementation
+    )
+    return as_plan(tables, pair_ids, num_experts, block_size)
+
+
+def align(
+    expert_ids: jax.Array, num_experts: int, block_size: int, pair_ids: bool, implementation: str | None
 ) -> MoeRouting:
-    sizes = checked(op, num_experts, block_size)
-    run: dict[str, Any] = {"implementation": implementation, "called": op}
-    routing = MoeRouting(*_aligned(expert_ids, **sizes, pair_ids=pair_ids, **run))
-    tell(routing, expert_ids, pair_ids, **sizes)
+    """`moe_align_block_size` and `moe_align_block_size_pair_ids` of arguments that have been checked."""
+    tables = _aligned.bind(
+        expert_ids, num_experts=num_experts, block_size=block_size, pair_ids=pair_ids, implementation=implementation
+    )
+    num_tokens, top_k = jnp.shape(expert_ids)[-2:]
+    kind = PAIR_IDS if pair_ids else PACKED
+    routing = MoeRouting(*tables, kind=kind, num_experts=num_experts, top_k=_known(top_k), block_size=block_size)
+    on_aligned_table(routing, num_tokens * top_k)
     return routing
 
 
-def _tell_nobody(routing: MoeRouting, **facts: Any) -> None:
+def as_plan(tables: Any, pair_ids: bool, num_experts: int, block_size: int) -> MoePlan:
+    """The plan of these six arrays, which is told to whoever listens."""
+    num_tokens, top_k = tables[0].shape[-2:]
+    kind = PAIR_IDS if pair_ids else PACKED
+    plan = MoePlan(*tables, kind=kind, num_experts=num_experts, top_k=_known(top_k), block_size=block_size)
+    on_aligned_table(plan.routing, num_tokens * top_k)
+    return plan
+
+
+def _known(size: Any) -> int | None:
+    """A size as a static fact: a symbolic one is none."""
+    return size if isinstance(size, int) else None
+
+
+def _tell_nobody(routing: MoeRouting, num_pairs: int) -> None:
     pass
 
 
-# Called with each aligned table that is traced, and with pair_ids, num_pairs, num_experts and block_size. A floor above
-# sets it: the routing dump, which is built on the tables.
-on_aligned_table: Callable[..., None] = _tell_nobody
+# Called with each aligned table that is traced, and its number of pairs. A floor above sets it: the routing dump, which
+# is built on the tables.
+on_aligned_table: Callable[[MoeRouting, int], None] = _tell_nobody
 
 
-def tell(routing: MoeRouting, expert_ids: jax.Array, pair_ids: bool, **sizes: int) -> None:
-    on_aligned_table(routing, pair_ids=pair_ids, num_pairs=math.prod(jnp.shape(expert_ids)[-2:]), **sizes)
-
-
-def checked(op: str, num_experts: int, block_size: int) -> dict[str, Any]:
+def checked_sizes(op: str, num_experts: Any, block_size: Any) -> tuple[int, int]:
     num_experts = as_int(op, "num_experts", num_experts, most=INT32_MAX - 1)
-    return {"num_experts": num_experts, "block_size": as_int(op, "block_size", block_size)}
+    return num_experts, as_int(op, "block_size", block_size)
+
+
+def checked_ids(op: str, expert_ids: Any, implementation: Any) -> jax.Array:
+    one_of(op, "implementation", implementation, (None, *IMPLEMENTATIONS))
+    return checked(op, _aligned.signature, expert_ids)[0]
+
+
+# ---- what a consumer reads off a table
+
+
+def packed_order(op: str, table: Any) -> TokenPairs | MoePlan:
+    """The table, if it is of packed rows: the order that dispatch makes and combine reads."""
+    if not isinstance(table, TokenPairs | MoePlan):
+        raise TypeError(f"{op}: the table must be a TokenPairs or a MoePlan; got {type(table).__name__}")
+    if isinstance(table, MoePlan) and table.kind == PAIR_IDS:
+        raise ValueError(
+            f"{op}: the plan must be of packed rows, moe_plan(..., pair_ids=False); got one of pair ids, whose "
+            "products read and write rows in pair order"
+        )
+    return table
+
+
+def rows_per_row(op: str, routing: MoeRouting | MoePlan, rows: Any, top_k: int | None) -> int:
+    """How many rows of a grouped product each of `rows` rows gives: read off the table, or checked against it."""
+    if routing.kind is None:
+        return 1 if top_k is None else top_k
+    if routing.kind == PACKED:
+        possible: tuple[int, ...] = (1,)
+    elif routing.top_k is not None:
+        possible = (1,) if routing.top_k == 1 else (routing.top_k, 1)
+    elif top_k is not None:
+        possible = (top_k,)
+    else:
+        raise ValueError(f"{op}: top_k must be given with a routing of pair ids that does not know its K")
+    if top_k is not None and top_k not in possible:
+        of = "packed rows" if routing.kind == PACKED else f"pair ids with K = {routing.top_k}"
+        allowed = " or ".join(map(str, possible))
+        raise ValueError(f"{op}: top_k must be {allowed} with a routing of {of}; got {top_k}")
+    asked = possible if top_k is None else (top_k,)
+    fits = [k for k in asked if _fits(routing, rows * k)]
+    if not fits:
+        wanted = " or ".join([f"{rows * k} rows of the result (top_k={k})" for k in asked])
+        raise ValueError(f"{op}: routing is of another number of pairs: lhs has {rows} rows, which make {wanted}")
+    if len(fits) > 1:
+        raise ValueError(
+            f"{op}: top_k must be given here: lhs has {rows} rows, which with this routing may be tokens "
+            f"(top_k={fits[0]}) or pairs (top_k=1)"
+        )
+    return fits[0]
+
+
+def _fits(routing: MoeRouting | MoePlan, num_pairs: Any) -> bool:
+    """Whether a table may be of so many pairs: P is the size of one of its arrays, or else S must be that of P."""
+    if isinstance(routing, MoePlan):
+        return jnp.shape(routing.packed_token_idx)[-1] == num_pairs
+    slots = jnp.shape(routing.sorted_token_ids)[-1]
+    if None in (routing.num_experts, routing.block_size) or not (isinstance(num_pairs, int) and isinstance(slots, int)):
+        return True
+    return slots == aligned_rows(num_pairs, routing.num_experts, routing.block_size)  # type: ignore[arg-type]
+
+
+# ---- meanings
 
 
 def table_sizes(size: dict[str, int], num_experts: int, block_size: int = 1, pair_ids: bool = False) -> dict[str, int]:
     """Sizes of every table's axes: P pairs, O offsets, S slots, B blocks."""
     pairs = size["T"] * size["K"]
-    slots = max_aligned_rows(pairs, num_experts, block_size)
+    slots = aligned_rows(pairs, num_experts, block_size)
     return {"P": pairs, "O": num_experts + 1, "S": slots, "B": slots // block_size}
 
 
@@ -265,7 +336,7 @@ def _pack(expert_ids: jax.Array, order: jax.Array, offsets: jax.Array) -> tuple[
 
 def _fill_blocks(order: jax.Array, offsets: jax.Array, block_size: int, pair_ids: bool) -> tuple[jax.Array, ...]:
     num_pairs, num_experts = order.size, offsets.size - 1
-    num_blocks = max_aligned_rows(num_pairs, num_experts, block_size) // block_size
+    num_blocks = aligned_rows(num_pairs, num_experts, block_size) // block_size
     counts = jnp.diff(offsets)
     blocks = -(-counts // block_size)
     last = jnp.cumsum(blocks, dtype=jnp.int32)

@@ -303,8 +303,8 @@ def _sorted_sum(rows, weights, dest, lead, num_rows, k):
 # ---- wrappers: the ops
 
 
-def moe_dispatch(x, packed_token_idx, *pairs_by_token):
-    lead = lead_axes((x, 2), (packed_token_idx, 1), *((table, 2) for table in pairs_by_token))
+def moe_dispatch(x, packed_token_idx, pairs_by_token=None):
+    lead = lead_axes((x, 2), (packed_token_idx, 1), (pairs_by_token, 2))
     return _gather(x, packed_token_idx, None, lead, packed_token_idx.shape[-1], 1)
 
 
@@ -315,12 +315,12 @@ def moe_collect(rows, packed_token_idx, pairs_by_token=None, *, num_tokens):
     return _gather(rows, pairs_by_token, None, lead, num_tokens, pairs_by_token.shape[-1])
 
 
-def moe_combine(packed_down, pair_weights, pairs_by_token, *, unique_rows):
+def moe_combine(packed_down, pairs_by_token, pair_weights, *, unique_rows):
     lead = lead_axes((packed_down, 2), (pair_weights, 2), (pairs_by_token, 2))
     return _gather(packed_down, pairs_by_token, pair_weights, lead, *pairs_by_token.shape[-2:])
 
 
-def moe_spread(g, pair_weights, pairs_by_token, *, num_rows, unique_rows):
+def moe_spread(g, pairs_by_token, pair_weights, *, num_rows, unique_rows):
     lead = lead_axes((g, 2), (pair_weights, 2), (pairs_by_token, 2))
     num_tokens, top_k = pairs_by_token.shape[-2:]
     if unique_rows:
@@ -333,7 +333,7 @@ def moe_row_dot(packed_down, g, pairs_by_token, *, unique_rows):
     return _dot(packed_down, pairs_by_token, g, lead, *pairs_by_token.shape[-2:])
 
 
-def moe_combine_cotangents(g, packed_down, pair_weights, pairs_by_token):
+def moe_combine_cotangents(g, packed_down, pairs_by_token, pair_weights):
     lead = lead_axes((g, 2), (packed_down, 2), (pair_weights, 2), (pairs_by_token, 2))
     n, k = pairs_by_token.shape[-2:]
     num_rows, width = packed_down.shape[-2:]

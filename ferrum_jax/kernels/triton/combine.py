@@ -1,4 +1,4 @@
-"""Combine: rows to the experts and back. Five kernels serve the whole family, each bound by the bytes of its rows."""
+"""Combine: rows to the experts and back. Five kernels serve the whole family. All are bound by memory."""
 
 import math
 
@@ -6,7 +6,9 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from . import launch, lead_axes
+from ..shapes import large, lead_axes, whole
+from . import tiles
+from .launch import capability, launch
 
 
 @triton.jit
@@ -16,10 +18,10 @@ def gather_sum(
     KIND: tl.constexpr, REPEAT: tl.constexpr, WEIGHTED: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, UNROLL: tl.constexpr, TOTAL: tl.constexpr,
 ):  # fmt: skip
-    # out[n] = sum over k of weights[n,k] * rows[index[n,k]]: a program owns ROWS output rows by COLS columns of them.
-    # A thread loads 16 bytes of each of its rows, all K of them before the first is used where K is small, adds in
-    # float32 and stores once. KIND says which row: that in the "table", that of the "slots" in order, the one that is
-    # "repeated", or the token of the pair that `invert` found to be the row's "owner".
+    # Computes out[n] = sum over k of weights[n,k] * rows[index[n,k]]. A program owns ROWS output rows by COLS columns,
+    # loads UNROLL terms before it uses the first, adds in float32 and stores once. KIND says which row a term is:
+    # "table": the row that the index names. "slots": row n * K + k. "repeated": row n // REPEAT. "owner": the token of
+    # the pair that names row n, which `invert` wrote to the index; it counts if pairs[pair] == n.
     chunks: tl.constexpr = (H + COLS - 1) // COLS
     n = tl.program_id(0).to(tl.int64) // chunks * ROWS + tl.arange(0, ROWS)
     col = (tl.program_id(0) % chunks * COLS + tl.arange(0, COLS))[None, :]
@@ -53,8 +55,8 @@ def row_dot(
     N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, H: tl.constexpr,
     SHARED_ROWS: tl.constexpr, SHARED_G: tl.constexpr, TABLE: tl.constexpr, CHOICES: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    # out[n,k] = <rows[index[n,k]], g[n]>: a program owns CHOICES choices of one token and walks along H, COLS columns
-    # at a time: 16 bytes a thread of each row, once. Rows outside [0, R) are not read; their result is 0.
+    # Computes out[n,k] = <rows[index[n,k]], g[n]>. A program owns CHOICES choices of one token and walks along H, COLS
+    # columns at a time, so that it reads each row once. Rows outside [0, R) are not read; their result is 0.
     groups: tl.constexpr = (K + CHOICES - 1) // CHOICES
     n = tl.program_id(0).to(tl.int64) // groups
     k = tl.program_id(0) % groups * CHOICES + tl.arange(0, CHOICES)
@@ -76,8 +78,8 @@ def row_dot(
 
 @triton.jit
 def invert(index, owner, PAIRS: tl.constexpr, R: tl.constexpr, TOTAL: tl.constexpr, TILE: tl.constexpr):
-    # The pair that names each row. A program takes TILE pairs, reads 4 bytes of each and writes 4 where its row is.
-    # A row that no pair names keeps whatever the memory held: who reads it asks that pair whether it names the row.
+    # Writes, for each row, the pair that names it. A program takes TILE pairs. Entries of rows that no pair names are
+    # left uninitialised: a reader checks that index[entry] == row.
     pair = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     row = tl.load(index + pair, mask=pair < TOTAL, other=-1)
     tl.store(owner + pair // PAIRS * R + row, (pair % PAIRS).to(tl.int32), mask=(row >= 0) & (row < R))
@@ -89,10 +91,10 @@ def cotangents(
     N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, H: tl.constexpr, TOTAL: tl.constexpr,
     SHARED_G: tl.constexpr, SHARED_ROWS: tl.constexpr, CHOICES: tl.constexpr, CLEARED: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    # g_rows[index[n,k]] = weights[n,k] * g[n] and g_weights[n,k] = <rows[index[n,k]], g[n]>: a program owns CHOICES
-    # choices of one token and walks along H, COLS columns at a time: 16 bytes a thread of g and of each row, all asked
-    # for before it stores as many. And it owns CLEARED rows of g_rows, and writes zeros to those of them that no pair
-    # names: it asks the pair that `invert` found for each. Of either there may be fewer.
+    # Computes g_rows[index[n,k]] = weights[n,k] * g[n] and g_weights[n,k] = <rows[index[n,k]], g[n]>. A program owns
+    # CHOICES choices of one token and walks along H, COLS columns at a time; it reads g and each row once. It also owns
+    # CLEARED rows of g_rows, and writes zeros to those that no pair names. `invert` wrote the pairs to look at. The
+    # last programs may own choices only, or rows only.
     groups: tl.constexpr = (K + CHOICES - 1) // CHOICES
     blocks: tl.constexpr = (R + CLEARED - 1) // CLEARED
     program = tl.program_id(0).to(tl.int64)
@@ -132,6 +134,7 @@ def cotangents(
 
 @triton.jit
 def first_at_least(ascending, value, length, STEPS: tl.constexpr):
+    # The place of the first of `length` ascending entries that is at least the value, by bisection.
     low, high = value * 0 + length * 0, value * 0 + length
     for _ in range(STEPS):
         middle = (low + high) // 2
@@ -146,8 +149,8 @@ def segment_sum(
     N: tl.constexpr, P: tl.constexpr, K: tl.constexpr, R: tl.constexpr, H: tl.constexpr,
     SHARED: tl.constexpr, WEIGHTED: tl.constexpr, STEPS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    # out[r] = sum of the terms whose destination is r, in ascending order of the terms: a program owns COLS columns of
-    # one output row, finds its terms in the sorted destinations by halving, and reads each term's columns once.
+    # Computes out[r] = sum of the terms whose destination is r, in ascending order of the terms. A program owns COLS
+    # columns of one output row. It finds its terms in the sorted destinations by bisection and reads each once.
     chunks: tl.constexpr = (H + COLS - 1) // COLS
     n = tl.program_id(0).to(tl.int64) // chunks
     slice_id, r = n // R, n % R
@@ -167,37 +170,24 @@ def segment_sum(
 # ---- wrappers: leading axes become one; rows that the whole batch shares are not copied
 
 
-def whole(x, lead):
-    """Ids or weights over all the leading axes; they are small, so a copy is cheap."""
-    return jnp.broadcast_to(x, (*lead, *x.shape[len(lead) :]))
-
-
-def large(x, lead):
-    """Rows or matrices over all the leading axes, and whether one copy serves them all."""
-    own = x.shape[: len(lead)]
-    shared = math.prod(own) == 1
-    return (x, shared) if shared or own == lead else (whole(x, lead), False)
-
-
-def _blocks(width, itemsize, rows=1):
-    """Columns and rows of a program's tile: 16 bytes a thread, 128 threads, narrow rows side by side."""
-    cols = min(triton.next_power_of_2(width), 128 * 16 // itemsize)
-    return max(1, min(triton.next_power_of_2(rows), 128 * 16 // itemsize // cols)), cols
+def _chosen():
+    return tiles.first(tiles.ROWS, capability())
 
 
 def _gather(rows, index, weights, lead, n, k, kind, repeat=1, pairs=None):
-    """gather_sum of `n` output rows a slice, of `k` terms each. Tables that are None are not read."""
+    """`gather_sum` of `n` output rows a slice, of `k` terms each. Tables that are None are not read."""
     *_, num_rows, width = rows.shape
     rows, shared = large(rows, lead)
     total = math.prod(lead) * n
-    tile_rows, cols = _blocks(width, rows.dtype.itemsize, total)
+    chosen = _chosen()
+    tile_rows, cols = chosen.tile(width, rows.dtype.itemsize, total)
     return launch(
         gather_sum,
         rows,
         *(rows if table is None else table for table in (index, pairs, weights)),
         out=[((*lead, n, width), rows.dtype)],
         grid=triton.cdiv(total, tile_rows) * triton.cdiv(width, cols),
-        num_warps=4,
+        num_warps=chosen.warps,
         N=n,
         K=k,
         R=num_rows,
@@ -208,19 +198,20 @@ def _gather(rows, index, weights, lead, n, k, kind, repeat=1, pairs=None):
         WEIGHTED=weights is not None,
         ROWS=tile_rows,
         COLS=cols,
-        UNROLL=k if k <= 16 else 8,
+        UNROLL=k if k <= chosen.unrolled else chosen.portion,
         TOTAL=total,
     )
 
 
 def _sorted_sum(rows, weights, dest, lead, num_rows, top_k):
-    """Each row r of the result is the sum of the terms with dest r, found by a stable sort of the destinations."""
+    """Row r of the result is the sum of the terms with destination r. A stable sort of the destinations finds them."""
     dest = jnp.where((dest >= 0) & (dest < num_rows), dest, num_rows)
     order = jnp.argsort(dest, axis=-1, stable=True)
     dest, order = jnp.take_along_axis(dest, order, axis=-1), order.astype(jnp.int32)
     rows, shared = large(rows, lead)
     *_, n, width = rows.shape
-    _, cols = _blocks(width, rows.dtype.itemsize)
+    chosen = _chosen()
+    _, cols = chosen.tile(width, rows.dtype.itemsize)
     return launch(
         segment_sum,
         rows,
@@ -229,7 +220,7 @@ def _sorted_sum(rows, weights, dest, lead, num_rows, top_k):
         dest,
         out=[((*lead, num_rows, width), rows.dtype)],
         grid=math.prod(lead) * num_rows * triton.cdiv(width, cols),
-        num_warps=4,
+        num_warps=chosen.warps,
         N=n,
         P=dest.shape[-1],
         K=top_k,
@@ -246,7 +237,8 @@ def _dot(rows, index, g, lead, num_tokens, top_k):
     *_, num_rows, width = rows.shape
     rows, shared_rows = large(rows, lead)
     g, shared_g = large(g, lead)
-    choices = min(triton.next_power_of_2(top_k), 8)
+    chosen = _chosen()
+    choices = min(triton.next_power_of_2(top_k), chosen.dotted)
     return launch(
         row_dot,
         rows,
@@ -254,7 +246,7 @@ def _dot(rows, index, g, lead, num_tokens, top_k):
         g,
         out=[((*lead, num_tokens, top_k), jnp.float32)],
         grid=math.prod(lead) * num_tokens * triton.cdiv(top_k, choices),
-        num_warps=4,
+        num_warps=chosen.warps,
         N=num_tokens,
         K=top_k,
         R=num_rows,
@@ -263,29 +255,29 @@ def _dot(rows, index, g, lead, num_tokens, top_k):
         SHARED_G=shared_g,
         TABLE=index is not None,
         CHOICES=choices,
-        COLS=_blocks(width, rows.dtype.itemsize)[1],
+        COLS=chosen.tile(width, rows.dtype.itemsize)[1],
     )
 
 
 def _owner(index, lead, num_rows):
-    """Inverting the table first (4 bytes a row) lets every row be written once, instead of zeroed and then written."""
-    total = math.prod(index.shape)
+    """The pair that names each row: see `invert`. With it each row is written once, not zeroed and then written."""
+    total, chosen = math.prod(index.shape), _chosen()
     (owner,) = launch(
         invert,
         index,
         out=[((*lead, num_rows), jnp.int32)],
-        grid=triton.cdiv(total, 1024),
-        num_warps=4,
+        grid=triton.cdiv(total, chosen.inverted),
+        num_warps=chosen.warps,
         PAIRS=math.prod(index.shape[-2:]),
         R=num_rows,
         TOTAL=total,
-        TILE=1024,
+        TILE=chosen.inverted,
     )
     return owner
 
 
-def moe_dispatch(x, packed_token_idx, *pairs_by_token):
-    lead = lead_axes((x, 2), (packed_token_idx, 1), *((table, 2) for table in pairs_by_token))
+def moe_dispatch(x, packed_token_idx, pairs_by_token=None):
+    lead = lead_axes((x, 2), (packed_token_idx, 1), (pairs_by_token, 2))
     return _gather(x, whole(packed_token_idx, lead), None, lead, packed_token_idx.shape[-1], 1, "table")
 
 
@@ -297,13 +289,13 @@ def moe_collect(rows, packed_token_idx, pairs_by_token=None, *, num_tokens):
     return _gather(rows, whole(pairs_by_token, lead), None, lead, num_tokens, pairs_by_token.shape[-1], "table")
 
 
-def moe_combine(packed_down, pair_weights, pairs_by_token, *, unique_rows):
+def moe_combine(packed_down, pairs_by_token, pair_weights, *, unique_rows):
     lead = lead_axes((packed_down, 2), (pair_weights, 2), (pairs_by_token, 2))
     index, weights = whole(pairs_by_token, lead), whole(pair_weights, lead)
     return _gather(packed_down, index, weights, lead, *index.shape[-2:], "table")
 
 
-def moe_spread(g, pair_weights, pairs_by_token, *, num_rows, unique_rows):
+def moe_spread(g, pairs_by_token, pair_weights, *, num_rows, unique_rows):
     lead = lead_axes((g, 2), (pair_weights, 2), (pairs_by_token, 2))
     index, weights = whole(pairs_by_token, lead), whole(pair_weights, lead)
     num_tokens, top_k = index.shape[-2:]
@@ -318,15 +310,15 @@ def moe_row_dot(packed_down, g, pairs_by_token, *, unique_rows):
     return _dot(packed_down, whole(pairs_by_token, lead), g, lead, *pairs_by_token.shape[-2:])
 
 
-def moe_combine_cotangents(g, packed_down, pair_weights, pairs_by_token):
+def moe_combine_cotangents(g, packed_down, pairs_by_token, pair_weights):
     lead = lead_axes((g, 2), (packed_down, 2), (pair_weights, 2), (pairs_by_token, 2))
     index, weights = whole(pairs_by_token, lead), whole(pair_weights, lead)
     *_, num_rows, width = packed_down.shape
     num_tokens, top_k = index.shape[-2:]
     rows, shared_rows = large(packed_down, lead)
     g, shared_g = large(g, lead)
-    # With 4 rows at a time there are registers for many programs; those of one token share g in the cache.
-    slices, choices, cleared = math.prod(lead), min(triton.next_power_of_2(top_k), 4), 4
+    chosen, slices = _chosen(), math.prod(lead)
+    choices, cleared = min(triton.next_power_of_2(top_k), chosen.differentiated), chosen.cleared
     return launch(
         cotangents,
         g,
@@ -336,7 +328,7 @@ def moe_combine_cotangents(g, packed_down, pair_weights, pairs_by_token):
         _owner(index, lead, num_rows),
         out=[((*lead, num_rows, width), rows.dtype), ((*lead, num_tokens, top_k), jnp.float32)],
         grid=slices * max(num_tokens * triton.cdiv(top_k, choices), triton.cdiv(num_rows, cleared)),
-        num_warps=4,
+        num_warps=chosen.warps,
         N=num_tokens,
         K=top_k,
         R=num_rows,
@@ -346,7 +338,7 @@ def moe_combine_cotangents(g, packed_down, pair_weights, pairs_by_token):
         SHARED_ROWS=shared_rows,
         CHOICES=choices,
         CLEARED=cleared,
-        COLS=_blocks(width, rows.dtype.itemsize)[1],
+        COLS=chosen.tile(width, rows.dtype.itemsize)[1],
     )
 
 

@@ -1,4 +1,8 @@
-"""Grouped products on tensor cores: rows by their expert's matrix, and per expert the product of rows with rows."""
+"""Grouped products on tensor cores.
+
+The forward product multiplies each row by the matrix of its expert. The gradient of the matrices is, for each expert,
+the product of its rows with the rows of the cotangent.
+"""
 
 import math
 
@@ -6,10 +10,11 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from . import capability, launch, lead_axes
-from .combine import large, whole
+from ..shapes import large, lead_axes, whole
+from . import tiles
+from .launch import capability, launch
 
-# Triton's interpreter multiplies the bits of bfloat16 as if they were integers: there, widen first.
+# Triton's interpreter multiplies the bits of bfloat16 as if they were integers, so there operands are widened first.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -58,9 +63,9 @@ def name_rows(
     slots, blocks, total, owner,
     S: tl.constexpr, BLOCK: tl.constexpr, E: tl.constexpr, P: tl.constexpr, TOTAL: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    # The slot that names each row, of those that count: another that holds the same row must not stand in its place. A
-    # program reads 4 bytes of each of TILE slots and of their blocks, and writes 4 where the slot's row is. A row that
-    # no slot names keeps whatever the memory held: who reads it asks that slot whether it names the row.
+    # Writes, for each row, the slot that names it. Only slots of live blocks with an expert count: another slot with
+    # the same row must not be written in their place. A program takes TILE slots. Entries of rows that no slot names
+    # are left uninitialised: a reader checks that slots[entry] == row.
     slot = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     row = tl.load(slots + slot, mask=slot < TOTAL, other=-1)
     expert = tl.load(blocks + slot // BLOCK, mask=slot < TOTAL, other=-1)
@@ -75,7 +80,8 @@ def zero_unnamed(
     S: tl.constexpr, BLOCK: tl.constexpr, E: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    # Zeros to those of ROWS rows of the result that no live slot names: for most, two reads of 4 bytes and no write.
+    # Writes zeros to those of ROWS rows of the result that no live slot names. Most rows cost two small reads and no
+    # write.
     row = part * ROWS + tl.arange(0, ROWS)
     slot = tl.load(owner + row, mask=row < P, other=-1)
     known = (slot >= 0) & (slot < S)
@@ -95,14 +101,14 @@ def grouped(
     M: tl.constexpr, H: tl.constexpr, N: tl.constexpr, E: tl.constexpr, S: tl.constexpr, P: tl.constexpr,
     TOP_K: tl.constexpr, BLOCK: tl.constexpr, SHARED_LHS: tl.constexpr, SHARED_RHS: tl.constexpr,
     ACTIVATION: tl.constexpr, WEIGHTED: tl.constexpr, TRANSPOSED: tl.constexpr, SWAPPED: tl.constexpr,
-    PRECISION: tl.constexpr, PARTS: tl.constexpr, TILES: tl.constexpr,
-    PROGRAMS: tl.constexpr, GROUP: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr, TK: tl.constexpr,
+    PRECISION: tl.constexpr, PARTS: tl.constexpr, TILES: tl.constexpr, PROGRAMS: tl.constexpr, GROUP: tl.constexpr,
+    TM: tl.constexpr, TN: tl.constexpr, TK: tl.constexpr, ZERO_ROWS: tl.constexpr, ZERO_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    # out[s] = lhs[s // TOP_K] @ rhs[e]: a program owns TM slots of a block by TN columns and walks along H, TK at a
-    # time, gathering rows by slot value. GROUP row tiles go side by side through the column tiles, so that the experts
-    # and the rows which concurrent programs read are few and stay in L2. SWAPPED: with few rows a tile the product is
-    # made transposed, the matrix' columns in the tensor cores' long direction. The last programs zero unnamed rows.
-    # With an ACTIVATION the matrix is 2 N wide, gate then up, and a program makes both products for its columns.
+    # Computes out[s] = lhs[s // TOP_K] @ rhs[e]. A program owns TM slots of a block by TN columns and walks along H, TK
+    # elements at a time; it gathers rows by the slots' values. GROUP row tiles go side by side through the column
+    # tiles, so that programs which run at the same time read few experts and few rows, and these stay in the L2 cache.
+    # SWAPPED: the product is computed transposed. With an ACTIVATION the matrix is 2 N wide, gate before up, and a
+    # program computes both products for its columns. The last programs zero the rows that no slot names.
     slice_id = tl.program_id(0).to(tl.int64) // PROGRAMS
     program = tl.program_id(0) % PROGRAMS
     slots, blocks = slots + slice_id * S, blocks + slice_id * (S // BLOCK)
@@ -111,8 +117,9 @@ def grouped(
     columns: tl.constexpr = (N + TN - 1) // TN
     if program >= TILES * columns:
         zero_unnamed(
-            program - TILES * columns, slots, blocks, live_slots, owner + slice_id * P, out, S, BLOCK, E, P, N, 128, 64
-        )
+            program - TILES * columns, slots, blocks, live_slots, owner + slice_id * P, out, S, BLOCK, E, P, N,
+            ZERO_ROWS, ZERO_COLUMNS,
+        )  # fmt: skip
         return
     first = program // (GROUP * columns) * GROUP
     across = min(TILES - first, GROUP)
@@ -165,10 +172,11 @@ def outer(
     TOP_K: tl.constexpr, BLOCK: tl.constexpr, SHARED_LHS: tl.constexpr, SHARED_G: tl.constexpr,
     SEEN: tl.constexpr, PRECISION: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr, TK: tl.constexpr,
 ):  # fmt: skip
-    # out[e] = sum over e's slots s of lhs[s // TOP_K] x g[s]: a program owns TM by TN elements of one expert's matrix,
-    # finds the expert's first and last block, and walks along the slots from one to the other, TK at a time. Without
-    # blocks it writes zeros. To find them it looks at every block, SEEN at a time: blocks of no expert may stand
-    # anywhere, so that there is no order to halve. Nor would halving be faster: its loads wait for each other.
+    # Computes out[e] = sum over the expert's slots s of lhs[s // TOP_K] x g[s]. A program owns TM by TN elements of one
+    # expert's matrix and walks along the slots from the expert's first block to its last, TK slots at a time. If there
+    # is no block, it writes zeros. To find the blocks it looks at all of them, SEEN at a time: blocks without an expert
+    # may stand anywhere, so the table is not sorted, and a search by halves would not be faster, because each of its
+    # loads has to wait for the one before.
     rows: tl.constexpr = (H + TM - 1) // TM
     columns: tl.constexpr = (N + TN - 1) // TN
     matrix = tl.program_id(0).to(tl.int64) // (rows * columns)
@@ -188,7 +196,8 @@ def outer(
     lhs += (0 if SHARED_LHS else slice_id * M * H) + row[None, :]
     g += (0 if SHARED_G else slice_id * P * N) + col[None, :]
     sums = tl.zeros([TM, TN], tl.float32)
-    # The interpreter takes no range of tensors under NumPy 2.5: there, walk as far as any expert's slots can reach.
+    # Under NumPy 2.5 Triton's interpreter accepts no tensor as a bound of range, so there the loop takes the most steps
+    # that any expert can need.
     for start in range(0, S if INTERPRETED else end - begin, TK):
         at = begin + start + tl.arange(0, TK)
         slot = tl.load(slots + at, mask=at < end, other=-1)
@@ -201,38 +210,31 @@ def outer(
              mask=(row < H)[:, None] & (col < N)[None, :])  # fmt: skip
 
 
-# ---- tiles by shape class
-
-# Most rows of a row tile -> TM is that or less, TN, TK, warps, stages. Decode: the matrices' bytes are the time, so
-# deep pipelines of them and few rows; middle: both count; prefill: the largest tile that the registers hold, because
-# each byte from L2 then serves the most products. Below 64 rows the product is made transposed. Which table: by who
-# multiplies. TF32's tiles take as many bytes as those of 16 bits. Where a warp multiplies by itself, operands take
-# registers, and there may be 99 KiB of shared memory. Only the tiles of warpgroups were timed, in 16 bits.
-TILES = {
-    "warpgroups": {16: (128, 64, 4, 4), 32: (128, 64, 4, 4), 64: (128, 64, 4, 4), 128: (256, 64, 8, 3)},
-    "tf32": {16: (128, 32, 4, 4), 32: (128, 32, 4, 4), 64: (128, 32, 4, 4), 128: (256, 32, 8, 3)},
-    "warps": {16: (64, 64, 4, 4), 32: (64, 64, 4, 4), 64: (128, 64, 4, 4), 128: (128, 64, 8, 3)},
-    "threads": {16: (64, 32, 4, 3), 32: (64, 32, 4, 3)},  # no tensor cores: registers are the limit
-}
-# TM, TN, TK, warps, stages
-OUTER = {"warpgroups": (128, 128, 64, 8, 3), "warps": (128, 128, 64, 8, 3), "tf32": (128, 128, 32, 8, 3)}
-OUTER_OF_THREADS = {4: (64, 64, 32, 4, 3), 2: (64, 64, 16, 4, 3)}  # by the bytes of an element: 2 are widened first
-WARPGROUPS = (90, 100, 103)  # the compute capabilities whose tensor cores read both operands from shared memory
-GROUP = 8
-HAVE_TF32 = 80, 90, 100, 103  # compute capabilities with TF32, and the shared memory for its tiles
+# ---- wrappers
 
 
 def _multipliers(dtype, precision):
-    """Who multiplies, as a key of TILES.
+    """What multiplies operands of this dtype on the target GPU, as `tiles.Products` says it."""
+    return tiles.products(jnp.dtype(dtype), precision, capability()).multipliers
 
-    Threads multiply float32 in full, and 16 bits where Triton has no tensor cores. Else tensor cores do, fed by warps,
-    by warpgroups, or with float32 rounded to TF32.
-    """
-    if dtype == jnp.float32:
-        return "tf32" if precision == "default" and capability() in HAVE_TF32 else "threads"
-    if capability() < 80:
-        return "threads"
-    return "warpgroups" if capability() in WARPGROUPS else "warps"
+
+def _named_by(slots, blocks, total, lead, num_experts, num_pairs, chosen):
+    """The slot that names each row: see `name_rows`."""
+    all_slots = math.prod(slots.shape)
+    (owner,) = launch(
+        name_rows,
+        *(slots, blocks, total),
+        out=[((*lead, num_pairs), jnp.int32)],
+        grid=triton.cdiv(all_slots, chosen.named),
+        num_warps=4,
+        S=slots.shape[-1],
+        BLOCK=slots.shape[-1] // blocks.shape[-1],
+        E=num_experts,
+        P=num_pairs,
+        TOTAL=all_slots,
+        TILE=chosen.named,
+    )
+    return owner
 
 
 def _product(lhs, rhs, tables, top_k, dtype, precision, transposed=False, row_weights=None, activation=None):
@@ -242,37 +244,22 @@ def _product(lhs, rhs, tables, top_k, dtype, precision, transposed=False, row_we
     (lhs, shared_lhs), (rhs, shared_rhs) = large(lhs, lead), large(rhs, lead)
     num_rows, width = lhs.shape[-2:]
     num_experts, columns = rhs.shape[-3], rhs.shape[-2 if transposed else -1] // (2 if activation else 1)
-    num_pairs, batch = num_rows * top_k, math.prod(lead)
-    who = _multipliers(lhs.dtype, precision)
-    table = TILES[who]
-    block = slots.shape[-1] // blocks.shape[-1]
-    tm = min(max(16, triton.next_power_of_2(block)), max(table))
-    tn, tk, warps, stages = table[tm]
-    tn = tn // 2 if activation else tn
-    (owner,) = launch(
-        name_rows,
-        *(slots, blocks, total),
-        out=[((*lead, num_pairs), jnp.int32)],
-        grid=triton.cdiv(math.prod(slots.shape), 1024),
-        num_warps=4,
-        S=slots.shape[-1],
-        BLOCK=block,
-        E=num_experts,
-        P=num_pairs,
-        TOTAL=math.prod(slots.shape),
-        TILE=1024,
-    )
-    parts = triton.cdiv(block, tm)
-    tiles = blocks.shape[-1] * parts
-    programs = tiles * triton.cdiv(columns, tn) + triton.cdiv(num_pairs, 128)
+    num_pairs, block = num_rows * top_k, slots.shape[-1] // blocks.shape[-1]
+    chosen = tiles.products(lhs.dtype, precision, capability())
+    tile = chosen.tile(block)
+    tile_columns = tile.columns // 2 if activation else tile.columns
+    parts = triton.cdiv(block, tile.rows)
+    row_tiles = blocks.shape[-1] * parts
+    programs = row_tiles * triton.cdiv(columns, tile_columns) + triton.cdiv(num_pairs, chosen.zero_rows)
     return launch(
         grouped,
-        *(lhs, rhs, slots, blocks, total, owner),
+        *(lhs, rhs, slots, blocks, total),
+        _named_by(slots, blocks, total, lead, num_experts, num_pairs, chosen),
         lhs if row_weights is None else whole(row_weights, lead),
         out=[((*lead, num_pairs, columns), dtype)],
-        grid=batch * programs,
-        num_warps=warps,
-        num_stages=stages,
+        grid=math.prod(lead) * programs,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
         M=num_rows,
         H=width,
         N=columns,
@@ -286,16 +273,22 @@ def _product(lhs, rhs, tables, top_k, dtype, precision, transposed=False, row_we
         SHARED_LHS=shared_lhs,
         SHARED_RHS=shared_rhs,
         TRANSPOSED=transposed,
-        SWAPPED=tm < 64 and who != "threads",
-        PRECISION="tf32" if who == "tf32" else "ieee",
+        SWAPPED=tile.rows < chosen.transposed_below,
+        PRECISION=_input_precision(chosen),
         PARTS=parts,
-        TILES=tiles,
+        TILES=row_tiles,
         PROGRAMS=programs,
-        GROUP=GROUP,
-        TM=tm,
-        TN=tn,
-        TK=tk,
+        GROUP=chosen.group,
+        TM=tile.rows,
+        TN=tile_columns,
+        TK=tile.step,
+        ZERO_ROWS=chosen.zero_rows,
+        ZERO_COLUMNS=chosen.zero_columns,
     )
+
+
+def _input_precision(chosen):
+    return "tf32" if chosen.multipliers == "tf32" else "ieee"
 
 
 def grouped_matmul(lhs, rhs, *tables, top_k, dtype, packed_rows, precision):
@@ -314,9 +307,9 @@ def grouped_matmul_transposed(g, rhs, *tables, dtype, packed_rows, precision):
 
 
 def _counting(slots, blocks, total, num_experts):
-    """The slots, -1 in blocks that do not count: of these there may be some between an expert's others.
+    """The slots, with -1 for those of blocks that do not count, which may stand between an expert's other blocks.
 
-    Done once here, it is not done in the loop of every program.
+    This is done once, here, so that no program has to do it in its loop.
     """
     by_block = jnp.reshape(slots, (*blocks.shape, -1))
     starts = jnp.arange(blocks.shape[-1], dtype=jnp.int32) * by_block.shape[-1]
@@ -331,15 +324,16 @@ def grouped_outer(lhs, g, *tables, top_k, num_experts, packed_rows, precision):
     slots = _counting(slots, blocks, total, num_experts)
     (lhs, shared_lhs), (g, shared_g) = large(lhs, lead), large(g, lead)
     (num_rows, height), (num_pairs, width) = lhs.shape[-2:], g.shape[-2:]
-    who = _multipliers(lhs.dtype, precision)
-    tm, tn, tk, warps, stages = OUTER_OF_THREADS[lhs.dtype.itemsize] if who == "threads" else OUTER[who]
+    chosen = tiles.products(lhs.dtype, precision, capability())
+    tile = chosen.outer
+    tiles_of_matrix = triton.cdiv(height, tile.rows) * triton.cdiv(width, tile.columns)
     return launch(
         outer,
         *(lhs, g, slots, blocks, total),
         out=[((*lead, num_experts, height, width), lhs.dtype)],
-        grid=math.prod(lead) * num_experts * triton.cdiv(height, tm) * triton.cdiv(width, tn),
-        num_warps=warps,
-        num_stages=stages,
+        grid=math.prod(lead) * num_experts * tiles_of_matrix,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
         M=num_rows,
         H=height,
         N=width,
@@ -350,9 +344,9 @@ def grouped_outer(lhs, g, *tables, top_k, num_experts, packed_rows, precision):
         BLOCK=slots.shape[-1] // blocks.shape[-1],
         SHARED_LHS=shared_lhs,
         SHARED_G=shared_g,
-        SEEN=min(triton.next_power_of_2(blocks.shape[-1]), 4096),
-        PRECISION="tf32" if who == "tf32" else "ieee",
-        TM=tm,
-        TN=tn,
-        TK=tk,
+        SEEN=min(triton.next_power_of_2(blocks.shape[-1]), chosen.blocks_seen),
+        PRECISION=_input_precision(chosen),
+        TM=tile.rows,
+        TN=tile.columns,
+        TK=tile.step,
     )

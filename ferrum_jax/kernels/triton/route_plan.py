@@ -1,4 +1,7 @@
-"""Routing and its tables in one launch, for few tokens: each program routes them all, then places its tile."""
+"""Routing and its tables in one launch, for few tokens: each program routes all of them, then places its tile of pairs.
+
+Each program repeats the routing of the others, which for few tokens takes less time than a second launch.
+"""
 
 import math
 
@@ -6,21 +9,12 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from . import launch, lead_axes
+from ..shapes import lead_axes
+from . import tiles
+from .launch import capability, launch
 from .routing import refuse as refuse
 from .routing import route_rows, settings
 from .tables import place_tile, shapes, sizes
-
-# Microseconds of kernels, E=128 K=8, bfloat16, on one H100 80GB HBM3, Triton 3.6.0, 2026-11-25; between two launches
-# lie one or two more in a CUDA graph, and several without.
-#
-#   tokens                     16     32     64     128    256    512
-#   two launches               4.8    4.7    4.6    5.0    5.7    7.2
-#   one, programs of 4 warps   4.3    5.5    9.6    16.2   25.0   47.2
-#   one, of 8 warps            4.5    5.0    7.0
-#   one, of 16 warps           4.6    5.2    6.3
-#
-# That every program routes all tokens was expected to pay up to 512 of them. It does up to 32.
 
 
 @triton.jit
@@ -34,9 +28,9 @@ def route_and_place(
     TILES: tl.constexpr, BINS: tl.constexpr, TILE: tl.constexpr, RANKED: tl.constexpr, CHUNK: tl.constexpr,
     FILL: tl.constexpr, BITS: tl.constexpr, COUNTED: tl.constexpr, PAIR_IDS: tl.constexpr,
 ):  # fmt: skip
-    # A tile's place depends on the ids of all of a slice's tokens. Rather than wait for other programs, each computes
-    # these itself and writes them, the same bits as the others, where it reads them back. Of a slice's programs TILES
-    # then place a tile, and the last one weighs what was chosen.
+    # The place of a tile depends on the ids of all tokens of its slice. A program does not wait for others: it computes
+    # all these ids itself, writes them (all programs write the same bits) and reads them back. Then TILES programs of a
+    # slice place one tile each, and one more computes the weights of the chosen experts.
     program = tl.program_id(0).to(tl.int64)
     slice_id, tile = program // (TILES + 1), program % (TILES + 1)
     first_row = slice_id * T
@@ -61,15 +55,17 @@ def moe_route_plan(logits, bias=None, *, block_size, pair_ids, **params):
     logits = jnp.broadcast_to(logits, (*lead, num_tokens, experts))
     bias = None if bias is None else jnp.expand_dims(bias, -2)
     constants, warps = sizes(num_tokens, params["top_k"], experts, block_size, True, one_launch=True)
-    warps = warps if num_tokens * triton.next_power_of_2(experts) <= 2048 else 8
+    chosen = tiles.first(tiles.ROUTING, capability())
+    if num_tokens * triton.next_power_of_2(experts) > chosen.planned_logits:
+        warps = chosen.planned_warps
     bias, routed = settings(logits, bias, (*lead, num_tokens), warps, num_tokens, **params)
     packed, blocked = shapes(lead, constants)
-    chosen = [((*lead, num_tokens, params["top_k"]), dtype) for dtype in (jnp.int32, jnp.float32)]
+    routing = [((*lead, num_tokens, params["top_k"]), dtype) for dtype in (jnp.int32, jnp.float32)]
     return launch(
         route_and_place,
         logits,
         bias,
-        out=chosen + [(shape, jnp.int32) for shape in packed + blocked],
+        out=routing + [(shape, jnp.int32) for shape in packed + blocked],
         grid=math.prod(lead) * (constants["TILES"] + 1),
         num_warps=warps,
         PAIR_IDS=pair_ids,

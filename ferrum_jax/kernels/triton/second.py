@@ -1,9 +1,10 @@
-"""A second copy of Triton and of the kernel files, which interprets, beside the first, which compiles.
+"""A second copy of Triton, which interprets kernels, beside the first, which compiles them.
 
-Triton decides at import whether it interprets, and a process that does so cannot compile. The copy's modules are of the
-same files, under other names, in a package of their own, and `import triton` in one of them means the copy: each has an
-`__import__` that sees to it. So nobody else meets the copy, in whatever thread, nor an environment that is not his:
-`sys.modules["triton"]` and TRITON_INTERPRET stay as they are. The compiled library is common to both copies.
+Triton decides at import whether it interprets, and then the process cannot compile. So the files of Triton, and the
+kernel files, are loaded a second time as modules of a package with another name. The modules of that package have an
+`__import__` of their own, for which `import triton` means the copy. Nothing else can meet the copy, in any thread:
+`sys.modules["triton"]` and the environment variable TRITON_INTERPRET stay as they are. Both copies share Triton's
+compiled library.
 """
 
 import builtins
@@ -19,12 +20,16 @@ from typing import Any
 _making = threading.Lock()
 
 
-def package(name: str, path: Sequence[str], **names: Any) -> ModuleType:
-    """The package `name`: its modules are of the files in `path`, and their Triton is `name`.triton."""
+def package(name: str, path: Sequence[str], **modules: ModuleType) -> ModuleType:
+    """The package `name`, with the modules of the files in `path`, for which Triton is `name`.triton.
+
+    modules: modules of the package, by name, that are used as they are, in place of the file of that name.
+    """
     with _making:
         if name not in sys.modules:
             made = ModuleType(name)
-            vars(made).update(__path__=list(path), **names)
+            vars(made).update(__path__=list(path), **modules)
+            sys.modules.update({f"{name}.{n}": module for n, module in modules.items()})
             first = importlib.import_module("triton")
             shared = {n: m for n, m in list(sys.modules.items()) if _within(n, "triton._C")}
             sys.modules.update({f"{name}.{n}": m for n, m in shared.items()})
@@ -38,7 +43,7 @@ def _within(name: str, package: str) -> bool:
 
 
 class _Finder:
-    """Finds the package's modules in the usual files, for a loader that gives them their own `__import__`."""
+    """Finds the package's modules in the usual files, and loads them with an `__import__` of their own."""
 
     def __init__(self, package: str, first: ModuleType):
         self.package, self.first = package, first
@@ -63,16 +68,17 @@ class _Finder:
         return importlib.import_module(self.renamed(name), package)
 
     def import_in_copy(self, name: str, globals: Any = None, locals: Any = None, names: Any = (), level: int = 0):
-        """`import` as it is, but for `triton`, and for `importlib`, by which Triton imports its backends."""
+        """`import`, where `triton` means the copy. So it does for `importlib`, by which Triton imports backends."""
         if name == "importlib" and not (names or level):
             return SimpleNamespace(**{**vars(importlib), "import_module": self.import_module})
         if level or self.renamed(name) == name:
             return builtins.__import__(name, globals, locals, names, level)
-        importlib.import_module(name)  # the compiled library, called by the copy, comes here too, and means the first
+        # The compiled library, called by the copy, also comes here, and then uses the first Triton: so import both.
+        importlib.import_module(name)
         importlib.import_module(self.renamed(name))
         if names:
             return builtins.__import__(self.renamed(name), globals, locals, names, 0)
-        return sys.modules[self.renamed("triton")]  # `import triton.language` is of the outermost package
+        return sys.modules[self.renamed("triton")]  # `import triton.language` binds the outermost package
 
 
 class _Loader(SourceFileLoader):

@@ -6,39 +6,14 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from . import launch
-
-# What was changed, what was expected of it, if anything was, and what came: microseconds of moe_plan's kernels, E=128
-# and K=8 unless said, on one H100 80GB, Triton 3.6.0, 2026-11-25. Before and after stood side by side in one run, but
-# for the last change.
-#
-#   change                                                          P        before  expected  after
-#   ranks by comparing 64 pairs with each other, in place of        1024     10.3    4         3.2   kept
-#     a sort of 1024; few pairs: a program for 64                   8192     14.0              7.5   kept
-#                                                                   524288   41.9    20        34.4  kept
-#   three launches: two warps a program, not four                   524288   34.4              26.3  kept
-#   two warps comparing 128 pairs, not 64                           524288   26.7              33.0
-#   scan: 8 experts of 256 tiles at a time, not 32 of 64            524288   38.7              34.4  kept
-#   three launches: 256 tiles of 256 pairs, not 64 of 1024          65536    16.7              9.0   kept
-#   one launch: pairs counted by 512, by 2048, not by 1024          8192     7.5               9.4, 8.8
-#   three launches in place of one, E=512 K=10                      8000     16.6    7         6.7   kept
-#   slots and owners written in order, an owner found by bisection  524288   26.1    18        23.5  kept
-#     in the offsets, not scattered from the pairs; so it is no     65536    9.0               9.4   kept
-#     slower where all tokens go to one expert                      1024     3.2     3.8       3.4   kept
-
-ONE_LAUNCH = 2**20  # pairs times experts, up to which each program counts all the pairs itself
-PROGRAMS = 512  # programs among which more pairs than that are divided, while a program's tile is within ...
-TILE = (64, 1024)  # ... these numbers of pairs
-RANKED = 64  # pairs that are compared with each other at a time
-CHUNK = 1024  # pairs that a program counts at a time
-BINS = 1024  # experts that are counted at a time, at most
-FILL = 1024  # slots, or entries of tails, written at a time
+from . import tiles
+from .launch import capability, launch
 
 
 @triton.jit
 def histogram(ids, start, end, first, E: tl.constexpr, BINS: tl.constexpr, WIDTH: tl.constexpr):
-    # How many of the pairs from `start` on, WIDTH of them and none from `end` on, each of BINS experts from `first` on
-    # has; those of no expert count nowhere.
+    # Counts the pairs of each of BINS experts, from expert `first` on, among WIDTH pairs from `start` on that are
+    # before `end`. A pair whose id is no expert is not counted.
     pair = start + tl.arange(0, WIDTH)
     expert = tl.load(ids + pair, mask=pair < end, other=-1)
     live = (expert >= first) & (expert < E) & (expert - first < BINS)
@@ -47,8 +22,8 @@ def histogram(ids, start, end, first, E: tl.constexpr, BINS: tl.constexpr, WIDTH
 
 @triton.jit
 def count(ids, counts, P: tl.constexpr, E: tl.constexpr, TILES: tl.constexpr, BINS: tl.constexpr, TILE: tl.constexpr):
-    # Launch one of three. A program counts one tile's pairs by expert and writes one row of counts[slice, tile, E].
-    # It reads 4 bytes a pair, coalesced, once for every BINS experts, and writes 4 bytes an expert.
+    # The first of three launches. A program counts one tile's pairs by expert and writes one row of
+    # counts[slice, tile, E]. It reads the tile once for every BINS experts.
     program = tl.program_id(0).to(tl.int64)
     for first in range(0, E, BINS):
         lane = first + tl.arange(0, BINS)
@@ -58,8 +33,8 @@ def count(ids, counts, P: tl.constexpr, E: tl.constexpr, TILES: tl.constexpr, BI
 
 @triton.jit
 def scan(counts, before, totals, E: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    # Launch two of three. A program takes COLS experts of a slice and adds their counts up over the tiles, ROWS tiles
-    # at a time, each row of bytes whole sectors: before[slice, tile, E] (what earlier tiles hold) and totals[slice, E].
+    # The second of three launches. A program takes COLS experts of a slice and adds their counts up over the tiles,
+    # ROWS tiles at a time. It writes before[slice, tile, E], the pairs in earlier tiles, and totals[slice, E].
     chunks: tl.constexpr = (E + COLS - 1) // COLS
     slice_id = tl.program_id(0).to(tl.int64) // chunks
     expert = tl.program_id(0) % chunks * COLS + tl.arange(0, COLS)[None, :]
@@ -76,7 +51,8 @@ def scan(counts, before, totals, E: tl.constexpr, TILES: tl.constexpr, ROWS: tl.
 
 @triton.jit
 def owners(ends, position, HALF: tl.constexpr, BITS: tl.constexpr):
-    # For each position how many of the ascending ends are at or before it, by bisection; fewer than all of them.
+    # For each position, the number of ascending ends that are at or before it, by bisection. There must be an end
+    # behind every position.
     low = tl.zeros_like(position)
     for bit in tl.static_range(BITS):
         low += tl.where(tl.gather(ends, low + (HALF >> bit) - 1, 0) <= position, HALF >> bit, 0)
@@ -85,7 +61,7 @@ def owners(ends, position, HALF: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def fill(table, start, end, value, step, FILL: tl.constexpr):
-    # table[start:end] = value, by programs `step` apart.
+    # table[start:end] = value. Each program writes FILL entries, then those that lie `step` further on.
     while start < end:
         entry = start + tl.arange(0, FILL)
         tl.store(table + entry, tl.full([FILL], value, tl.int32), mask=entry < end)
@@ -100,10 +76,10 @@ def place_tile(
     FILL: tl.constexpr, BITS: tl.constexpr,
     COUNTED: tl.constexpr, PAIRS: tl.constexpr, ALIGNED: tl.constexpr, PAIR_IDS: tl.constexpr,
 ):  # fmt: skip
-    # Of TILES programs a slice each places one tile of its pairs, and writes its share of padding and tails. It goes
-    # through the experts BINS at a time and first learns how many pairs each has, here and before: from launch two, or
-    # by counting all the pairs itself, 4 bytes a pair out of L2. Then it takes RANKED pairs at a time: a pair's row is
-    # its expert's next one plus the number of its expert's pairs before it.
+    # Each of a slice's TILES programs places one tile of pairs and writes its share of padding and tails. For BINS
+    # experts at a time it first finds how many pairs each has in all and in earlier tiles: COUNTED says that `scan`
+    # wrote these counts, otherwise it counts all pairs itself. Then it places RANKED pairs at a time. The row of a pair
+    # is its expert's next row plus the number of the expert's pairs before it among the RANKED.
     slice_id, program = program // TILES, program % TILES
     ids += slice_id * P
     pairs += slice_id * P
@@ -160,7 +136,7 @@ def place_tile(
             at += RANKED
 
         if ALIGNED:
-            # Slots in turn, with whom they belong to: their blocks' owners, padding, and packed rows, which ascend.
+            # Write slots in order, found by their experts: the blocks' owners, padding, and packed rows, which ascend.
             ahead, last_slot = live_slots + program * FILL, live_slots + tl.sum(used, 0)
             while ahead < last_slot:
                 inside = ahead + tl.arange(0, FILL) < last_slot
@@ -202,17 +178,26 @@ def place(
     )  # fmt: skip
 
 
+def chosen_tiles():
+    """How the tables are divided on the target GPU."""
+    return tiles.first(tiles.COUNTING, capability())
+
+
 def sizes(num_tokens, top_k, num_experts, block_size, aligned, one_launch=False):
-    """A table's constants, and how many warps a program has where it counts all pairs itself."""
-    num_pairs = num_tokens * top_k
+    """The constants of `place_tile`, and the warps of a program that counts all pairs itself.
+
+    one_launch: there is no other launch, however many pairs there are.
+    """
+    chosen, num_pairs = chosen_tiles(), num_tokens * top_k
     busy = min(num_experts, num_pairs)
     slots = (busy + (num_pairs - busy) // block_size) * block_size
-    bins = min(BINS, max(16, triton.next_power_of_2(num_experts)))
-    counted = not one_launch and num_pairs * num_experts > ONE_LAUNCH
-    tile = min(max(triton.next_power_of_2(triton.cdiv(num_pairs, PROGRAMS)), TILE[0]), TILE[1])
-    tiles = max(triton.cdiv(num_pairs, tile), 2)  # Triton 3.6 fails on one: all bounds are constant
-    if not counted and aligned:  # hands for the filling
-        tiles = max(tiles, min(triton.cdiv(slots, FILL), 16))
+    bins = min(chosen.bins, max(16, triton.next_power_of_2(num_experts)))
+    counted = not one_launch and num_pairs * num_experts > chosen.one_launch
+    pairs_of_tile = triton.next_power_of_2(triton.cdiv(num_pairs, chosen.programs))
+    pairs_of_tile = min(max(pairs_of_tile, chosen.least_pairs), chosen.most_pairs)
+    num_tiles = max(triton.cdiv(num_pairs, pairs_of_tile), 2)  # Triton 3.6 cannot compile one: all bounds are constant
+    if not counted and aligned:
+        num_tiles = max(num_tiles, min(triton.cdiv(slots, chosen.filled), chosen.filling))
     constants = {
         "P": num_pairs,
         "E": num_experts,
@@ -220,62 +205,70 @@ def sizes(num_tokens, top_k, num_experts, block_size, aligned, one_launch=False)
         "K": top_k,
         "S": slots,
         "BLOCK": block_size,
-        "TILES": tiles,
+        "TILES": num_tiles,
         "BINS": bins,
-        "TILE": tile,
-        "RANKED": min(RANKED, tile),
-        "CHUNK": CHUNK,
-        "FILL": FILL,
+        "TILE": pairs_of_tile,
+        "RANKED": min(chosen.ranked, pairs_of_tile),
+        "CHUNK": chosen.counted,
+        "FILL": chosen.filled,
         "BITS": bins.bit_length() - 1,
         "COUNTED": counted,
     }
-    return constants, 4 if bins <= 512 else 8
+    return constants, chosen.warps if bins <= chosen.wide else chosen.wide_warps
 
 
 def shapes(lead, constants):
-    """Of the pairs' three tables, and of the three in blocks."""
+    """The shapes of the three tables of pairs, and of the three tables in blocks."""
     num_tokens, top_k, num_pairs, slots = (constants[name] for name in "TKPS")
     packed = [(*lead, num_tokens, top_k), (*lead, num_pairs), (*lead, constants["E"] + 1)]
     blocked = [(*lead, slots), (*lead, slots // constants["BLOCK"]), tuple(lead)]
     return packed, blocked
 
 
+def _counts(expert_ids, constants):
+    """For many pairs, in two launches: each tile's pairs of each expert in earlier tiles, and each expert's pairs."""
+    *lead, _, _ = expert_ids.shape
+    chosen, slices = chosen_tiles(), math.prod(lead)
+    experts, num_tiles = constants["E"], constants["TILES"]
+    shape = (*lead, num_tiles, experts)
+    (counts,) = launch(
+        count,
+        expert_ids,
+        out=[(shape, jnp.int32)],
+        grid=slices * num_tiles,
+        num_warps=chosen.counting_warps,
+        **{name: constants[name] for name in ("P", "E", "TILES", "BINS", "TILE")},
+    )
+    return launch(
+        scan,
+        counts,
+        out=[(shape, jnp.int32), ((*lead, experts), jnp.int32)],
+        grid=slices * triton.cdiv(experts, chosen.scanned_experts),
+        num_warps=chosen.scanning_warps,
+        E=experts,
+        TILES=num_tiles,
+        ROWS=min(chosen.scanned_tiles, triton.next_power_of_2(num_tiles)),
+        COLS=chosen.scanned_experts,
+    )
+
+
 def _tables(expert_ids, num_experts, block_size=1, pair_ids=False, pairs=False, aligned=False):
     *lead, num_tokens, top_k = expert_ids.shape
     constants, warps = sizes(num_tokens, top_k, num_experts, block_size, aligned)
-    slices, tiles = math.prod(lead), constants["TILES"]
     before = totals = expert_ids
     if constants["COUNTED"]:
-        warps = 2 if constants["BINS"] <= 256 else 4
-        shape = (*lead, tiles, num_experts)
-        (counts,) = launch(
-            count,
-            expert_ids,
-            out=[(shape, jnp.int32)],
-            grid=slices * tiles,
-            num_warps=4,
-            **{name: constants[name] for name in ("P", "E", "TILES", "BINS", "TILE")},
-        )
-        before, totals = launch(
-            scan,
-            counts,
-            out=[(shape, jnp.int32), ((*lead, num_experts), jnp.int32)],
-            grid=slices * triton.cdiv(num_experts, 8),
-            num_warps=8,
-            E=num_experts,
-            TILES=tiles,
-            ROWS=min(1024, triton.next_power_of_2(tiles)),
-            COLS=8,
-        )
+        before, totals = _counts(expert_ids, constants)
+        chosen = chosen_tiles()
+        warps = chosen.placing_warps if constants["BINS"] <= chosen.placing_wide else chosen.placing_wide_warps
     packed, blocked = shapes(lead, constants)
-    absent = [(1,)] * 3  # stand where the kernel expects tables that are not wanted, and are not written
+    absent = [(1,)] * 3  # stand for tables that the kernel takes as arguments and, here, does not write
     written = launch(
         place,
         expert_ids,
         before,
         totals,
         out=[(shape, jnp.int32) for shape in (packed if pairs else absent) + (blocked if aligned else absent)],
-        grid=slices * tiles,
+        grid=math.prod(lead) * constants["TILES"],
         num_warps=warps,
         PAIRS=pairs,
         ALIGNED=aligned,

@@ -1,0 +1,121 @@
+"""What the grouped products mean: a loop in jnp over the blocks that count.
+
+Operands come with their leading axes: a batch of products is one product with more blocks.
+"""
+
+import functools
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ..core.sharding import equally_varying
+from ..kernels import lead_axes
+
+
+def products(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    tables: tuple[jax.Array, ...],
+    top_k: int,
+    dtype: str,
+    precision: str,
+    transposed: bool,
+) -> jax.Array:
+    lead, (num_rows, _) = lead_axes((lhs, 2), (rhs, 3), *_with_ranks(tables)), lhs.shape[-2:]
+    num_pairs, width = num_rows * top_k, rhs.shape[-2 if transposed else -1]
+    if 0 in (num_pairs, *tables[0].shape, *rhs.shape):
+        return jnp.zeros((*lead, num_pairs, width), dtype)
+    lhs, rhs = _flat(lhs, lead), _flat(rhs, lead)
+    count, live = _live_blocks(tables, lead, rhs.shape[1])
+    contract = (((1,), (1 if transposed else 0,)), ((), ()))
+
+    def step(i: jax.Array, out: jax.Array) -> jax.Array:
+        slice_id, expert, slot = live(i)
+        zero = jnp.zeros_like(expert)
+        matrix = lax.dynamic_slice(rhs, (_of(rhs, slice_id), expert, zero, zero), (1, 1, *rhs.shape[2:]))[0, 0]
+        rows = _rows(lhs, slice_id, slot, top_k, num_pairs)
+        rows = lax.dot_general(rows, matrix, contract, precision, preferred_element_type="float32")
+        row = jnp.where((slot >= 0) & (slot < num_pairs), slot, num_pairs)
+        return out.at[slice_id, row].set(rows.astype(dtype), mode="drop")
+
+    out, _ = equally_varying([jnp.zeros((_size(lead), num_pairs, width), dtype), lhs])
+    return lax.fori_loop(0, count, step, out).reshape(*lead, num_pairs, width)
+
+
+def outer_products(
+    lhs: jax.Array,
+    g: jax.Array,
+    slots: jax.Array,
+    blocks: jax.Array,
+    total: jax.Array,
+    *,
+    top_k: int,
+    num_experts: int,
+    packed_rows: bool,
+    precision: str,
+) -> jax.Array:
+    tables = slots, blocks, total
+    lead, num_pairs = lead_axes((lhs, 2), (g, 2), *_with_ranks(tables)), g.shape[-2]
+    shape = num_experts, lhs.shape[-1], g.shape[-1]
+    if 0 in (num_pairs, *slots.shape, *shape):
+        return jnp.zeros((*lead, *shape), lhs.dtype)
+    lhs, g = _flat(lhs, lead), _flat(g, lead)
+    count, live = _live_blocks(tables, lead, num_experts)
+
+    def step(i: jax.Array, out: jax.Array) -> jax.Array:
+        slice_id, expert, slot = live(i)
+        rows, columns = (_rows(x, slice_id, slot, k, num_pairs) for x, k in ((lhs, top_k), (g, 1)))
+        term = lax.dot_general(rows, columns, (((0,), (0,)), ((), ())), precision, preferred_element_type="float32")
+        return out.at[slice_id, expert].add(term, mode="promise_in_bounds")
+
+    out, _ = equally_varying([jnp.zeros((_size(lead), *shape), jnp.float32), lhs])
+    return lax.fori_loop(0, count, step, out).astype(lhs.dtype).reshape(*lead, *shape)
+
+
+def _with_ranks(tables: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, int], ...]:
+    return tuple(zip(tables, (1, 1, 0), strict=True))
+
+
+def _size(lead: tuple[int, ...]) -> int:
+    return functools.reduce(operator.mul, lead, 1)  # sizes may be symbolic: math.prod takes ints
+
+
+def _flat(x: jax.Array, lead: tuple[int, ...]) -> jax.Array:
+    """One leading axis: that of all slices, or of size 1 where the whole batch shares x, which is then not copied."""
+    own, trailing = x.shape[: len(lead)], x.shape[len(lead) :]
+    if _size(own) == 1:
+        return x.reshape(1, *trailing)
+    return jnp.broadcast_to(x, (*lead, *trailing)).reshape(_size(lead), *trailing)
+
+
+def _of(x: jax.Array, slice_id: jax.Array) -> jax.Array:
+    return jnp.zeros_like(slice_id) if x.shape[0] == 1 else slice_id
+
+
+def _live_blocks(tables: tuple[jax.Array, ...], lead: tuple[int, ...], num_experts: int) -> tuple[jax.Array, Any]:
+    """How many blocks count, in all slices together, and a function from i to the i-th: its slice, expert and slots."""
+    slots, blocks, total = (jnp.broadcast_to(t, (*lead, *t.shape[len(lead) :])) for t in tables)
+    per_slice = blocks.shape[-1]
+    block_size = slots.shape[-1] // max(per_slice, 1)
+    starts = jnp.arange(per_slice, dtype=jnp.int32) * block_size
+    before = lax.broadcast_in_dim(starts, blocks.shape, (blocks.ndim - 1,)) < total[..., None]
+    counts = ((blocks >= 0) & (blocks < num_experts) & before).reshape(-1)
+    # Not flatnonzero: in a module for several platforms XLA's CPU compiler aborts on it (jaxlib 0.11.2).
+    order = jnp.argsort(~counts, stable=True).astype(jnp.int32)
+    blocks, slots = blocks.reshape(-1), slots.reshape(blocks.size, block_size)
+
+    def live(i: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        block = order[i]
+        return block // per_slice, blocks[block], slots[block]
+
+    return jnp.sum(counts, dtype=jnp.int32), live
+
+
+def _rows(x: jax.Array, slice_id: jax.Array, slot: jax.Array, top_k: int, num_pairs: int) -> jax.Array:
+    """A block's rows of x; zero rows at its padding, by selection."""
+    named = (slot >= 0) & (slot < num_pairs)
+    rows = x.at[_of(x, slice_id), jnp.where(named, slot // top_k, 0)].get(mode="promise_in_bounds")
+    return jnp.where(named[:, None], rows, 0)
