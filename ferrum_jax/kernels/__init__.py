@@ -168,13 +168,13 @@ def _refusal(backend: str, call: Call, platform: str, capability: int | None) ->
         needs = " or ".join(dict.fromkeys(row.architectures.words for row in rows))
         return f"it needs {needs}; the target's compute capability is {(capability or HOPPER) / 10}"
     package = importlib.import_module(f"{__name__}.{backend}")
-    reason = package.refuse(capability, _interpreting.value, kernel.file)
+    reason = package.refuse(capability, _interpreting.value)
     if reason:
         return reason
     refuse = getattr(importlib.import_module(f"{package.__name__}.{kernel.file}"), "refuse", None)
     if not refuse:
         return None
-    return refuse(call.given, call.params) if backend == "pallas" else refuse(call)
+    return refuse(call)
 
 
 def served(op: str) -> bool:

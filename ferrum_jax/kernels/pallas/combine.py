@@ -47,7 +47,7 @@ def gather_sum(rows, index, weights, out, *, N, K, R):
     store(out, n, chunk, unrolled_loop(K, add, zeros(out)))
 
 
-def row_dot(rows, index, g, out, *, N, K, R, CHOICES):
+def row_dot(rows, g, index, out, *, N, K, R, CHOICES):
     # out[n,k] = <rows[index[n,k]], g[n]>; without an index, with the rows n*K + k. A block owns CHOICES choices of one
     # token and goes through the chunks: it loads g's once, and that of CHOICES rows. Each thread adds up its own
     # columns; only at the end does the block add up its threads' sums.
@@ -174,7 +174,7 @@ def clear(out, rows):
             for_each(out.shape[2], lambda chunk: store(out, row, chunk, zeros(out)))
 
 
-def segment_sum(rows, weights, order, dest, out, *, P, K, R):
+def segment_sum(rows, order, dest, weights, out, *, P, K, R):
     # out[r] = sum of the terms whose destination is r, in ascending order of the terms. A block owns one chunk of one
     # output row, finds its terms in the sorted destinations by bisection, and loads 4 terms' chunks at a time.
     n, chunk = split(lax.axis_index("program"), out.shape[1])
@@ -224,13 +224,13 @@ def _gather(rows, index, weights, lead, n, k):
     return (unchunked(out, (*lead, n, rows.shape[-1])),)
 
 
-def _dot(rows, index, g, lead, n, k):
+def _dot(rows, g, index, lead, n, k):
     total, choices = math.prod(lead) * n, _choices(k, DOTS)
     (out,) = launch(
         row_dot,
         chunked(rows, lead),
-        None if index is None else folded(index, lead, total, k),
         chunked(g, lead),
+        None if index is None else folded(index, lead, total, k),
         out=[((total, k), jnp.float32)],
         grid=total * (k // choices),
         N=n,
@@ -279,7 +279,7 @@ def _scatter(g, index, weights, lead, n, k, num_rows):
     return (unchunked(out, (*lead, num_rows, g.shape[-1])),)
 
 
-def _sorted_sum(rows, weights, dest, lead, num_rows, k):
+def _sorted_sum(rows, dest, weights, lead, num_rows, k):
     """Each row r of the result is the sum of the terms with dest r, found by a stable sort of the destinations."""
     slices, (chunks, columns) = math.prod(lead), chunk_shape(rows)
     dest = folded(dest, lead, slices, -1)
@@ -288,9 +288,9 @@ def _sorted_sum(rows, weights, dest, lead, num_rows, k):
     (out,) = launch(
         segment_sum,
         chunked(rows, lead),
-        None if weights is None else folded(weights, lead, slices, -1),
         order.astype(jnp.int32),
         jnp.take_along_axis(dest, order, axis=-1),
+        None if weights is None else folded(weights, lead, slices, -1),
         out=[((slices * num_rows, chunks, columns), rows.dtype)],
         grid=slices * num_rows * chunks,
         P=dest.shape[-1],
@@ -310,7 +310,7 @@ def moe_dispatch(x, packed_token_idx, pairs_by_token=None):
 
 def moe_collect(rows, packed_token_idx, pairs_by_token=None, *, num_tokens):
     if pairs_by_token is None:
-        return _sorted_sum(rows, None, packed_token_idx, lead_axes((rows, 2), (packed_token_idx, 1)), num_tokens, 1)
+        return _sorted_sum(rows, packed_token_idx, None, lead_axes((rows, 2), (packed_token_idx, 1)), num_tokens, 1)
     lead = lead_axes((rows, 2), (packed_token_idx, 1), (pairs_by_token, 2))
     return _gather(rows, pairs_by_token, None, lead, num_tokens, pairs_by_token.shape[-1])
 
@@ -325,12 +325,12 @@ def moe_spread(g, pairs_by_token, pair_weights, *, num_rows, unique_rows):
     num_tokens, top_k = pairs_by_token.shape[-2:]
     if unique_rows:
         return _scatter(g, pairs_by_token, pair_weights, lead, num_tokens, top_k, num_rows)
-    return _sorted_sum(g, pair_weights, pairs_by_token, lead, num_rows, top_k)
+    return _sorted_sum(g, pairs_by_token, pair_weights, lead, num_rows, top_k)
 
 
 def moe_row_dot(packed_down, g, pairs_by_token, *, unique_rows):
     lead = lead_axes((packed_down, 2), (g, 2), (pairs_by_token, 2))
-    return _dot(packed_down, pairs_by_token, g, lead, *pairs_by_token.shape[-2:])
+    return _dot(packed_down, g, pairs_by_token, lead, *pairs_by_token.shape[-2:])
 
 
 def moe_combine_cotangents(g, packed_down, pairs_by_token, pair_weights):
@@ -374,7 +374,7 @@ def slot_scale(g, weights):
 
 
 def slot_dot(slots, g):
-    return _dot(_in_order(slots), None, g, lead_axes((slots, 3), (g, 2)), *slots.shape[-3:-1])
+    return _dot(_in_order(slots), g, None, lead_axes((slots, 3), (g, 2)), *slots.shape[-3:-1])
 
 
 def _in_order(slots):

@@ -23,21 +23,18 @@ from .tiles import GATHER_BUFFERS, GATHER_COLUMNS, LINE, OUTER, PART, PROGRAMS, 
 ARCHITECTURE = "sm_90"
 
 
-def refuse(operands, params):
-    lhs, rhs, tables = operands[0], operands[1], operands[2:5]
-    if lhs.dtype == jnp.float32:
+def refuse(call):
+    if call.given[0].dtype == jnp.float32:
         return "wgmma multiplies float16 and bfloat16; got float32"
-    activation = params.get("activation")
+    activation = call.params.get("activation")
     if activation and activation not in ACTIVATIONS:
         return f"Mosaic has no function that {activation!r} needs"
-    if activation and rhs.shape[-1] % (2 * LINE):
-        return f"gate and up must each have a multiple of {LINE} columns; they have {rhs.shape[-1] // 2}"
-    weights = ((x, 1) for x in operands[5:])
-    by_matrix = rhs, 2 if "num_experts" in params else 3
-    lead = lead_axes((lhs, 2), by_matrix, *zip(tables, (1, 1, 0), strict=True), *weights)
-    blocks = tables[1].shape[-1] or 1
-    slots = round_up(tables[0].shape[-1] // blocks, 8) * blocks
-    rows = math.prod(lead) * max(lhs.shape[-2] * params.get("top_k", 1), slots)
+    if activation and call.sizes["N"] % (2 * LINE):
+        return f"gate and up must each have a multiple of {LINE} columns; they have {call.sizes['N'] // 2}"
+    blocks = call.sizes["B"] or 1
+    slots = round_up(call.sizes["S"] // blocks, 8) * blocks
+    pairs = call.sizes["P"] if "P" in call.sizes else call.sizes["M"] * call.params.get("top_k", 1)
+    rows = math.prod(call.sizes["..."]) * max(pairs, slots)
     if rows > 2**31 - 2 * PART:
         return f"TMA counts rows in 31 bits; the batch together has {rows} rows or slots"
     return None

@@ -14,6 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from ..shapes import shared_by
 from .launch import for_each, launch, lead_axes, loop, pad, put
 from .tiles import MAX_CHOICES, MAX_EXPERTS, MAX_GROUPS, WARP_EXPERTS
 
@@ -256,8 +257,8 @@ def _lanes(experts: int) -> int:
     return -(-experts // step) * step
 
 
-def refuse(operands, params):
-    experts, top_k, groups = operands[0].shape[-1], params["top_k"], params["num_groups"] or 1
+def refuse(call):
+    experts, top_k, groups = call.sizes["E"], call.params["top_k"], call.params["num_groups"] or 1
     if experts > MAX_EXPERTS:
         return f"a block holds a token's logits in registers, {MAX_EXPERTS} at most; got {experts}"
     if top_k > MAX_CHOICES:
@@ -267,23 +268,16 @@ def refuse(operands, params):
     return None
 
 
-def _shared_by(bias, lead):
-    """The rows of the bias, and how many neighbouring tokens share one."""
-    outer = max((axis + 1 for axis, size in enumerate(bias.shape[:-1]) if size != 1), default=0)
-    wide = jnp.broadcast_to(bias, (*lead[:outer], *bias.shape[outer:]))
-    return jnp.reshape(wide, (-1, bias.shape[-1])), math.prod(lead[outer:])
-
-
 def route_topk(
     logits, bias=None, *, top_k, scoring, norm_topk_prob, num_groups, group_top_k, group_score, scale, zero_sum
 ):
     experts, bias_tokens = logits.shape[-1], 0
-    lead = lead_axes((logits, 1), *([] if bias is None else [(bias, 1)]))
+    lead = lead_axes((logits, 1), (bias, 1))
     tokens, lanes = math.prod(lead), _lanes(experts)
     logits = jnp.reshape(jnp.broadcast_to(logits, (*lead, experts)), (tokens, experts))
     if bias is not None:
-        bias, bias_tokens = _shared_by(bias, lead)
-        bias = pad(bias, lanes)
+        bias, bias_tokens = shared_by(bias, lead)
+        bias = pad(jnp.reshape(bias, (-1, experts)), lanes)
     router = Router(
         num_experts=experts,
         top_k=top_k,

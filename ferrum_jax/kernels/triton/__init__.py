@@ -5,8 +5,8 @@ import importlib
 from .interpret import interpreted as interpreted
 
 
-def refuse(capability: int | None, interpreting: bool, file: str) -> str | None:
-    """Why no Triton kernel of this file can be used, whichever it is; None if they can."""
+def refuse(capability: int | None, interpreting: bool) -> str | None:
+    """Why no Triton kernel can be used; None if one can."""
     for package in ["triton"] if interpreting else ["triton", "jax_triton"]:
         try:
             importlib.import_module(package)

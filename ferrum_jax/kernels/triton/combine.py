@@ -51,7 +51,7 @@ def gather_sum(
 
 @triton.jit
 def row_dot(
-    rows, index, g, out,
+    rows, g, index, out,
     N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, H: tl.constexpr,
     SHARED_ROWS: tl.constexpr, SHARED_G: tl.constexpr, TABLE: tl.constexpr, CHOICES: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
@@ -87,7 +87,7 @@ def invert(index, owner, PAIRS: tl.constexpr, R: tl.constexpr, TOTAL: tl.constex
 
 @triton.jit
 def cotangents(
-    g, rows, weights, index, owner, g_rows, g_weights,
+    g, rows, index, weights, owner, g_rows, g_weights,
     N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, H: tl.constexpr, TOTAL: tl.constexpr,
     SHARED_G: tl.constexpr, SHARED_ROWS: tl.constexpr, CHOICES: tl.constexpr, CLEARED: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
@@ -145,7 +145,7 @@ def first_at_least(ascending, value, length, STEPS: tl.constexpr):
 
 @triton.jit
 def segment_sum(
-    rows, weights, order, dest, out,
+    rows, order, dest, weights, out,
     N: tl.constexpr, P: tl.constexpr, K: tl.constexpr, R: tl.constexpr, H: tl.constexpr,
     SHARED: tl.constexpr, WEIGHTED: tl.constexpr, STEPS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
@@ -203,7 +203,7 @@ def _gather(rows, index, weights, lead, n, k, kind, repeat=1, pairs=None):
     )
 
 
-def _sorted_sum(rows, weights, dest, lead, num_rows, top_k):
+def _sorted_sum(rows, dest, weights, lead, num_rows, top_k):
     """Row r of the result is the sum of the terms with destination r. A stable sort of the destinations finds them."""
     dest = jnp.where((dest >= 0) & (dest < num_rows), dest, num_rows)
     order = jnp.argsort(dest, axis=-1, stable=True)
@@ -215,9 +215,9 @@ def _sorted_sum(rows, weights, dest, lead, num_rows, top_k):
     return launch(
         segment_sum,
         rows,
-        rows if weights is None else weights,
         order,
         dest,
+        rows if weights is None else weights,
         out=[((*lead, num_rows, width), rows.dtype)],
         grid=math.prod(lead) * num_rows * triton.cdiv(width, cols),
         num_warps=chosen.warps,
@@ -233,7 +233,7 @@ def _sorted_sum(rows, weights, dest, lead, num_rows, top_k):
     )
 
 
-def _dot(rows, index, g, lead, num_tokens, top_k):
+def _dot(rows, g, index, lead, num_tokens, top_k):
     *_, num_rows, width = rows.shape
     rows, shared_rows = large(rows, lead)
     g, shared_g = large(g, lead)
@@ -242,8 +242,8 @@ def _dot(rows, index, g, lead, num_tokens, top_k):
     return launch(
         row_dot,
         rows,
-        rows if index is None else index,
         g,
+        rows if index is None else index,
         out=[((*lead, num_tokens, top_k), jnp.float32)],
         grid=math.prod(lead) * num_tokens * triton.cdiv(top_k, choices),
         num_warps=chosen.warps,
@@ -284,7 +284,7 @@ def moe_dispatch(x, packed_token_idx, pairs_by_token=None):
 def moe_collect(rows, packed_token_idx, pairs_by_token=None, *, num_tokens):
     if pairs_by_token is None:
         lead = lead_axes((rows, 2), (packed_token_idx, 1))
-        return _sorted_sum(rows, None, whole(packed_token_idx, lead), lead, num_tokens, 1)
+        return _sorted_sum(rows, whole(packed_token_idx, lead), None, lead, num_tokens, 1)
     lead = lead_axes((rows, 2), (packed_token_idx, 1), (pairs_by_token, 2))
     return _gather(rows, whole(pairs_by_token, lead), None, lead, num_tokens, pairs_by_token.shape[-1], "table")
 
@@ -301,13 +301,13 @@ def moe_spread(g, pairs_by_token, pair_weights, *, num_rows, unique_rows):
     num_tokens, top_k = index.shape[-2:]
     if not unique_rows:
         flat = (*lead, num_tokens * top_k)
-        return _sorted_sum(g, jnp.reshape(weights, flat), jnp.reshape(index, flat), lead, num_rows, top_k)
+        return _sorted_sum(g, jnp.reshape(index, flat), jnp.reshape(weights, flat), lead, num_rows, top_k)
     return _gather(g, _owner(index, lead, num_rows), weights, lead, num_rows, 1, "owner", top_k, index)
 
 
 def moe_row_dot(packed_down, g, pairs_by_token, *, unique_rows):
     lead = lead_axes((packed_down, 2), (g, 2), (pairs_by_token, 2))
-    return _dot(packed_down, whole(pairs_by_token, lead), g, lead, *pairs_by_token.shape[-2:])
+    return _dot(packed_down, g, whole(pairs_by_token, lead), lead, *pairs_by_token.shape[-2:])
 
 
 def moe_combine_cotangents(g, packed_down, pairs_by_token, pair_weights):
@@ -323,8 +323,8 @@ def moe_combine_cotangents(g, packed_down, pairs_by_token, pair_weights):
         cotangents,
         g,
         rows,
-        weights,
         index,
+        weights,
         _owner(index, lead, num_rows),
         out=[((*lead, num_rows, width), rows.dtype), ((*lead, num_tokens, top_k), jnp.float32)],
         grid=slices * max(num_tokens * triton.cdiv(top_k, choices), triton.cdiv(num_rows, cleared)),
@@ -360,4 +360,4 @@ def slot_dot(slots, g):
     lead = lead_axes((slots, 3), (g, 2))
     *_, num_tokens, top_k, width = slots.shape
     rows = jnp.reshape(slots, (*slots.shape[: len(lead)], num_tokens * top_k, width))
-    return _dot(rows, None, g, lead, num_tokens, top_k)
+    return _dot(rows, g, None, lead, num_tokens, top_k)

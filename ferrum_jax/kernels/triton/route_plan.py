@@ -50,7 +50,7 @@ def route_and_place(
 
 
 def moe_route_plan(logits, bias=None, *, block_size, pair_ids, **params):
-    lead = lead_axes((logits, 2), *([] if bias is None else [(bias, 1)]))
+    lead = lead_axes((logits, 2), (bias, 1))
     num_tokens, experts = logits.shape[-2:]
     logits = jnp.broadcast_to(logits, (*lead, num_tokens, experts))
     bias = None if bias is None else jnp.expand_dims(bias, -2)

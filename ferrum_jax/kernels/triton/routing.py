@@ -224,7 +224,7 @@ def settings(
 
 
 def route_topk(logits, bias=None, **params):
-    lead = lead_axes((logits, 1), *([] if bias is None else [(bias, 1)]))
+    lead = lead_axes((logits, 1), (bias, 1))
     logits = jnp.broadcast_to(logits, (*lead, logits.shape[-1]))
     chosen, tokens = _chosen(), math.prod(lead)
     bias, constants = settings(logits, bias, lead, 1, triton.cdiv(tokens, chosen.programs), **params)
