@@ -71,3 +71,10 @@ def test_install_hints_name_extras_of_a_clone():
 @pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL))
 def test_readme_code_runs(block):
     run(block)
+
+
+def test_paths_named_in_contributing_exist():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    paths = re.findall(r"`([\w.]+(?:/[\w.]*)+)`", text)
+    assert {"tests/cases.py", "kernels/__init__.py"} <= set(paths)
+    assert [path for path in paths if not any((folder / path).exists() for folder in (ROOT, ROOT / "ferrum_jax"))] == []

@@ -133,7 +133,7 @@ def load(implementation: str, op: str, results: Sequence[Any]) -> Callable[..., 
     """
     if implementation == "xla":
         return None
-    kernel = _kernel(implementation, op, None if _interpreting.value else target_capability())
+    kernel = kernel_for(implementation, op, None if _interpreting.value else target_capability())
     assert kernel, f"{op} has no {implementation} kernel here"
     backend = importlib.import_module(f"{__name__}.{implementation}")
     if not _interpreting.value:
@@ -163,7 +163,7 @@ def _refusal(backend: str, call: Call, platform: str, capability: int | None) ->
         )
     if call.symbolic:
         return "a kernel's grid and blocks are made for sizes that are numbers, and there are symbolic ones"
-    kernel = _kernel(backend, call.op, capability)
+    kernel = kernel_for(backend, call.op, capability)
     if not kernel:
         needs = " or ".join(dict.fromkeys(row.architectures.words for row in rows))
         return f"it needs {needs}; the target's compute capability is {(capability or HOPPER) / 10}"
@@ -186,10 +186,13 @@ def _kernels(backend: str, op: str) -> list[Kernel]:
     return [kernel for kernel in KERNELS if (kernel.backend, kernel.op) == (backend, op)]
 
 
-def _kernel(backend: str, op: str, capability: int | None) -> Kernel | None:
-    """The op's first row that holds for the GPU, or for Hopper where none is known.
+def kernel_for(backend: str, op: str, capability: int | None) -> Kernel | None:
+    """The op's first row that holds for a GPU of this compute capability, or for Hopper where no GPU is known.
 
     The interpreter needs no GPU: if no row holds, the first one is interpreted.
+
+    >>> kernel_for("triton", "grouped_matmul", 90).file
+    'grouped'
     """
     rows = _kernels(backend, op)
     held = (row for row in rows if (capability or HOPPER) in row.architectures)
