@@ -84,3 +84,39 @@ def test_what_users_import_stands_below(name):
     public = {n: v for n, v in vars(below).items() if not n.startswith("_")}
     assert {n for n, v in public.items() if getattr(v, "__module__", "") == below.__name__} <= mine
     assert all(getattr(top, n) is getattr(below, n) for n in mine)
+
+
+# ---- what stands in the house
+
+
+MOST_LINES, MOST_OF_A_FUNCTION = 400, 60
+KERNELS_OF_THEIR_OWN = ("kernels/triton/", "kernels/pallas/")  # a kernel's body may be longer than other functions'
+
+
+def lengths():
+    """(lines, path) of every file, and (lines, path, name) of every function's body, without its docstring."""
+    files, functions = [], []
+    for path in PACKAGE.rglob("*.py"):
+        name = path.relative_to(PACKAGE).as_posix()
+        files.append((len(path.read_text().splitlines()), name))
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                size = body[-1].end_lineno - body[0].lineno + 1 if body else 0
+                functions.append((size, name, node.name))
+    return sorted(files), sorted(functions)
+
+
+def test_files_and_functions_are_short():
+    files, functions = lengths()
+    for name, found in (("file", files), ("function", functions)):
+        print(f"{len(found)} {name}s, median {found[len(found) // 2][0]} lines, longest {found[-1]}")
+    assert [f for f in files if f[0] > MOST_LINES] == []
+    long = [f for f in functions if f[0] > MOST_OF_A_FUNCTION and not f[1].startswith(KERNELS_OF_THEIR_OWN)]
+    assert long == []
+
+
+def test_no_lambda_is_given_a_name():
+    for path in [*PACKAGE.rglob("*.py"), *Path(__file__).parent.glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            assert not (isinstance(node, ast.Assign) and isinstance(node.value, ast.Lambda)), f"{path}:{node.lineno}"

@@ -35,6 +35,7 @@ def lower(
     devices = _devices(ctx.module_context.axis_context)
     choice = choose(op, implementation, ctx.avals_in, given, params, platform, devices=devices)
     empty = any([0 in aval.shape for aval in (*ctx.avals_in, *ctx.avals_out)])
+    run: Callable[..., Any]
     if op.made_of_ops and (empty or choice.implementation == "xla"):
         run = functools.partial(over_leading_axes(op), implementation=implementation)
     elif empty or choice.implementation == "xla":

@@ -145,7 +145,7 @@ def checked(op: str, signature: Signature | str, *args: Any) -> list[Any]:
         usual = isinstance(arg, jax.Array) and (
             arg.dtype == kind.used_in if kind.used_in else arg.dtype.name in ROW_DTYPES
         )
-        array = arg if usual else _as_kind(op, term, kind, arg)
+        array: Any = arg if usual else _as_kind(op, term, kind, arg)
         arrays.append(array)
         if kind.alike:
             first, dtype = alike.setdefault(term.kind, (term.name, array.dtype))

@@ -126,13 +126,11 @@ def _measured(call: Call, capability: int | None) -> Measured | None:
     return next((row for row in MEASURED if row.op == call.op and row.holds(call, capability or HOPPER)), None)
 
 
-def load(implementation: str, op: str, results: Sequence[Any]) -> Callable[..., Any] | None:
-    """The kernel wrapper of `op`, interpreted where kernels are; None where the jnp meaning is the implementation.
+def load(implementation: str, op: str, results: Sequence[Any]) -> Callable[..., Any]:
+    """The wrapper of the kernel of `op` by this backend, interpreted where kernels are.
 
     results: the abstract values of the op's results.
     """
-    if implementation == "xla":
-        return None
     kernel = kernel_for(implementation, op, None if _interpreting.value else target_capability())
     assert kernel, f"{op} has no {implementation} kernel here"
     backend = importlib.import_module(f"{__name__}.{implementation}")

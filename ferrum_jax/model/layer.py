@@ -89,18 +89,18 @@ def moe_mlp(
     >>> moe_mlp(x, logits, jnp.ones((3, 4, 12)), jnp.ones((3, 6, 4)), top_k=2).shape
     (5, 4)
     """
-    act = checked_settings(activation, flow, block_size)
+    act = checked_layer(activation, flow, block_size)
     one_of(_OP, "implementation", implementation, (None, *IMPLEMENTATIONS))
     x, logits, routed, w_gate_up, w_down, b_gate_up, b_down = checked_arrays(
         _OP, top_k, x, router_logits, router_output, w_gate_up, w_down, b_gate_up, b_down
     )
     given, num_experts = jax.typeof(x), w_gate_up.shape[0]
-    x, *beside = [tokens_of(a) for a in (x, *(routed or (logits,)))]
-    ids, weights = (
-        beside
-        if routed
-        else route_topk_softmax(*beside, top_k, norm_topk_prob=norm_topk_prob, implementation=implementation)
-    )
+    if routed:
+        x, ids, weights = [tokens_of(a) for a in (x, *routed)]
+    else:
+        x, logits = tokens_of(x), tokens_of(logits)
+        assert top_k is not None  # else checked_arrays has raised
+        ids, weights = route_topk_softmax(logits, top_k, norm_topk_prob=norm_topk_prob, implementation=implementation)
     flow = _usual_flow(x, ids) if flow is None or not ids.shape[-1] else flow
     block_size = usual_block_size(ids.size, num_experts) if block_size is None else block_size
     precision = as_precision(_OP, precision, x.dtype)
@@ -166,7 +166,7 @@ def usual_block_size(num_pairs: int, num_experts: int) -> int:
     return min(max(1 << (average - 1).bit_length() if average else 0, 16), 128)
 
 
-def checked_settings(activation: Any, flow: Any, block_size: Any) -> Any:
+def checked_layer(activation: Any, flow: Any, block_size: Any) -> Any:
     """Those of `moe_mlp` that need no array to be checked. The activation comes back as a function."""
     if not callable(activation) and activation not in (*ACTIVATIONS,):
         choices = ", ".join(map(repr, ACTIVATIONS))

@@ -30,8 +30,7 @@ from ..ops.grouped import as_precision
 from ..ops.losses import NORMALIZATIONS, expert_counts, load_balancing_loss, router_z_loss, update_routing_bias
 from ..ops.routing import route_topk
 from ..ops.scoring import checked_settings as checked_routing
-from .layer import checked_settings as checked_layer
-from .layer import moe_mlp
+from .layer import checked_layer, moe_mlp
 from .layouts import AXES, MoEParams, as_dtype, shape_of
 from .presets import Preset
 
@@ -56,8 +55,7 @@ class ExpertCounts(nnx.Intermediate):
 
 
 _PARTITIONED = ("E", "H", "F")
-# These stay whole along E on every device, because the choice is among all experts.
-_ROUTER = ("router", "router_bias", "score_bias")
+_ROUTER = ("router", "router_bias", "score_bias")  # whole along E on every device: the choice is among all experts
 _BIASES = ("router_bias", "score_bias", "b_gate_up", "b_down")
 
 

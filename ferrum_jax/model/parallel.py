@@ -6,7 +6,7 @@ and ids of -1 mask what is not a device's own. "gather": every device gets all t
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,98 +15,26 @@ from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
 from ..core.sharding import as_given, equally_varying, in_auto_mesh, tokens_of
-from ..core.signature import INT32_MAX, as_bool, as_int, checked, one_of
+from ..core.signature import as_bool, as_int, one_of
 from ..core.types import RouterOutput
 from ..ops.combine import moe_combine, moe_dispatch
 from ..ops.grouped import as_precision
 from ..ops.routing import route_topk_softmax
 from ..ops.tables import moe_build_pairs_by_token
 from . import layer
+from .exchange import ExchangeSizes, bounds_of, exchange_sizes, experts_of_rows, packed_rows_of, slotted_rows_of
 
 EXCHANGES = ("gather", "padded", "ragged")
 _OP = "parallel.moe_mlp"
 
-# Bytes that an NVLink of 450 GB/s carries in 10 microseconds: so long, it is assumed, is one more collective's start.
+# Up to so many bytes an all-gather is as fast as anything: its start takes longer than NVLink takes to carry them.
 _FEW_BYTES = 2**22
 
-# In so many slices a device sends its rows where it is one of at most ONE_HOST. There XLA's kernel for the GPUs of one
-# host carries them, which copies each slice by one block of 128 threads: between two H100s, 268 MB take 104 ms in one
-# slice for each, 4.7 ms in 32 and 2.0 ms in 512. Elsewhere each slice is a message of its own.
+# Between the GPUs of one host XLA copies each slice of a ragged exchange by one block of threads, so a device cuts its
+# rows into many slices, SLICES in all. Between hosts each slice is a message of its own, and there is one for each
+# device. More devices than ONE_HOST are taken to be on several hosts.
 SLICES = 1024
 ONE_HOST = 8
-
-
-class ExchangeSizes(NamedTuple):
-    """What `jax.lax.ragged_all_to_all` takes after its two buffers, [devices * parts] int32 each."""
-
-    input_offsets: jax.Array
-    send_sizes: jax.Array
-    output_offsets: jax.Array
-    recv_sizes: jax.Array
-
-
-def exchange_sizes(
-    expert_offsets: jax.Array, device: int | jax.Array, *, capacity: int | None = None, parts: int = 1
-) -> tuple[ExchangeSizes, ExchangeSizes]:
-    """Sizes and offsets for `jax.lax.ragged_all_to_all`: of packed rows to the experts' devices, and of the way back.
-
-    Device d owns experts d*E/D to (d+1)*E/D - 1, so what it gets of a sender's packed rows (those of
-    `moe_build_pairs_by_token` with all E experts) is one slice. It keeps the slices of its senders one after another:
-
-        rows = lax.ragged_all_to_all(packed, jnp.zeros((capacity, H)), *there, axis_name=name)
-        packed = lax.ragged_all_to_all(rows, jnp.zeros((P, H)), *back, axis_name=name)
-
-    Kept on every device, whatever the offsets: what it sends lies in its expert_offsets[0] to expert_offsets[E], in
-    disjoint slices; what it takes in fills rows 0 to sum(recv_sizes) - 1 <= capacity - 1 without gaps or overlaps, in
-    the senders' order; each sender's send_sizes are the receivers' recv_sizes. `back` is `there` with the buffers'
-    roles changed. Past `capacity`, rows stay where they are: those of later senders first, and of one sender those of
-    later experts. So what stays of device s is (the rows of its expert_offsets) - sum(there.send_sizes on s).
-
-    Args:
-      expert_offsets: [D, E+1] of any integer dtype: every device's, as `jax.lax.all_gather` gives them.
-      device: the caller's index among the D, as `jax.lax.axis_index` gives it.
-      capacity: rows that a device takes in, >= 0; None: as many as come.
-      parts: even slices into which what one device sends another is cut, >= 1. Between the GPUs of one host XLA copies
-        a slice by a single thread block, so that many are many times faster; between hosts each is one more message.
-
-    Returns:
-      (there, back), an ExchangeSizes each, int32.
-
-    Raises:
-      TypeError: expert_offsets of a dtype that is no integer, a `capacity` or `parts` that is no int.
-      ValueError: expert_offsets of another rank, E no multiple of D, `capacity` < 0, `parts` < 1.
-
-    >>> import jax.numpy as jnp
-    >>> there, _ = exchange_sizes(jnp.array([[0, 1, 3], [0, 2, 5]]), 1)
-    >>> there.input_offsets.tolist(), there.send_sizes.tolist()
-    ([0, 2], [2, 3])
-    >>> there.output_offsets.tolist(), there.recv_sizes.tolist()
-    ([1, 2], [2, 3])
-    """
-    op = "exchange_sizes"
-    (offsets,) = checked(op, "expert_offsets: ids[D,E]", expert_offsets)
-    shape = offsets.shape
-    if len(shape) != 2 or not shape[0] or shape[1] < 2 or (shape[1] - 1) % shape[0]:
-        raise ValueError(f"{op}: expert_offsets must be [D, E+1] with E a multiple of D, both >= 1; got shape {shape}")
-    bounds = _bounds(offsets)
-    rows = INT32_MAX if capacity is None else as_int(op, "capacity", capacity, 0)
-    parts = as_int(op, "parts", parts)
-    start, size = _packed(jnp.diff(bounds), rows)
-
-    def cut(read: jax.Array, sent: jax.Array, put: jax.Array, received: jax.Array) -> ExchangeSizes:
-        (begin, sent), (_, received) = _cut(sent, parts), _cut(received, parts)
-        return ExchangeSizes(*(a.reshape(-1) for a in (read[:, None] + begin, sent, put[:, None] + begin, received)))
-
-    there = cut(bounds[device, :-1], size[device], start[device], size[:, device])
-    back = cut(start[:, device], size[:, device], bounds[:, device], size[device])
-    return there, back
-
-
-def _cut(size: jax.Array, parts: int) -> tuple[jax.Array, jax.Array]:
-    """Where in each of these slices its parts begin, and their sizes: [D, parts]."""
-    part = jnp.arange(parts, dtype=jnp.int32)[None]
-    each, more = (size // parts)[:, None], (size % parts)[:, None]
-    return each * part + jnp.minimum(part, more), each + (part < more).astype(jnp.int32)
 
 
 def moe_mlp(
@@ -125,7 +53,10 @@ def moe_mlp(
     block_size: int | None = None,
     precision: str | lax.Precision | None = None,
     implementation: str | None = None,
-    **options: Any,
+    activation: str | Callable[[jax.Array, jax.Array], jax.Array] = "silu",
+    flow: str | None = None,
+    b_gate_up: jax.Array | None = None,
+    b_down: jax.Array | None = None,
 ) -> Any:
     """`ferrum_jax.moe_mlp` with experts spread over a mesh axis: called inside `jax.shard_map`, on each device's part.
 
@@ -156,8 +87,8 @@ def moe_mlp(
       precision: as in `ferrum_jax.moe_mlp`.
       implementation: None, "xla" or "triton", of each op; Pallas has no kernel of tables, and None takes its products
         where they were measured faster.
-      options: `activation`, `flow`, and `b_gate_up`[E/D, 2F] and `b_down`[E/D, H] of this device's experts, as in
-        `ferrum_jax.moe_mlp`.
+      activation, flow: as in `ferrum_jax.moe_mlp`.
+      b_gate_up, b_down: [E/D, 2F] and [E/D, H] of x's dtype: this device's experts.
 
     Returns:
       [..., T, H] in x's dtype; with `return_dropped`, (that, dropped): an int32 scalar that varies over the axis;
@@ -196,22 +127,13 @@ def moe_mlp(
             raise ValueError(f"{_OP}: capacity may drop pairs; pass return_dropped=True to get their count too")
     distinct = router_output is None
     if distinct and router_logits is not None:
-        shape = jnp.shape(router_logits)
-        want = (*jnp.shape(x)[:-1], jnp.shape(w_gate_up)[0] * devices)
-        if shape != want:
-            raise ValueError(
-                f"{_OP}: router_logits must have shape {want}: E is {devices} devices times the "
-                f"{jnp.shape(w_gate_up)[0]} experts of w_gate_up; got shape {shape}"
-            )
-        if top_k is None:
-            raise TypeError(f"{_OP}: top_k must be an int with router_logits; got None")
+        top_k = _check_logits(x, router_logits, w_gate_up, top_k, devices)
         router_output = route_topk_softmax(
             router_logits, top_k, norm_topk_prob=norm_topk_prob, implementation=implementation
         )
         router_logits = None
-    biases = options.get("b_gate_up"), options.get("b_down")
     x, _, (ids, weights), *_ = layer.checked_arrays(
-        _OP, top_k, x, router_logits, router_output, w_gate_up, w_down, *biases
+        _OP, top_k, x, router_logits, router_output, w_gate_up, w_down, b_gate_up, b_down
     )
     given, experts = jax.typeof(x), w_gate_up.shape[0]
     precision = as_precision(_OP, precision, x.dtype)
@@ -230,7 +152,10 @@ def moe_mlp(
             block_size=block_size,
             precision=precision,
             implementation=implementation,
-            **options,
+            activation=activation,
+            flow=flow,
+            b_gate_up=b_gate_up,
+            b_down=b_down,
         )
 
     worst = as_int(_OP, "rows", devices * x.shape[0] * (min(ids.shape[-1], experts) if distinct else ids.shape[-1]), 0)
@@ -245,6 +170,19 @@ def moe_mlp(
         out, dropped = _exchanged(local, axis_name, exchange, x, ids, weights, experts, rows, implementation)
     out = as_given(out.reshape(given.shape), given)
     return (out, dropped) if return_dropped else out
+
+
+def _check_logits(x: Any, router_logits: Any, w_gate_up: Any, top_k: Any, devices: int) -> int:
+    experts = jnp.shape(w_gate_up)[0]
+    want = (*jnp.shape(x)[:-1], experts * devices)
+    if jnp.shape(router_logits) != want:
+        raise ValueError(
+            f"{_OP}: router_logits must have shape {want}: E is {devices} devices times the {experts} experts of "
+            f"w_gate_up; got shape {jnp.shape(router_logits)}"
+        )
+    if top_k is None:
+        raise TypeError(f"{_OP}: top_k must be an int with router_logits; got None")
+    return top_k
 
 
 def _axis_size(axis_name: Any) -> int:
@@ -340,8 +278,8 @@ def _send(
     ids, pairs, tokens, offsets = tables
     me, devices = lax.axis_index(axis_name), offsets.shape[0]
     experts = (offsets.shape[1] - 1) // devices
-    bounds = _bounds(offsets)
-    start, size = (_packed if exchange == "ragged" else _slotted)(jnp.diff(bounds), rows)
+    bounds = bounds_of(offsets)
+    start, size = (packed_rows_of if exchange == "ragged" else slotted_rows_of)(jnp.diff(bounds), rows)
     device = jnp.clip(ids // experts, 0, devices - 1)
     place = pairs - bounds[me][device]
     fits = (pairs >= 0) & (place < size[me][device])
@@ -359,7 +297,7 @@ def _send(
         token = jnp.where(slot < size[me][:, None], token, x.shape[0]).reshape(rows)
         received = lax.all_to_all(dispatch(x, token, pairs_by_token=returned), axis_name, 0, 0, tiled=True)
     ends = lax.dynamic_slice_in_dim(offsets, me * experts, experts + 1, axis=1)
-    own = _experts_of_rows(ends[:, 1:] - ends[:, :1], start[:, me], size[:, me], rows)
+    own = experts_of_rows(ends[:, 1:] - ends[:, :1], start[:, me], size[:, me], rows)
     return received, own, returned, _count((pairs >= 0) & ~fits)
 
 
@@ -390,38 +328,3 @@ def _parts(devices: int) -> int:
 def _ragged(packed: jax.Array, rows: int, sizes: ExchangeSizes, axis_name: Any) -> jax.Array:
     empty, packed = equally_varying([jnp.zeros((rows, packed.shape[1]), packed.dtype), packed])
     return lax.ragged_all_to_all(packed, empty, *sizes, axis_name=axis_name)
-
-
-def _bounds(offsets: jax.Array) -> jax.Array:
-    """[D, D+1]: where in sender s's packed rows those for device d begin, and where the last one's end."""
-    return offsets[:, :: max((offsets.shape[1] - 1) // offsets.shape[0], 1)]
-
-
-def _packed(counts: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
-    """Where in device d's `rows` rows those of sender s begin, and how many fit: one sender's after another's."""
-    end = jnp.cumsum(counts, axis=0, dtype=jnp.int32)
-    start = jnp.minimum(end - counts, rows)
-    return start, jnp.minimum(end, rows) - start
-
-
-def _slotted(counts: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
-    """The same where every sender has as many rows of its own."""
-    slots = rows // counts.shape[0]
-    start = jnp.broadcast_to(jnp.arange(counts.shape[0], dtype=jnp.int32)[:, None] * slots, counts.shape)
-    return start, jnp.minimum(counts, slots)
-
-
-def _experts_of_rows(ends: jax.Array, start: jax.Array, size: jax.Array, rows: int) -> jax.Array:
-    """The expert of each row in a device's buffer; -1 where none is.
-
-    ends[s, e]: rows of sender s up to and with those of expert e; they begin at start[s], and size[s] of them came.
-    """
-    ends = start[:, None] + jnp.minimum(ends, size[:, None])
-    passed = _passed(ends.reshape(-1), rows)
-    inside = _passed(start, rows) > _passed(start + size, rows)
-    return jnp.where(inside, passed % ends.shape[1], -1)
-
-
-def _passed(marks: jax.Array, rows: int) -> jax.Array:
-    """How many marks each row has reached."""
-    return jnp.cumsum(jnp.zeros(rows + 1, jnp.int32).at[marks].add(1, mode="drop"), dtype=jnp.int32)[:rows]

@@ -51,7 +51,7 @@ def dump_routing(routing: MoeRouting, num_pairs: int) -> None:
 _once = threading.Lock()
 
 
-def _print_dump(kind: str, sizes: dict[str, Any], slots: int, blocks: int, summary: Any) -> None:
+def _print_dump(kind: str | None, sizes: dict[str, Any], slots: int, blocks: int, summary: Any) -> None:
     """Whatever fails here, the computation goes on."""
     with contextlib.suppress(Exception):
         slices = np.asarray(summary).reshape(-1, 3 + slots + blocks)

@@ -99,7 +99,7 @@ def grouped_matmul(
     if not isinstance(routing, MoeRouting | MoePlan):
         raise TypeError(f"{op}: routing must be a MoeRouting or a MoePlan; got {type(routing).__name__}")
     tables = routing.sorted_token_ids, routing.block_ids, routing.total_tokens_post_pad
-    lhs, rhs, *tables, row_weights = checked(op, _activated.signature, lhs, rhs, *tables, row_weights)  # type: ignore[assignment]
+    lhs, rhs, slots, blocks, total, row_weights = checked(op, _activated.signature, lhs, rhs, *tables, row_weights)
     top_k = _checked_routing(op, routing, lhs, rhs, top_k)
     if activation and rhs.shape[-1] % 2:
         raise ValueError(f"{op}: rhs must be gate and up side by side, an even N; got shape {rhs.shape}")
@@ -111,7 +111,9 @@ def grouped_matmul(
     return product(
         lhs,
         rhs,
-        *tables,
+        slots,
+        blocks,
+        total,
         row_weights,
         top_k=top_k,
         activation=activation,
