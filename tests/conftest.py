@@ -54,12 +54,16 @@ def lacks_gpus(item):
 
 def refused(item):
     params = item.callspec.params if hasattr(item, "callspec") else {}
-    backend = params.get("implementation") or params.get("every_implementation") or ""
-    if not backend.startswith("pallas"):
+    backend = (params.get("implementation") or params.get("every_implementation") or "").partition("-")[0]
+    if backend not in ferrum_jax.kernels.BACKENDS:
+        return False
+    if "case" in params and not params["case"].has_kernel(backend):
+        return True
+    if backend != "pallas":
         return False
     half = params.get("dtype") in ("float16", "bfloat16")
     if "case" in params:
-        return not params["case"].has_kernel("pallas") or (params["case"].name.startswith("grouped") and not half)
+        return params["case"].name.startswith("grouped") and not half
     return item.get_closest_marker("tables") is not None and not half
 
 

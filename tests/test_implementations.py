@@ -17,6 +17,7 @@ from meshes import mesh_of
 import ferrum_jax
 from ferrum_jax import kernels
 from ferrum_jax.kernels import measured, targets
+from ferrum_jax.ops.scoring import SCORINGS
 
 
 @pytest.mark.parametrize("name", ["triton", "pallas"])
@@ -444,3 +445,15 @@ def test_every_kernel_of_the_registry_is_there():
             file = importlib.import_module(f"ferrum_jax.kernels.{row.backend}.{row.file}")
             assert callable(getattr(file, row.wrapper))
             assert row.backend in kernels.BACKENDS
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_kernel_refuses_scores_that_it_does_not_compute(backend):
+    """And it computes all that there are: a new one is refused until its kernel has it."""
+    routing = importlib.import_module(f"ferrum_jax.kernels.{backend}.routing")
+    settings = {"top_k": 2, "num_groups": None}
+    call = kernels.Call("route_topk", {}, {"E": 8}, settings)
+    for scoring in SCORINGS:
+        assert routing.refuse(dataclasses.replace(call, params={**settings, "scoring": scoring})) is None
+    reason = routing.refuse(dataclasses.replace(call, params={**settings, "scoring": "cosine"}))
+    assert "does not compute the scores of 'cosine'" in reason

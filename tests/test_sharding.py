@@ -77,12 +77,12 @@ def test_gradient_through_shard_map(case, kind, every_implementation):
 
 
 @pytest.mark.parametrize("case", per_primitive(CASES), ids=str)
-def test_explicit_mesh(case, every_implementation):
+def test_explicit_mesh(case):
     """Any operand axis sharded: the same values, under jit in set_mesh, and of the first axis eagerly without."""
     mesh = jax.make_mesh((DEVICES,), ("d",))
     size = Size(8, 8, 4, 4)
     args = finite_args(case, rng(case), size)
-    f = functools.partial(case.results, size=size, implementation=every_implementation)
+    f = functools.partial(case.results, size=size)
     want = f(*args)
     for axis in range(max(a.ndim for a in args)):
         spec = [P(*(["d" if i == axis else None for i in range(a.ndim)])) for a in args]
@@ -114,14 +114,13 @@ def test_explicit_mesh_propagates_shardings():
 
 @pytest.mark.parametrize("case", per_primitive(FLOAT_CASES), ids=str)
 @pytest.mark.parametrize("axis", [0, 1])
-def test_gradient_in_an_explicit_mesh(case, axis, every_implementation):
+def test_gradient_in_an_explicit_mesh(case, axis):
     mesh = jax.make_mesh((DEVICES,), ("d",))
     size = Size(8, 8, 4, 4)
     args = finite_args(case, rng(case), size)
 
     def loss(*a):
-        results = case.float_results(*a, size=size, implementation=every_implementation)
-        return sum(jnp.sum(jnp.sin(r)) for r in results)
+        return sum(jnp.sum(jnp.sin(r)) for r in case.float_results(*a, size=size))
 
     want = jax.jit(jax.grad(loss, case.floats))(*args)
     spec = P("d") if axis == 0 else P(None, "d")
@@ -178,18 +177,16 @@ def test_layer_gradient_with_tokens_sharded(kind, every_implementation):
         np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.tables
-def test_layer_gradient_in_an_explicit_mesh(every_implementation):
+def test_layer_gradient_in_an_explicit_mesh():
     mesh = jax.make_mesh((DEVICES,), ("d",))
     size = Size(8, 4, 2, 4)
     x, router, *_ = layer.init(4, size)
 
     def loss(x, router):
-        ids, weights = ferrum_jax.route_topk_softmax(x @ router, 2, implementation=every_implementation)
-        pairs, tokens, _ = ferrum_jax.moe_build_pairs_by_token(ids, size.E, implementation=every_implementation)
-        rows = jnp.tanh(ferrum_jax.moe_dispatch(x, tokens, pairs_by_token=pairs, implementation=every_implementation))
-        out = ferrum_jax.moe_combine(rows, pairs, weights, unique_rows=True, implementation=every_implementation)
-        return jnp.sum(jnp.sin(out))
+        ids, weights = ferrum_jax.route_topk_softmax(x @ router, 2)
+        pairs = ferrum_jax.moe_build_pairs_by_token(ids, size.E)
+        rows = jnp.tanh(ferrum_jax.moe_dispatch(x, pairs))
+        return jnp.sum(jnp.sin(ferrum_jax.moe_combine(rows, pairs, weights)))
 
     want = jax.jit(jax.grad(loss, (0, 1)))(x, router)
     with jax.set_mesh(mesh):

@@ -257,7 +257,12 @@ def _lanes(experts: int) -> int:
     return -(-experts // step) * step
 
 
+SCORINGS = ("softmax", "topk_softmax", "sigmoid", "sqrt_softplus")  # those that the kernel computes
+
+
 def refuse(call):
+    if call.params.get("scoring", SCORINGS[0]) not in SCORINGS:
+        return f"its kernel does not compute the scores of {call.params['scoring']!r}"
     experts, top_k, groups = call.sizes["E"], call.params["top_k"], call.params["num_groups"] or 1
     if experts > MAX_EXPERTS:
         return f"a block holds a token's logits in registers, {MAX_EXPERTS} at most; got {experts}"

@@ -179,7 +179,12 @@ def _lanes(experts, num_groups):
     return triton.next_power_of_2(num_groups) * width, width
 
 
+SCORINGS = ("softmax", "topk_softmax", "sigmoid", "sqrt_softplus")  # those that the kernel computes
+
+
 def refuse(call):
+    if call.params.get("scoring", SCORINGS[0]) not in SCORINGS:
+        return f"its kernel does not compute the scores of {call.params['scoring']!r}"
     experts, groups = call.sizes["E"], call.params.get("num_groups")
     lanes, _ = _lanes(experts, groups)
     if lanes <= tiles.MOST_LANES:
