@@ -1,4 +1,4 @@
-"""What an op's equation is compiled to."""
+"""Lowering: an op's equation is compiled to a kernel, or to its meaning in jnp."""
 
 import functools
 import math
@@ -16,7 +16,7 @@ from .. import kernels
 from .sharding import in_auto_mesh, no_mesh
 from .signature import sizes_of
 
-OPS: dict[Any, Any] = {}  # primitive -> op: all that `define` has declared
+OPS: dict[Any, Any] = {}  # every op that `define` has declared, by its primitive
 
 
 def lower(
@@ -28,37 +28,43 @@ def lower(
     given: tuple[str, ...] = (),
     **params: Any,
 ) -> Any:
-    """The kernel that `kernels.choose` picks on an NVIDIA GPU; elsewhere, and where it picks none, the jnp meaning."""
+    """Compile one equation: to a kernel if `kernels.choose` picks one, else to the op's meaning in jnp.
+
+    platform: "cuda", or None in the rule that JAX uses for every other platform.
+    """
     if op.export_error and ctx.module_context.lowering_parameters.for_export:
         raise NotImplementedError(f"{op.name}: {op.export_error}")
     platform = platform or "/".join(p for p in ctx.module_context.platforms if p != "cuda")
     devices = _devices(ctx.module_context.axis_context)
-    choice = choose(op, implementation, ctx.avals_in, given, params, platform, devices=devices)
+    choice = choose_for_equation(op, implementation, ctx.avals_in, given, params, platform, devices=devices)
     empty = any([0 in aval.shape for aval in (*ctx.avals_in, *ctx.avals_out)])
-    run: Callable[..., Any]
+    compute: Callable[..., Any]
     if op.made_of_ops and (empty or choice.implementation == "xla"):
-        run = functools.partial(over_leading_axes(op), implementation=implementation)
+        compute = functools.partial(over_leading_axes(op), implementation=implementation)
     elif empty or choice.implementation == "xla":
-        run = over_leading_axes(op)
+        compute = over_leading_axes(op)
     else:
-        run = kernels.load(choice.implementation, op.name, ctx.avals_out)
+        compute = kernels.load(choice.implementation, op.name, ctx.avals_out)
     mesh = ctx.avals_out[0].sharding.mesh
     if AxisType.Explicit in mesh.axis_types:
-        run = in_auto_mesh(run, mesh, tuple(a.sharding.spec for a in ctx.avals_out))
+        compute = in_auto_mesh(compute, mesh, tuple(a.sharding.spec for a in ctx.avals_out))
     else:
-        # What one device computes has nothing to do with meshes.
+        # Trace what one device computes outside any mesh. Keep only the kind of the device.
         mesh = no_mesh()
         ctx = ctx.replace(avals_in=_local(ctx.avals_in), avals_out=_local(ctx.avals_out))
 
     def traced(*operands: Array) -> Any:
         with jax.sharding.use_abstract_mesh(mesh), jax.named_scope(op.primitive.name):
-            return run(*op.signature.by_place(operands, given), **params)
+            return compute(*op.signature.by_place(operands, given), **params)
 
     return mlir.lower_fun(traced, multiple_results=True)(ctx, *operands)
 
 
 def _devices(axis_context: Any) -> int:
-    """Over how many devices the compiler will divide the program, or the shards that this part of it works on."""
+    """The number of devices among which the compiler divides this computation.
+
+    Inside shard_map it divides a shard along the mesh axes that are not manual.
+    """
     mesh = getattr(axis_context, "mesh", None)
     if mesh is None:
         return getattr(axis_context, "num_devices", 1) or 1
@@ -66,13 +72,14 @@ def _devices(axis_context: Any) -> int:
 
 
 def _local(avals: Sequence[Any]) -> list[Any]:
+    """The abstract values without their shardings."""
     return [ShapedArray(a.shape, a.dtype) for a in avals]
 
 
 def over_leading_axes(op: Any) -> Callable[..., tuple[Array, ...]]:
-    """The meaning over leading axes, which broadcast from size 1 without being copied."""
+    """The op's meaning, for operands with any leading axes. Axes of size 1 broadcast, and nothing is copied for it."""
 
-    def run(*operands: Any, **params: Any) -> tuple[Array, ...]:
+    def over_axes(*operands: Any, **params: Any) -> tuple[Array, ...]:
         if op.leading_axes or operands[0].ndim == len(op.signature.operands[0].axes):
             results = op.meaning(*operands, **params)
             return results if isinstance(results, tuple) else (results,)
@@ -80,15 +87,15 @@ def over_leading_axes(op: Any) -> Callable[..., tuple[Array, ...]]:
         slices = [
             jnp.squeeze(x, 0) if x is not None and axis is None else x for x, axis in zip(operands, axes, strict=True)
         ]
-        inner = functools.partial(run, **params)
+        one_axis_less = functools.partial(over_axes, **params)
         if not any([axis == 0 for axis in axes]):
-            return tuple([jnp.expand_dims(x, 0) for x in inner(*slices)])
-        return jax.vmap(inner, in_axes=axes)(*slices)
+            return tuple([jnp.expand_dims(x, 0) for x in one_axis_less(*slices)])
+        return jax.vmap(one_axis_less, in_axes=axes)(*slices)
 
-    return run
+    return over_axes
 
 
-def choose(
+def choose_for_equation(
     op: Any,
     asked: str | None,
     avals: Sequence[Any],
@@ -98,7 +105,7 @@ def choose(
     device_kind: str | None = None,
     devices: int = 1,
 ) -> kernels.Choice:
-    """What `kernels.choose` picks for one equation. An op that is made of others and has no kernel is run as those."""
+    """What `kernels.choose` picks for one equation. An op that is made of other ops and has no kernel runs as those."""
     if op.made_of_ops and not kernels.served(op.name):
         return kernels.Choice("xla", {})
     terms, operands = op.signature.operands, op.signature.by_place(avals, given)

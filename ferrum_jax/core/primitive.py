@@ -1,8 +1,8 @@
 """How an op becomes a JAX primitive.
 
-`define` takes a signature, a meaning in jnp and a derivative, and gives back the op: a function that checks its
-arguments and binds one equation, `ferrum_<name>`. What all ops share is decided here, once: eager calls, shapes,
-batching, forward and reverse differentiation. `lowering.py` has what an equation is compiled to.
+`define` takes a signature, a meaning in jnp and a derivative, and returns the op: a function that checks its arguments
+and binds one equation, `ferrum_<name>`. This file holds what all ops share: eager calls, shapes, batching, forward and
+reverse differentiation. `lowering.py` says what an equation is compiled to.
 
 Only this file and `lowering.py` touch jax.extend and jax.interpreters.
 """
@@ -24,13 +24,13 @@ from . import lowering
 from . import signature as signatures
 from .sharding import equally_varying, in_auto_mesh, result_specs
 
-# The names of the operands that are transposed together -> the map that gives their cotangents.
+# The name of an operand, or the names of several, -> the function that returns the cotangent of it, or of each.
 Transposes = dict[str | tuple[str, ...], Callable[..., Any]]
 
 
 @dataclass(frozen=True, eq=False)
 class Op:
-    """An op, as `define` declares it. Its parameters are `define`'s."""
+    """An op. `define` makes it, and its docstring explains the fields."""
 
     name: str
     signature: signatures.Signature
@@ -44,20 +44,17 @@ class Op:
     made_of_ops: bool
     primitive: Primitive
 
-    def __call__(self, *args: Any, implementation: str | None = None, called: str = "", **params: Any) -> Any:
-        """Check the arguments and bind one equation. One result comes bare, several as a list.
-
-        Errors name the function that was `called`, if that is not the op's own.
-        """
-        name = called or self.name
-        signatures.one_of(name, "implementation", implementation, (None, *kernels.IMPLEMENTATIONS))
+    def __call__(self, *args: Any, implementation: str | None = None, **params: Any) -> Any:
+        """Check the arguments and bind one equation. Returns a single result by itself, several as a list."""
+        signatures.one_of(self.name, "implementation", implementation, (None, *kernels.IMPLEMENTATIONS))
         args += (None,) * (len(self.signature.operands) - len(args))
-        return self.bind(*signatures.checked(name, self.signature, *args), implementation=implementation, **params)
+        arrays = signatures.checked(self.name, self.signature, *args)
+        return self.bind(*arrays, implementation=implementation, **params)
 
     def bind(self, *operands: Array | None, **params: Any) -> Any:
-        """Bind one equation, of operands that have been checked; None is an optional one that is left out.
+        """Bind one equation of operands that have been checked. None stands for an optional one that is left out.
 
-        The equation's operands are those that are there. Its parameter `given` names the optional ones among them.
+        The equation holds only the operands that are there. Its parameter `given` names the optional ones among them.
         """
         if self.has_optional:
             terms = zip(self.signature.operands, operands, strict=True)
@@ -81,23 +78,24 @@ def define(
     export_error: str | None = None,
     made_of_ops: bool = False,
 ) -> Op:
-    """Declare an op. Everything that is called with its operands gets all of them, None for one that is left out.
+    """Declare an op. Its functions below are called with all its operands, None in place of one that is left out.
 
-    name, signature: the equation is named `ferrum_<name>`; see `signature.py` for the signature's language.
-    meaning(*operands, **params): the result (or a tuple of them) in jnp, of operands *without* leading axes.
-    sizes(sizes, **params): sizes of the results' axes that are no operand's, from those that are.
-    leading_axes: the meaning takes operands with their leading axes, and broadcasts these itself. For a meaning whose
+    name, signature: the equation is named `ferrum_<name>`; `signature.py` explains the signature's language.
+    meaning(*operands, **params): the result, or a tuple of results, in jnp. The operands have *no* leading axes.
+    sizes(sizes, **params): takes the sizes of the operands' axes by name, and returns those of the results' other axes.
+    leading_axes: True if the meaning takes operands with leading axes, and broadcasts these itself. For a meaning whose
         vmap would be wasteful.
-    transposes: for an op that is linear in each of some operands: the operand's name -> the map
-        (cotangent, *operands, **params) -> its cotangent; the operand itself comes as its abstract value. Cotangents of
-        several results come in a list. A key may be several names, of operands in which the op is linear together: then
-        all of these are abstract, and the map gives their cotangents in the key's order.
-    jvp(primals, results, tangents, **params): the results' tangents (None: no dependence); `tangents` holds None
-        where an operand does not vary. Without it, an op with `transposes` is differentiated in each of their operands,
-        and one with neither has no derivative.
-    made_of_ops: the meaning is made of other ops, and takes `implementation` for them. It is what is differentiated,
-        and what runs where no kernel does it in one.
-    export_error: why jax.export must not take this op, which then serves debugging and is none of the library's own.
+    transposes: for an op that is linear in some operands. Each operand's name has a function
+        (cotangent, *operands, **params) that returns the operand's cotangent. It gets the operand itself as an abstract
+        value, and of an op with several results a list of cotangents. If the op is linear in several operands taken
+        together, a tuple of their names has a function too, which returns their cotangents in that order.
+    jvp(primals, results, tangents, **params): returns the results' tangents, None for a result that does not depend on
+        what varies. `tangents` holds None for an operand that does not vary. Without a jvp, an op with `transposes` is
+        differentiated as a multilinear function of the operands that are named there. An op with neither has no
+        derivative.
+    made_of_ops: True if the meaning binds other ops, and takes `implementation` to pass on to them. JAX differentiates
+        the meaning then, and runs it where no kernel computes the whole.
+    export_error: the reason why jax.export must refuse this op. Only a debugging aid has one, and `which` skips it.
     """
     primitive = Primitive(f"ferrum_{name}")
     primitive.multiple_results = True
@@ -131,27 +129,27 @@ def define(
 
 
 def _eager(primitive: Primitive, *operands: Array, **params: Any) -> list[Array]:
-    with jax.disable_jit(False):  # under disable_jit too: an equation by itself has no other way to run
+    with jax.disable_jit(False):  # an equation can only run compiled, even under jax.disable_jit
         return _compiled(primitive, tuple(sorted(params.items())))(*operands)
 
 
 @functools.cache
 def _compiled(primitive: Primitive, params: tuple[tuple[str, Any], ...]) -> Callable[..., list[Array]]:
-    def run(*operands: Array) -> list[Array]:
+    def call(*operands: Array) -> list[Array]:
         return primitive.bind(*operands, **dict(params))
 
-    run.__name__ = primitive.name
-    # JAX's mark of its own eager calls. With it jax_debug_nans names the op instead of running it again, eagerly,
-    # which for a primitive that runs by jit has no end.
-    run._apply_primitive = True  # type: ignore[attr-defined]
-    return jax.jit(run)
+    call.__name__ = primitive.name
+    # JAX marks its own eager calls like this. Without the mark, jax_debug_nans would look for a NaN's origin by running
+    # the op again, eagerly, which comes back here and never ends. With it, jax_debug_nans just names the op.
+    call._apply_primitive = True  # type: ignore[attr-defined]
+    return jax.jit(call)
 
 
 # ---- shapes
 
 
 def abstract(op: Op, *avals: Any, implementation: str | None, given: tuple[str, ...] = (), **params: Any) -> list[Any]:
-    """Abstract values of the results. Each starts from an operand's and keeps what that carries: mesh, varying axes."""
+    """The results' abstract values. Each is made from an operand's, to keep its mesh and the axes it varies over."""
     terms = [t for t in op.signature.operands if not t.optional or t.name in given]
     sizes = signatures.sizes_of(terms, avals)
     dtypes: dict[str, Any] = {"weights": jnp.dtype("float32"), "ids": jnp.dtype("int32")}
@@ -181,7 +179,7 @@ def abstract(op: Op, *avals: Any, implementation: str | None, given: tuple[str, 
     return [r.update(sharding=r.sharding.update(spec=spec)) for r, spec in zip(results, specs, strict=True)]
 
 
-# ---- batching: the new axis goes first; an operand without it gets one of size 1
+# ---- batching: the new axis becomes the first; an operand that is not mapped gets an axis of size 1
 
 
 def _batch(op: Op, operands: Sequence[Array], axes: Sequence[int | None], **params: Any) -> tuple[Any, Any]:
@@ -198,23 +196,23 @@ def _batch(op: Op, operands: Sequence[Array], axes: Sequence[int | None], **para
 
 def _jvp(op: Op, primals: Any, tangents: Any, *, given: tuple[str, ...] = (), **params: Any) -> tuple[Any, Any]:
     primals = op.signature.by_place(primals, given)
-    known = op.signature.by_place([None if isinstance(t, ad.Zero) else t for t in tangents], given)
+    tangents = op.signature.by_place([None if isinstance(t, ad.Zero) else t for t in tangents], given)
     if op.made_of_ops:
-        return _jvp_of_ops(op, primals, known, **params)
+        return _jvp_of_ops(op, primals, tangents, **params)
     bound = op.bind(*primals, **params)
     results = bound if len(op.signature.results) > 1 else [bound]
-    if all([t is None for t in known]):
-        out: Sequence[Any] = [None] * len(results)
+    if all([t is None for t in tangents]):
+        result_tangents: Sequence[Any] = [None] * len(results)
     elif op.jvp:
-        out = op.jvp(primals, results, known, **params)
+        result_tangents = op.jvp(primals, results, tangents, **params)
     else:
-        out = [_multilinear_jvp(op, primals, known, **params)]
+        result_tangents = [_multilinear_jvp(op, primals, tangents, **params)]
     zeros = [ad.Zero(jax.typeof(r).to_tangent_aval()) for r in results]
-    return results, [z if t is None else t for t, z in zip(out, zeros, strict=True)]
+    return results, [z if t is None else t for t, z in zip(result_tangents, zeros, strict=True)]
 
 
 def _multilinear_jvp(op: Op, primals: list[Any], tangents: list[Any], **params: Any) -> Array | None:
-    """The sum, over the operands that vary, of the op with the operand's tangent in its place."""
+    """Add up, over the operands that vary, the op with that operand's tangent in its place."""
     terms = [
         op.bind(*primals[:i], tangents[i], *primals[i + 1 :], **params)
         for i, term in enumerate(op.signature.operands)
@@ -224,11 +222,12 @@ def _multilinear_jvp(op: Op, primals: list[Any], tangents: list[Any], **params: 
 
 
 def _jvp_of_ops(op: Op, primals: list[Any], tangents: list[Any], **params: Any) -> tuple[Any, Any]:
+    """Differentiate the op's meaning, which is made of other ops."""
     varying = [i for i, t in enumerate(tangents) if t is not None]
 
-    # Every operand is an argument of `run`, also one that does not vary: in_auto_mesh changes the sharding of
-    # arguments, and not that of values which a function closes over.
-    def run(primals: list[Any], tangents: list[Array]) -> tuple[Any, Any]:
+    # Every operand is an argument, even one that does not vary: in_auto_mesh changes the shardings of arguments only,
+    # not of values that the function closes over.
+    def jvp(primals: list[Any], tangents: list[Array]) -> tuple[Any, Any]:
         def of_varying(*some: Array) -> tuple[Array, ...]:
             by_place = dict(zip(varying, some, strict=True))
             operands = [by_place.get(i, x) for i, x in enumerate(primals)]
@@ -239,41 +238,43 @@ def _jvp_of_ops(op: Op, primals: list[Any], tangents: list[Any], **params: Any) 
     present = {t.name: jax.typeof(x) for t, x in zip(op.signature.operands, primals, strict=True) if x is not None}
     results = abstract(op, *present.values(), given=tuple(present), **params)
     mesh, specs = results[0].sharding.mesh, tuple(r.sharding.spec for r in results)
-    # Inside shard_map JAX cannot keep the scalars of another view for a gradient.
+    # Not inside shard_map: a gradient would have to keep scalars from in there, and JAX cannot keep those.
     if AxisType.Explicit in mesh.axis_types and AxisType.Manual not in mesh.axis_types:
-        run = in_auto_mesh(run, mesh, (specs, specs))
-    return run(list(primals), [tangents[i] for i in varying])
+        jvp = in_auto_mesh(jvp, mesh, (specs, specs))
+    return jvp(list(primals), [tangents[i] for i in varying])
 
 
 def _transpose(op: Op, cotangents: Any, *operands: Any, given: tuple[str, ...] = (), **params: Any) -> list[Any]:
     by_name = dict(zip([t.name for t in op.signature.operands], op.signature.by_place(operands, given), strict=True))
-    asked = {name: x.aval for name, x in by_name.items() if ad.is_undefined_primal(x)}
+    linear = {name: x.aval for name, x in by_name.items() if ad.is_undefined_primal(x)}  # those to transpose
     if all([isinstance(ct, ad.Zero) for ct in cotangents]):
-        found = [ad.Zero(a.to_cotangent_aval() if hasattr(a, "to_cotangent_aval") else a) for a in asked.values()]
+        results = [ad.Zero(a.to_cotangent_aval() if hasattr(a, "to_cotangent_aval") else a) for a in linear.values()]
     else:
-        several, (first, *_) = len(asked) > 1, asked
-        transpose = op.transposes.get(tuple(asked) if several else first)
+        names = tuple(linear)
+        transpose = op.transposes.get(names if len(names) > 1 else names[0])
         if not transpose:
-            raise TypeError(_not_linear(op, asked))
+            raise TypeError(_not_linear(op, names))
         cotangents = [ad.instantiate_zeros(ct) for ct in cotangents]
-        found = transpose(cotangents if len(cotangents) > 1 else cotangents[0], *(by_name | asked).values(), **params)
-        found = [_like(ct, aval) for ct, aval in zip(found if several else [found], asked.values(), strict=True)]
-    by_operand = dict(zip(asked, found, strict=True))
+        operands = (by_name | linear).values()
+        results = transpose(cotangents if len(cotangents) > 1 else cotangents[0], *operands, **params)
+        results = results if len(names) > 1 else [results]
+        results = [_like(ct, aval) for ct, aval in zip(results, linear.values(), strict=True)]
+    by_operand = dict(zip(linear, results, strict=True))
     return [by_operand.get(name) for name, x in by_name.items() if x is not None]
 
 
 def _not_linear(op: Op, together: Iterable[str]) -> str:
-    def listed(names: Iterable[str]) -> str:
+    def in_words(names: Iterable[str]) -> str:
         *most, last = names
         return f"{', '.join(most)} and {last}" if most else last
 
-    linear, asked = listed(name for name in op.transposes if isinstance(name, str)), listed(together)
-    at_once = "both" if linear == asked else asked
+    linear, wanted = in_words(name for name in op.transposes if isinstance(name, str)), in_words(together)
+    at_once = "both" if linear == wanted else wanted
     return f"{op.name}: it is linear in each of {linear}, and not in {at_once} at once: it cannot be transposed so"
 
 
 def _like(cotangent: Array, aval: Any) -> Array:
-    """The cotangent in its primal's shape and sharding: summed over the leading axes along which that was broadcast."""
+    """Bring a cotangent to its primal's shape and sharding. Sum the leading axes along which the primal broadcast."""
     wide = tuple([i for i, (have, want) in enumerate(zip(cotangent.shape, aval.shape, strict=True)) if have != want])
     if wide:
         cotangent = jnp.sum(cotangent, axis=wide, keepdims=True)

@@ -1,4 +1,4 @@
-"""Meshes: how operands' shardings become results', and how arrays are brought into the layout that a function needs."""
+"""Meshes: the results' shardings, and arrays brought to the sharding that a function needs."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,9 +10,10 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 
 def result_specs(op: str, results: Any, terms: Any, avals: Any, leading: int) -> list[PartitionSpec]:
-    """The results' shardings: an axis is sharded as the operand axis of its name is.
+    """The results' shardings: each axis is sharded as the operands' axis of the same name.
 
-    A mesh axis serves one axis of a result, the first. leading: how many leading axes there are.
+    Where two axes of a result would be sharded over one mesh axis, only the first of them is.
+    leading: the number of leading axes.
     """
     by_axis: dict[Any, Any] = {}
     for term, aval in zip(terms, avals, strict=True):
@@ -28,6 +29,7 @@ def result_specs(op: str, results: Any, terms: Any, avals: Any, leading: int) ->
 
 
 def _first_use(entries: Any) -> PartitionSpec:
+    """A spec of these entries, without those that name a mesh axis a second time."""
     used: set[Any] = set()
     spec = []
     for entry in entries:
@@ -38,21 +40,24 @@ def _first_use(entries: Any) -> PartitionSpec:
 
 
 def equally_varying(operands: Sequence[Array]) -> Sequence[Array]:
-    """Inside shard_map, operands that vary over the same manual axes: so their cotangents are summed over the rest."""
+    """Inside shard_map, make all operands vary over the manual axes that any of them varies over.
+
+    JAX then sums an operand's cotangent over the axes that were added to it.
+    """
     if not jax.sharding.get_abstract_mesh().manual_axes:
         return operands
     varying = [jax.typeof(x).manual_axis_type.varying for x in operands]
-    every = frozenset().union(*varying)
+    union = frozenset().union(*varying)
     return [
-        jax.lax.pcast(x, tuple(sorted(every - own)), to="varying") if every - own else x
-        for x, own in zip(operands, varying, strict=True)
+        jax.lax.pcast(x, tuple(sorted(union - axes)), to="varying") if union - axes else x
+        for x, axes in zip(operands, varying, strict=True)
     ]
 
 
-def in_auto_mesh(run: Callable[..., Any], mesh: AbstractMesh, out_sharding: Any) -> Callable[..., Any]:
-    """`run` with the mesh's Explicit axes as Auto ones: the compiler divides what is inside."""
+def in_auto_mesh(function: Callable[..., Any], mesh: AbstractMesh, out_sharding: Any) -> Callable[..., Any]:
+    """The function, traced with the mesh's Explicit axes as Auto ones, so that the compiler divides its work."""
     axes = tuple(n for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Explicit)
-    return jax.sharding.auto_axes(run, axes=axes, out_sharding=out_sharding)
+    return jax.sharding.auto_axes(function, axes=axes, out_sharding=out_sharding)
 
 
 def no_mesh() -> AbstractMesh:
@@ -61,7 +66,7 @@ def no_mesh() -> AbstractMesh:
 
 
 def tokens_of(x: Array, whole: bool = False) -> Array:
-    """[..., N] as [T, N]; with `whole`, replicated on every device.
+    """Reshape [..., N] to [T, N]. With `whole`, replicate it on every device.
 
     In an Explicit mesh JAX can merge axes only if none but the first is sharded, so the others are replicated first.
     """
@@ -70,18 +75,21 @@ def tokens_of(x: Array, whole: bool = False) -> Array:
         spec = [axes if i in (0, x.ndim - 1) and not whole else None for i, axes in enumerate(sharding.spec)]
         if tuple(spec) != tuple(sharding.spec):
             x = jax.sharding.reshard(x, sharding.update(spec=PartitionSpec(*spec)))
-    # Not -1 for the number of tokens: JAX cannot tell it where the width is 0.
+    # The number of tokens is spelled out: JAX cannot infer a -1 where the width is 0.
     return x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-def as_given(out: Array, given: Any) -> Array:
-    """The result with its tokens sharded as those that were given, so that what follows stays divided too."""
+def sharded_like(out: Array, x: Any) -> Array:
+    """Shard the leading axes of a layer's result as those of its input x, so that what follows stays divided too.
+
+    x: the input's abstract value. A mesh axis that now shards a leading axis no longer shards the last one.
+    """
     sharding = jax.typeof(out).sharding
     if AxisType.Explicit not in sharding.mesh.axis_types:
         return out
-    *lead, _ = given.sharding.spec
-    *own, last = sharding.spec
-    if own == lead:
+    *lead, _ = x.sharding.spec
+    *out_lead, last = sharding.spec
+    if out_lead == lead:
         return out
     taken = {name for axes in lead for name in (axes if isinstance(axes, tuple) else (axes,))}
     last = None if taken & {*(last if isinstance(last, tuple) else (last,))} - {None} else last

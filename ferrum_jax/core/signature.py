@@ -3,10 +3,10 @@
     "packed_down: rows[R,H], pairs_by_token: ids[T,K], pair_weights?: weights[T,K] -> rows[T,H]"
 
 The line gives every operand's name, kind and trailing axes. An operand whose name ends in `?` may be left out: None
-stands in its place. Each operand may have further leading (batch) axes: the same number on all operands, of equal sizes
-or of size 1, which broadcasts. From this line come the checks of a call's arguments, which happen once, in the public
-function, and the shapes, dtypes and shardings of the results. `KINDS` says what the kinds are. A result may also be a
-`product`: rows of the dtype that the op's parameter `dtype` names.
+stands in its place. All operands may have further leading (batch) axes, the same number of them, of equal sizes or of
+size 1, which broadcasts. The public function checks its arguments against this line, once. The shapes, dtypes and
+shardings of the results follow from it too. `KINDS` lists the kinds. A result may also be a `product`: rows of the
+dtype that the op's parameter `dtype` names.
 """
 
 import functools
@@ -24,12 +24,12 @@ ROW_DTYPES = ("float16", "bfloat16", "float32")
 
 
 class Kind(NamedTuple):
-    """The dtypes that an argument of this kind may have, in code and in words, and the one that it is used in."""
+    """Which dtypes an argument of this kind may have, as a test and in words, and to which dtype it is cast."""
 
     accepts: Callable[[Any], bool]
     dtypes: str
-    used_in: str | None = None  # None: its own
-    alike: bool = False  # all operands of this kind have one dtype
+    used_in: str | None = None  # None: it is not cast
+    alike: bool = False  # True: all operands of this kind must have one dtype
 
 
 def _is_row(dtype: Any) -> bool:
@@ -73,16 +73,18 @@ class Signature(NamedTuple):
         return any([term.optional for term in self.operands])
 
     def by_place(self, arrays: Sequence[Any], given: tuple[str, ...]) -> list[Any]:
-        """The operands in order, None where an optional one is not among those `given`."""
+        """One entry for each operand, in order: its array, or None for an optional one that `given` does not name."""
         rest = iter(arrays)
         return [next(rest) if not t.optional or t.name in given else None for t in self.operands]
 
 
 @functools.cache
 def parse(text: str) -> Signature:
+    """Read a signature line, in the language that the top of this file explains."""
+
     def terms(side: str) -> tuple[Term, ...]:
-        found = re.findall(r"(?:(\w+)(\??): )?(\w+)\[([\w,]*)\]", side)
-        return tuple(Term(name, kind, tuple(re.findall(r"\w+", axes)), mark == "?") for name, mark, kind, axes in found)
+        parts = re.findall(r"(?:(\w+)(\??): )?(\w+)\[([\w,]*)\]", side)
+        return tuple(Term(name, kind, tuple(re.findall(r"\w+", axes)), mark == "?") for name, mark, kind, axes in parts)
 
     operands, _, results = text.partition("->")
     return Signature(terms(operands), terms(results))
@@ -92,7 +94,7 @@ def parse(text: str) -> Signature:
 
 
 def as_int(op: str, name: str, value: Any, least: int = 1, most: int = INT32_MAX) -> int:
-    """A static size: a Python int in [least, most], and no bool."""
+    """Check a static size, and return it: a Python int in [least, most], and no bool."""
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -107,18 +109,20 @@ def as_int(op: str, name: str, value: Any, least: int = 1, most: int = INT32_MAX
 
 
 def as_bool(op: str, name: str, value: Any) -> bool:
-    """A static yes or no. What else Python takes for true, "no" among it, is an error."""
+    """Check a static yes or no, and return it. It must be a bool: Python takes other values for true, even "no"."""
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{op}: {name} must be True or False; got {type(value).__name__}")
     return bool(value)
 
 
 def one_of(op: str, name: str, value: Any, allowed: Sequence[Any]) -> None:
+    """Check a static choice."""
     if value not in allowed:
         raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
 
 
 def as_mask(op: str, token_mask: Any, shape: tuple[int, ...]) -> jax.Array:
+    """Check a mask of tokens, and return it as an array."""
     mask = jnp.asarray(token_mask)
     if mask.dtype != jnp.bool_:
         raise TypeError(f"{op}: token_mask must be bool; got {mask.dtype}")
@@ -131,43 +135,44 @@ def as_mask(op: str, token_mask: Any, shape: tuple[int, ...]) -> jax.Array:
 
 
 def checked(op: str, signature: Signature | str, *args: Any) -> list[Any]:
-    """The arguments as arrays of their kinds' dtypes, or the error that says which one is wrong, and how."""
+    """The arguments as arrays of their kinds' dtypes. An error says which one is wrong, and how."""
     terms = (parse(signature) if isinstance(signature, str) else signature).operands
     arrays: list[Any] = []
-    alike: dict[str, tuple[str, Any]] = {}
-    sizes: dict[str, tuple[int, str]] = {}
+    dtype_of_kind: dict[str, tuple[str, Any]] = {}  # with the name of the first operand of that kind
+    axes: dict[str, tuple[int, str]] = {}  # an axis's size, and the name of the first operand that has it
     lead: tuple[int, ...] | None = None
     for term, arg in zip(terms, args, strict=True):
         if arg is None and term.optional:
             arrays.append(None)
             continue
         kind = KINDS[term.kind]
-        usual = isinstance(arg, jax.Array) and (
+        fits_as_it_is = isinstance(arg, jax.Array) and (
             arg.dtype == kind.used_in if kind.used_in else arg.dtype.name in ROW_DTYPES
         )
-        array: Any = arg if usual else _as_kind(op, term, kind, arg)
+        array: Any = arg if fits_as_it_is else _as_kind(op, term, kind, arg)
         arrays.append(array)
         if kind.alike:
-            first, dtype = alike.setdefault(term.kind, (term.name, array.dtype))
+            first, dtype = dtype_of_kind.setdefault(term.kind, (term.name, array.dtype))
             if array.dtype != dtype:
                 raise TypeError(f"{op}: {term.name} must have the dtype of {first}, {dtype}; got {array.dtype}")
-        lead = _check_shape(op, term, array.shape, sizes, lead)
+        lead = _check_shape(op, term, array.shape, axes, lead)
     return arrays
 
 
 def _check_shape(
-    op: str, term: Term, shape: tuple[int, ...], sizes: dict[str, tuple[int, str]], lead: tuple[int, ...] | None
+    op: str, term: Term, shape: tuple[int, ...], axes: dict[str, tuple[int, str]], lead: tuple[int, ...] | None
 ) -> tuple[int, ...]:
-    """Check one operand's shape against those before it. Note its axes' sizes; return the broadcast leading axes."""
+    """Check one operand's shape against those before it. Add its axes to `axes`; return the broadcast leading axes."""
     leading = len(shape) - len(term.axes)
     if leading < 0:
         raise ValueError(f"{op}: {term.name} must be {term}, at least {len(term.axes)} axes; got shape {shape}")
     for axis, size in zip(term.axes, shape[leading:], strict=True):
-        known, source = sizes.setdefault(axis, (size, term.name))
+        known, source = axes.setdefault(axis, (size, term.name))
         if size != known:
             raise ValueError(
                 f"{op}: {term.name} must be {term} with {axis} = {known}, as in {source}; got shape {shape}"
             )
+        # No id counts along H, the width of a row.
         if axis != "H" and isinstance(size, int) and size > INT32_MAX:
             raise ValueError(f"{op}: {term.name} has {size} entries along {axis}; int32 ids allow {INT32_MAX}")
     own = shape[:leading]
@@ -181,7 +186,7 @@ def _check_shape(
 
 
 def broadcast(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The shape of both together, where sizes of 1 give way; None if they do not match. Sizes may be symbolic."""
+    """The shape that both leading axes broadcast to; None if they do not match. Sizes may be symbolic."""
     if len(one) != len(other):
         return None
     pairs = list(zip(one, other, strict=True))
@@ -191,6 +196,7 @@ def broadcast(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...] |
 
 
 def _as_kind(op: str, term: Term, kind: Kind, arg: Any) -> jax.Array:
+    """One argument as an array of its kind's dtype."""
     try:
         array = arg if isinstance(arg, jax.Array) else np.asarray(arg)
         if term.kind == "ids" and isinstance(array, np.ndarray) and np.issubdtype(array.dtype, np.integer):
@@ -206,7 +212,10 @@ def _as_kind(op: str, term: Term, kind: Kind, arg: Any) -> jax.Array:
 
 
 def _narrow(ids: Any, xp: Any) -> Any:
-    """int32 ids; a value that int32 cannot hold becomes -1, "none", and never another id by wrapping."""
+    """Ids as int32. A value that int32 cannot hold becomes -1, which is no id: a plain cast would make it another id.
+
+    xp: numpy or jax.numpy.
+    """
     if ids.dtype == xp.int32 or ids.dtype.itemsize < 4:
         return ids.astype(xp.int32)
     fits = (ids >= 0) & (ids <= xp.asarray(INT32_MAX, ids.dtype))
@@ -214,7 +223,7 @@ def _narrow(ids: Any, xp: Any) -> Any:
 
 
 def sizes_of(terms: Sequence[Term], arrays: Sequence[Any]) -> dict[str, Any]:
-    """The size of every named axis, and under "..." the broadcast leading axes, of operands that have been checked."""
+    """The sizes of all axes of checked operands, by name, and the broadcast leading axes, by the name "..."."""
     sizes: dict[str, Any] = {"...": ()}
     for term, array in zip(terms, arrays, strict=True):
         leading = len(array.shape) - len(term.axes)

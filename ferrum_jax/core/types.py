@@ -1,4 +1,4 @@
-"""What the ops return: named results, which pass through every transformation of JAX and through jax.export."""
+"""What the ops return: named results. They pass through every transformation of JAX and through jax.export."""
 
 import dataclasses
 import json
@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import jax
 from jax import export
 
-PACKED, PAIR_IDS = KINDS = "packed", "pair_ids"
+PACKED, PAIR_IDS = "packed", "pair_ids"  # the kinds of block-aligned tables: what a live slot holds
 
 
 class RouterOutput(NamedTuple):
@@ -19,10 +19,10 @@ class RouterOutput(NamedTuple):
 
 
 class _Table:
-    """What the tables share. Their arrays are the leaves of a pytree, the facts about them its static part.
+    """What all tables share. A table is a pytree: its arrays are the leaves, the facts about them are static.
 
-    A fact that is None is not known, and not checked. Nothing is checked when a table is made: JAX makes them of
-    whatever it puts in the place of arrays.
+    A fact that is None is unknown, and nobody checks it. Making a table checks nothing, because JAX also makes tables
+    of objects that stand for arrays.
     """
 
     facts: ClassVar[tuple[str, ...]]
@@ -32,7 +32,7 @@ class _Table:
         return iter([getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in self.facts])  # type: ignore[arg-type]
 
     def untyped(self) -> Self:
-        """The same arrays without the facts: what `jax.lax.cond` and a loop's carry need for tables of two origins."""
+        """The same arrays without the facts, for `jax.lax.cond` and loop carries, where tables' facts may differ."""
         return type(self)(*self)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..core.sharding import as_given, tokens_of
+from ..core.sharding import sharded_like, tokens_of
 from ..core.signature import as_int, checked, one_of, parse
 from ..core.types import RouterOutput
 from ..kernels import IMPLEMENTATIONS
@@ -147,7 +147,7 @@ def moe_mlp(
         weights = jnp.where((ids >= 0) & (ids < num_experts), weights, 0)
         rows = rows.reshape(*ids.shape, x.shape[-1])
         out = weighted_sum_op.bind(rows, weights, implementation=implementation)
-    return as_given(out.reshape(given.shape), given)
+    return sharded_like(out.reshape(given.shape), given)
 
 
 def _usual_flow(x: jax.Array, ids: jax.Array) -> str:

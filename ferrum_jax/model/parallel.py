@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
-from ..core.sharding import as_given, equally_varying, in_auto_mesh, tokens_of
+from ..core.sharding import equally_varying, in_auto_mesh, sharded_like, tokens_of
 from ..core.signature import as_bool, as_int, one_of
 from ..core.types import RouterOutput
 from ..ops.combine import moe_combine, moe_dispatch
@@ -168,7 +168,7 @@ def moe_mlp(
         out, dropped = _gathered(local, axis_name, x, ids, weights, experts)
     else:
         out, dropped = _exchanged(local, axis_name, exchange, x, ids, weights, experts, rows, implementation)
-    out = as_given(out.reshape(given.shape), given)
+    out = sharded_like(out.reshape(given.shape), given)
     return (out, dropped) if return_dropped else out
 
 
