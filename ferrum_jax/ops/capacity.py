@@ -1,4 +1,4 @@
-"""Capacity: at most so many pairs for each expert."""
+"""Capacity: each expert takes at most so many pairs, and the others are dropped."""
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,8 @@ def limit_capacity(
 ) -> tuple[RouterOutput, jax.Array]:
     """Keep at most `capacity` pairs of each expert, and drop the others: id -1, weight 0.
 
-    Shapes stay as they are. The weights that are kept are the same bits, and pass their gradient; a dropped one's is 0.
-    They are not normalised again.
+    Shapes stay as they are. Kept weights stay the same bits, and pass their gradient on; they are not normalised again.
+    The gradient of a dropped weight is 0.
 
     Args:
       router_output: expert_ids[..., T, K] of any integer dtype and expert_weights[..., T, K] of any float dtype, used
@@ -32,8 +32,8 @@ def limit_capacity(
 
     Returns:
       (RouterOutput(expert_ids[..., T, K] int32, expert_weights[..., T, K] float32), dropped[...] int32). `dropped`
-      counts the pairs that had an expert and lost it. A pair whose id is outside [0, E) has none to lose: it comes out
-      with id -1 and weight 0 too, and takes no capacity.
+      counts the pairs that had an expert and lost it. A pair whose id is outside [0, E) had none. It also comes out
+      with id -1 and weight 0, but is not counted, and takes no capacity.
 
     Raises:
       TypeError: `router_output` that is no pair of arrays, an array of another dtype, a size that is no int.
@@ -76,12 +76,13 @@ def _rank_meaning(expert_ids: jax.Array, weights: jax.Array | None = None, *, nu
 
 
 def _descending(weights: jax.Array) -> jax.Array:
-    """Integers that ascend where the weights descend. XLA would compare the floats without their subnormals."""
+    """Integers that ascend where the weights descend. XLA may take subnormal floats for 0 when it compares them."""
     bits = lax.bitcast_convert_type(rankable(weights), jnp.int32)
     return ~(bits ^ ((bits >> 31) & 0x7FFFFFFF))
 
 
-# A pair's place among those of its expert, in the order of pair ids or of weights; -1 without an expert.
+# Each pair's place among its expert's pairs, in the order of pair ids, or of weights if these are given. A pair without
+# an expert has -1.
 _rank = define(
     "rank_in_expert",
     "expert_ids: ids[T,K], expert_weights?: weights[T,K] -> ids[T,K]",

@@ -1,9 +1,10 @@
-"""Combine: rows to the experts and back. One family, in which each op is another's transpose.
+"""Combine: rows to the experts and back. The ops are one family: the transposes of each are other ops of it.
 
-Everything here is one trilinear form of rows y, weights w and tokens g over the pairs (t, k), L = sum of
-w[t,k] * <y[pairs[t,k]], g[t]>. Combine is its derivative by g, spread by y, row_dot by w; so each of the three has
-the other two as its transposes; both of combine's at once, of unique rows, are one op more, which passes over g and
-the rows once. Dispatch and collect are the same with unit weights; `weighted_sum.py` has it for rows in pair order.
+They all come from one trilinear form of rows y, weights w and tokens g, L = sum over the pairs (t, k) of
+w[t,k] * <y[pairs[t,k]], g[t]>. Combine is its derivative by g, spread that by y, and row_dot that by w. So each of the
+three has the other two as its transposes. With unique rows, one op more (`moe_combine_cotangents`) computes both
+cotangents of combine, and reads g and the rows once. Dispatch and collect are spread and combine with unit weights.
+`weighted_sum.py` has the same family for rows that stand in pair order.
 """
 
 import dataclasses
@@ -35,8 +36,8 @@ def moe_dispatch(
       x: [..., T, H] float16, bfloat16 or float32.
       packed_token_idx: [..., R] of any integer dtype; an index outside [0, T) gives a zero row. Or the table that holds
         it, whose pairs_by_token is then used too.
-      pairs_by_token: [..., T, K] of the same routing, if there is one. The gradient to x is then the sum of each
-        token's K rows, one gather; without it rows are added in float32 in a fixed order, which takes a sort.
+      pairs_by_token: [..., T, K] of the same routing, or None. With it the gradient to x gathers each token's K rows,
+        and adds them. Without it the rows must be sorted by token first. Sums are in float32, in a fixed order.
       implementation: None (see `which`), "xla", "triton" or "pallas".
 
     Returns:
@@ -70,16 +71,16 @@ def moe_combine(
 ) -> jax.Array:
     """Add each token's K rows, weighted: out[t] = sum over k of pair_weights[t,k] * packed_down[pairs_by_token[t,k]].
 
-    The sum is in float32, cast once at the end. A pair whose index is outside [0, R) is skipped by selection, never by
-    multiplying with 0, in the result and in every gradient: rows that nobody names may hold NaN.
+    The sum is in float32, cast once at the end. A pair whose index is outside [0, R) adds nothing, in the result and in
+    every gradient. It is left out by selection, not multiplied by 0, so rows that no pair names may hold NaN.
 
     Args:
       packed_down: [..., R, H] float16, bfloat16 or float32, rows grouped by expert.
-      pairs_by_token: [..., T, K] of any integer dtype; or the table that holds it, whose rows packed_down must be.
+      pairs_by_token: [..., T, K] of any integer dtype; or the table that holds it, and then packed_down has its P rows.
       pair_weights: [..., T, K] of any float dtype, used in float32.
-      unique_rows: a promise that no row is named twice, true of what `moe_build_pairs_by_token` makes; it makes the
-        gradient to packed_down cheaper. If it is false, that gradient's values are unspecified. None: True with a
-        table, False with an array.
+      unique_rows: True promises that no row is named twice, as is so in what `moe_build_pairs_by_token` makes. The
+        gradient to packed_down is then cheaper, and its values are unspecified if the promise is broken. None: True
+        with a table, False with an array.
       implementation: None (see `which`), "xla", "triton" or "pallas".
 
     Returns:
@@ -165,7 +166,7 @@ def _cotangents_meaning(
     return g_rows, _row_dot_meaning(rows, g, pairs, unique_rows=True)
 
 
-# ---- the family: every op with the transposes by which it is differentiated
+# ---- transposes and derivatives of the family
 
 
 def _dispatch_to_x(ct: Any, x: Any, *tables: Any, implementation: str | None) -> jax.Array:
@@ -176,7 +177,7 @@ def _collect_to_rows(ct: Any, rows: Any, *tables: Any, num_tokens: int, implemen
     return dispatch_op.bind(ct, *tables, implementation=implementation)
 
 
-# `how` is what combine's family has in common: unique_rows and implementation.
+# `**how` are the parameters that combine, spread and row_dot share: unique_rows and implementation.
 
 
 def _combine_to_rows(ct: Any, rows: Any, pairs: Any, weights: Any, **how: Any) -> jax.Array:
@@ -194,6 +195,9 @@ def _combine_jvp(primals: Any, results: Any, tangents: Any, **how: Any) -> list[
     return [
         combine_op.bind(rows if d_rows is None else d_rows, pairs, weights if d_weights is None else d_weights, **how)
     ]
+
+
+# The op `moe_combine_tangent` is linear in each of rows, weights, d_rows and d_weights.
 
 
 def _tangent_meaning(rows: Any, pairs: Any, weights: Any, d_rows: Any, d_weights: Any, **how: Any) -> jax.Array:
@@ -226,12 +230,12 @@ def _tangent_to_both(
 
 
 def _each(*maps: Callable[..., jax.Array]) -> Callable[..., list[jax.Array]]:
-    """The cotangents of several operands, each by its own map."""
+    """A transpose by several operands at once, made of the transposes by each."""
 
-    def of_all(*args: Any, **params: Any) -> list[jax.Array]:
-        return [to_one(*args, **params) for to_one in maps]
+    def transpose(*args: Any, **how: Any) -> list[jax.Array]:
+        return [to_one(*args, **how) for to_one in maps]
 
-    return of_all
+    return transpose
 
 
 def _spread_to_g(ct: Any, g: Any, pairs: Any, weights: Any, *, num_rows: int, **how: Any) -> jax.Array:
@@ -250,8 +254,8 @@ def _row_dot_to_g(ct: Any, rows: Any, g: Any, pairs: Any, **how: Any) -> jax.Arr
     return combine_op.bind(rows, pairs, ct, **how)
 
 
-# The cotangents of combine are cts = (that of rows, that of weights), and linear in g, in rows and weights together,
-# and in each of these.
+# The op `moe_combine_cotangents` has two results, combine's cotangents to rows and to weights. `cts` are the cotangents
+# of these two. The op is linear in g. It is also linear in rows and in weights, taken together or each alone.
 
 
 def _cotangents_to_g(cts: Any, g: Any, rows: Any, pairs: Any, weights: Any, *, implementation: str | None) -> jax.Array:
@@ -322,8 +326,8 @@ combine_op = define(
     transposes={"packed_down": _combine_to_rows, "pair_weights": _combine_to_weights},
     jvp=_combine_jvp,
 )
-# Combine's derivative by rows and weights at once. JAX transposes equation by equation: one equation for the sum of
-# both terms lets one op make both cotangents, in one pass over the rows.
+# Combine's derivative by rows and weights at once. JAX transposes one equation at a time. Because the sum of both terms
+# is one equation, its transpose can be one op that makes both cotangents and reads the rows once.
 _combine_tangent = define(
     "moe_combine_tangent",
     f"packed_down: rows[R,H], {_WEIGHTED}, d_packed_down: rows[R,H], d_pair_weights: weights[T,K] -> rows[T,H]",
@@ -335,7 +339,7 @@ _combine_tangent = define(
         "d_packed_down": _tangent_to_d_rows,
         "d_pair_weights": _tangent_to_d_weights,
         ("d_packed_down", "d_pair_weights"): _tangent_to_both,
-        # No term holds both of these, so each has its own cotangent.
+        # No term of the sum holds both operands of such a pair, so each has its own cotangent.
         ("packed_down", "pair_weights"): _each(_tangent_to_rows, _tangent_to_weights),
         ("packed_down", "d_packed_down"): _each(_tangent_to_rows, _tangent_to_d_rows),
         ("pair_weights", "d_pair_weights"): _each(_tangent_to_weights, _tangent_to_d_weights),

@@ -1,8 +1,9 @@
 """Grouped products: one matrix product per expert, fed by the tables.
 
-Everything here is one trilinear form of rows x, expert weights w and rows g over the live slots, L = sum over slots s
-of expert e of <x[s // K] @ w[e], g[s]>. The grouped product is its derivative by g, the transposed one by x (before
-the sum over a token's K choices), the outer one by w; so each of the three has the other two as its transposes.
+All ops here come from one trilinear form of rows x, expert weights w and rows g, L = sum over the live slots s of
+every expert e of <x[s // K] @ w[e], g[s]>. The grouped product is its derivative by g. The transposed product is that
+by x, before a token's K choices are added up. The outer product is that by w. So each of the three has the other two as
+its transposes.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,8 @@ from .activations import ACTIVATIONS
 from .grouped_meaning import outer_products, products
 from .tables import rows_per_row
 
-# JAX's names of precisions; `jax.default_matmul_precision` also takes names of algorithms, which count as "highest".
+# JAX's names of precisions, and what they mean here. `jax.default_matmul_precision` also takes names of algorithms,
+# which count as "highest".
 PRECISIONS = {
     **dict.fromkeys(("default", "fastest", "bfloat16", "tensorfloat32"), "default"),
     **dict.fromkeys(("high", "bfloat16_3x", "highest", "float32"), "highest"),
@@ -41,36 +43,38 @@ def grouped_matmul(
 ) -> jax.Array:
     """Multiply each row by its expert's matrix: out[s] = lhs[s // top_k] @ rhs[e] for the slots s of expert e's blocks.
 
-    Tables of packed rows take rows grouped by expert to rows grouped by expert. Tables of pair ids read the T tokens
-    themselves, without a gathered copy, and give P = T * K rows in pair order; P rows in pair order they take to such
-    rows, as the second product of a layer does. The work is that of the table's live
-    slots, never E times it. Products are added in float32. What no slot names is not read, in the result and in every
-    gradient: such rows, and matrices of experts without rows, may hold NaN; the latter's gradient is 0.
+    With tables of packed rows, lhs and the result are rows grouped by expert. With tables of pair ids, the result is
+    P = T * K rows in pair order. lhs is then the T tokens themselves, which are read without a gathered copy, or P rows
+    in pair order, as in the second product of a layer.
+
+    The work is that of the table's live slots, never E times it. Products are added in float32. Rows that no slot names
+    and matrices of experts without rows are never read, in the result and in every gradient, so they may hold NaN. The
+    gradient of such a matrix is 0.
 
     Args:
       lhs: [..., M, H] float16, bfloat16 or float32.
       rhs: [..., E, H, N] of lhs's dtype. A leading axis of size 1 is shared by the batch, not copied.
-      routing: of either kind, [...]; block_size is S / number of blocks. Its kind, E, K and P are checked against lhs,
-        rhs and `top_k`, as far as it knows them. A block counts if it starts before
-        `total_tokens_post_pad` and its expert is in [0, E); a slot in it counts if it is in [0, P). What does not count
-        is passed over, wherever it stands and whatever it holds. From one block that counts to the next the expert is
-        the same or a higher one, and no two slots that count name one row: so are the tables of this library. Of
-        others the values are unspecified.
-      top_k: rows of the result per row of lhs, >= 1. None: what the routing says, which is 1 with packed rows; with
-        pair ids K where lhs has T rows and 1 where it has P; and 1 where the routing does not know its kind. It must be
-        given where T and P rows fit one MoeRouting of pair ids, which happens with few of them; a MoePlan always knows.
-      activation: makes the product's halves, gate and up, one row of half the width: "silu", "gelu" (exact),
+      routing: of either kind, [...]; its block size is S / number of blocks. Its kind, E, K and P are checked against
+        lhs, rhs and `top_k`, as far as it knows them. A block counts if it starts before `total_tokens_post_pad` and
+        its expert is in [0, E). A slot in such a block counts if it is in [0, P). All others are passed over, wherever
+        they stand and whatever they hold. Experts must not descend from one block that counts to the next, and no two
+        slots that count may name one row. Tables of this library are so; with others that are not, values are
+        unspecified.
+      top_k: rows of the result per row of lhs, >= 1. None: as the routing says. That is 1 with packed rows, and where
+        the routing does not know its kind; with pair ids it is K if lhs has T rows, and 1 if lhs has P. Give it where
+        a MoeRouting of pair ids fits both T and P rows, which happens if there are few; a MoePlan can always tell.
+      activation: turns the product's halves, gate and up, into one row of half the width: "silu", "gelu" (exact),
         "gelu_tanh", "relu", "relu2" (squared), each times up; "swiglu_oai", that of gpt-oss: (up + 1) * gate *
-        sigmoid(1.702 * gate), gate clamped above at 7 and up to [-7, 7]. In float32; a kernel that fuses it spares the
-        product's way to memory and back. Where it is differentiated, the product is made, and kept for the gradient.
+        sigmoid(1.702 * gate), gate clamped above at 7 and up to [-7, 7]. It is computed in float32. A kernel that fuses
+        it never writes the product to memory. Under differentiation the product is written, and kept for the gradient.
       row_weights: [..., P], any float; row s of the result is multiplied by row_weights[s], in float32.
       preferred_element_type: the result's dtype, float16, bfloat16 or float32; default: lhs's. A cotangent is cast to
         lhs's dtype.
       precision: of float32 operands, in this product and its gradients. "highest" and "high": full float32.
-        "tensorfloat32" and "default": operands may be rounded, on NVIDIA GPUs that have it to TF32 with its 10 bits of
-        mantissa, on others as XLA does by default. JAX's other names and `jax.lax.Precision` mean the same. None: what
-        `jax.default_matmul_precision` says around the call; float32 if that is not set, or names an algorithm. Operands
-        of 16 bits are never rounded.
+        "tensorfloat32" and "default": operands may be rounded: to TF32, with 10 bits of mantissa, on NVIDIA GPUs that
+        have it; elsewhere as XLA does by default. JAX's other names and `jax.lax.Precision` are taken for one of these
+        two. None: what `jax.default_matmul_precision` says around the call, and full float32 if that is not set or
+        names an algorithm. Operands of 16 bits are never rounded.
       implementation: None (see `which`), "xla", "triton" or "pallas".
 
     Returns:
@@ -139,7 +143,7 @@ def product(
     precision: str,
     implementation: str | None,
 ) -> jax.Array:
-    """`grouped_matmul` of arguments that have been checked. packed_rows: each expert's rows lie together in lhs."""
+    """`grouped_matmul` of checked arguments. packed_rows: each expert's rows stand side by side in lhs."""
     operands = lhs, rhs, sorted_token_ids, block_ids, total
     settings: dict[str, Any] = {
         "top_k": top_k,
@@ -154,7 +158,7 @@ def product(
 
 
 def _checked_routing(op: str, routing: MoeRouting | MoePlan, lhs: jax.Array, rhs: jax.Array, top_k: Any) -> int:
-    """The rows of the result per row of lhs, where the routing is one for these rows and matrices."""
+    """Check that the routing fits these rows and matrices; return the rows of the result per row of lhs."""
     slots, blocks = jnp.shape(routing.sorted_token_ids)[-1], jnp.shape(routing.block_ids)[-1]
     if slots % blocks if blocks else slots:
         raise ValueError(
@@ -184,7 +188,7 @@ def _dtype(op: str, preferred: Any, default: Any) -> str:
 
 
 def as_precision(op: str, precision: Any, dtype: Any) -> str:
-    """The parameter of all products: "default" where float32 operands may be rounded to TF32, else "highest"."""
+    """The ops' parameter `precision`: "default" if operands are float32 and may be rounded, else "highest"."""
     name = precision.name.lower() if isinstance(precision, lax.Precision) else precision
     if name is not None:
         one_of(op, "precision", name, (None, *PRECISIONS))
@@ -194,14 +198,15 @@ def as_precision(op: str, precision: Any, dtype: Any) -> str:
 
 
 def unfinished(dtype: str) -> str:
-    """The dtype of a product before its bias and its activation, where these give rows of `dtype`.
+    """The dtype of a product that a bias or an activation turns into rows of `dtype`.
 
-    Keep float16 products in float32: they may overflow float16 before the activation brings them back into its range.
+    A float16 layer keeps such products in float32: they may overflow float16 before the activation brings them back
+    into its range.
     """
     return "bfloat16" if dtype == "bfloat16" else "float32"
 
 
-# ---- meanings, over any leading axes
+# ---- meanings, for operands with any leading axes. packed_rows is for kernels: the meaning is the same.
 
 
 def _matmul_meaning(
@@ -243,10 +248,12 @@ def _activated_meaning(
     *,
     activation: str | None,
     dtype: str,
+    top_k: int,
+    packed_rows: bool,
+    precision: str,
     implementation: str | None,
-    **settings: Any,
 ) -> jax.Array:
-    # Kept for the gradient: the product. Computed again from it: the activation's many float32 intermediates.
+    # The gradient keeps the product, and computes the activation's many float32 intermediates again from it.
     @jax.checkpoint
     def finish(rows: jax.Array, weights: jax.Array | None) -> jax.Array:
         rows = rows.astype(jnp.float32)
@@ -260,9 +267,11 @@ def _activated_meaning(
         slots,
         blocks,
         total,
+        top_k=top_k,
         dtype=unfinished(dtype),
+        packed_rows=packed_rows,
+        precision=precision,
         implementation=implementation,
-        **settings,
     )
     if row_weights is not None:
         row_weights = _masked.bind(row_weights, slots, blocks, total, num_experts=rhs.shape[-3], implementation=None)
@@ -278,8 +287,8 @@ def _masked_meaning(
     return jnp.where(jnp.zeros(row_weights.size, bool).at[slots].set(True, mode="drop"), row_weights, 0)
 
 
-# ---- the family: every op with the transposes by which it is differentiated. `how` is what all four have in common:
-# packed_rows, precision, implementation.
+# ---- transposes of the family. `**how` are the parameters that all its ops share: packed_rows, precision and
+# implementation. `**settings` are these and top_k; in `_activated_to` also dtype.
 
 
 def _to_lhs(ct: Any, lhs: Any, rhs: Any, *tables: Any, top_k: int, **how: Any) -> jax.Array:
@@ -315,7 +324,7 @@ def _outer_to_g(ct: Any, lhs: Any, g: Any, *tables: Any, num_experts: int, **set
 
 
 def _activated_to(operand: str) -> Callable[..., jax.Array]:
-    """For jax.linear_transpose alone: a gradient is that of the meaning."""
+    """The transpose by one operand. Only jax.linear_transpose asks for it: a gradient is that of the meaning."""
 
     def transpose(ct: jax.Array, *operands: Any, activation: str | None, **settings: Any) -> jax.Array:
         if activation and operand != "row_weights":
@@ -325,23 +334,22 @@ def _activated_to(operand: str) -> Callable[..., jax.Array]:
         place = [term.name for term in _activated.signature.operands].index(operand)
 
         def of_one(x: jax.Array) -> jax.Array:
-            given = [*operands[:place], x, *operands[place + 1 :]]
-            return _activated_meaning(*given, activation=activation, **settings)
+            return _activated_meaning(*operands[:place], x, *operands[place + 1 :], activation=activation, **settings)
 
         return jax.linear_transpose(of_one, operands[place])(ct)[0]
 
     return transpose
 
 
-def _masked_to_weights(ct: Any, row_weights: Any, *tables: Any, **params: Any) -> jax.Array:
-    return _masked.bind(ct, *tables, **params)
+def _masked_to_weights(ct: Any, weights: Any, *tables: Any, num_experts: int, implementation: str | None) -> jax.Array:
+    return _masked.bind(ct, *tables, num_experts=num_experts, implementation=implementation)
 
 
-def _product_sizes(sizes: dict[str, int], top_k: int, activation: str | None = None, **how: Any) -> dict[str, int]:
+def _product_sizes(sizes: dict[str, int], top_k: int, activation: str | None = None, **others: Any) -> dict[str, int]:
     return {"P": sizes["M"] * top_k, "F": sizes["N"] // 2 if activation else sizes["N"]}
 
 
-def _outer_sizes(sizes: dict[str, int], num_experts: int, **settings: Any) -> dict[str, int]:
+def _outer_sizes(sizes: dict[str, int], num_experts: int, **others: Any) -> dict[str, int]:
     return {"E": num_experts}
 
 
@@ -364,7 +372,7 @@ _activated = define(
     transposes={operand: _activated_to(operand) for operand in ("lhs", "rhs", "row_weights")},
     made_of_ops=True,
 )
-# A row that no slot names is 0, whatever its weight.
+# The row weights, with 0 for rows that no slot names: so such a row is 0 even if its weight is NaN.
 _masked = define(
     "grouped_row_weights",
     f"row_weights: weights[P], {_TABLES} -> weights[P]",

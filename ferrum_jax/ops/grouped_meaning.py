@@ -1,6 +1,7 @@
-"""What the grouped products mean: a loop in jnp over the blocks that count.
+"""The meanings of the grouped products: a loop in jnp over the live blocks.
 
-Operands come with their leading axes: a batch of products is one product with more blocks.
+Operands come with their leading axes. A batch of products is computed as one product with more blocks. A block is live
+if it starts before the table's total and its expert is one of the E.
 """
 
 import functools
@@ -24,6 +25,7 @@ def products(
     precision: str,
     transposed: bool,
 ) -> jax.Array:
+    """Each slot's row of lhs times the matrix of its block's expert, or times the transposed matrix."""
     lead, (num_rows, _) = lead_axes((lhs, 2), (rhs, 3), *_with_ranks(tables)), lhs.shape[-2:]
     num_pairs, width = num_rows * top_k, rhs.shape[-2 if transposed else -1]
     if 0 in (num_pairs, *tables[0].shape, *rhs.shape):
@@ -35,7 +37,7 @@ def products(
     def step(i: jax.Array, out: jax.Array) -> jax.Array:
         slice_id, expert, slot = live(i)
         zero = jnp.zeros_like(expert)
-        matrix = lax.dynamic_slice(rhs, (_of(rhs, slice_id), expert, zero, zero), (1, 1, *rhs.shape[2:]))[0, 0]
+        matrix = lax.dynamic_slice(rhs, (_own_slice(rhs, slice_id), expert, zero, zero), (1, 1, *rhs.shape[2:]))[0, 0]
         rows = _rows(lhs, slice_id, slot, top_k, num_pairs)
         rows = lax.dot_general(rows, matrix, contract, precision, preferred_element_type="float32")
         row = jnp.where((slot >= 0) & (slot < num_pairs), slot, num_pairs)
@@ -57,6 +59,7 @@ def outer_products(
     packed_rows: bool,
     precision: str,
 ) -> jax.Array:
+    """For each expert, the sum over its slots of the outer product of the slot's rows in lhs and in g."""
     tables = slots, blocks, total
     lead, num_pairs = lead_axes((lhs, 2), (g, 2), *_with_ranks(tables)), g.shape[-2]
     shape = num_experts, lhs.shape[-1], g.shape[-1]
@@ -84,38 +87,39 @@ def _size(lead: tuple[int, ...]) -> int:
 
 
 def _flat(x: jax.Array, lead: tuple[int, ...]) -> jax.Array:
-    """One leading axis: that of all slices, or of size 1 where the whole batch shares x, which is then not copied."""
+    """Merge the leading axes to one, of size 1 if the whole batch shares x, which is then not copied."""
     own, trailing = x.shape[: len(lead)], x.shape[len(lead) :]
     if _size(own) == 1:
         return x.reshape(1, *trailing)
     return jnp.broadcast_to(x, (*lead, *trailing)).reshape(_size(lead), *trailing)
 
 
-def _of(x: jax.Array, slice_id: jax.Array) -> jax.Array:
+def _own_slice(x: jax.Array, slice_id: jax.Array) -> jax.Array:
+    """Which slice of x serves this slice of the batch: the only one, if the batch shares x."""
     return jnp.zeros_like(slice_id) if x.shape[0] == 1 else slice_id
 
 
 def _live_blocks(tables: tuple[jax.Array, ...], lead: tuple[int, ...], num_experts: int) -> tuple[jax.Array, Any]:
-    """How many blocks count, in all slices together, and a function from i to the i-th: its slice, expert and slots."""
+    """The number of live blocks in all slices, and a function from i to the slice, expert and slots of the i-th one."""
     slots, blocks, total = (jnp.broadcast_to(t, (*lead, *t.shape[len(lead) :])) for t in tables)
     per_slice = blocks.shape[-1]
     block_size = slots.shape[-1] // max(per_slice, 1)
     starts = jnp.arange(per_slice, dtype=jnp.int32) * block_size
     before = lax.broadcast_in_dim(starts, blocks.shape, (blocks.ndim - 1,)) < total[..., None]
-    counts = ((blocks >= 0) & (blocks < num_experts) & before).reshape(-1)
-    # Not flatnonzero: in a module for several platforms XLA's CPU compiler aborts on it (jaxlib 0.11.2).
-    order = jnp.argsort(~counts, stable=True).astype(jnp.int32)
+    is_live = ((blocks >= 0) & (blocks < num_experts) & before).reshape(-1)
+    # Not flatnonzero: XLA's CPU compiler (jaxlib 0.11.2) aborts on it in a module for several platforms.
+    order = jnp.argsort(~is_live, stable=True).astype(jnp.int32)
     blocks, slots = blocks.reshape(-1), slots.reshape(blocks.size, block_size)
 
     def live(i: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         block = order[i]
         return block // per_slice, blocks[block], slots[block]
 
-    return jnp.sum(counts, dtype=jnp.int32), live
+    return jnp.sum(is_live, dtype=jnp.int32), live
 
 
 def _rows(x: jax.Array, slice_id: jax.Array, slot: jax.Array, top_k: int, num_pairs: int) -> jax.Array:
-    """A block's rows of x; zero rows at its padding, by selection."""
+    """The rows of x that a block's slots name. Padding gives zero rows, by selection, so NaN does not leak in."""
     named = (slot >= 0) & (slot < num_pairs)
-    rows = x.at[_of(x, slice_id), jnp.where(named, slot // top_k, 0)].get(mode="promise_in_bounds")
+    rows = x.at[_own_slice(x, slice_id), jnp.where(named, slot // top_k, 0)].get(mode="promise_in_bounds")
     return jnp.where(named[:, None], rows, 0)

@@ -1,4 +1,4 @@
-"""What training a router needs beside the layer: auxiliary losses, counts, and the update of a routing bias."""
+"""For training a router: auxiliary losses, counts of an expert's pairs, and the update of a routing bias."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from ..core.signature import INT32_MAX, as_int, as_mask, checked, one_of
 from .tables import moe_build_pairs_by_token
 
 NORMALIZATIONS = ("huggingface", "switch", "deepseek")
-SCORINGS = ("softmax", "sigmoid")
+LOSS_SCORINGS = ("softmax", "sigmoid")
 AxisName = str | Sequence[str] | None
 
 
@@ -29,31 +29,32 @@ def load_balancing_loss(
 ) -> jax.Array:
     """The auxiliary loss that spreads tokens over experts: E * sum over e of f_e * P_e.
 
-    With n tokens, of whose pairs c_e chose expert e, and scores p[t,e] that add up to 1 over a token's experts:
-    P_e = sum over t of p[t,e] / n; f_e is c_e / n ("huggingface") or c_e / (K * n) ("switch" and "deepseek"). An even
-    load gives K, or 1. The gradient goes to the logits through P; the counts are constants. Multiply with your own
-    coefficient.
+    There are n tokens. c_e of their pairs chose expert e. A token's scores p[t,e] add up to 1 over the experts. Then
+    P_e = sum over t of p[t,e] / n, and f_e is c_e / n ("huggingface") or c_e / (K * n) ("switch" and "deepseek"). An
+    even load gives a loss of K, or of 1. The gradient goes to the logits through P; the counts are constants. The loss
+    has no coefficient: multiply it with your own.
 
     - "huggingface": `load_balancing_loss_func` of https://github.com/huggingface/transformers, for all tokens together.
-    - "switch": that over K. At K = 1 it is the loss of Switch Transformers, https://arxiv.org/abs/2101.03961.
-    - "deepseek": that of each sequence, averaged over the sequences that have a token: the expert-level loss of
-      DeepSeek-V2, https://arxiv.org/abs/2405.04434, and with scoring="sigmoid" the sequence-wise loss of DeepSeek-V3,
-      https://arxiv.org/abs/2412.19437, whose ids are those chosen without the bias.
+    - "switch": the same divided by K. At K = 1 it is the loss of Switch Transformers, https://arxiv.org/abs/2101.03961.
+    - "deepseek": the loss "switch" of each sequence, averaged over the sequences that have a token. It is the
+      expert-level loss of DeepSeek-V2, https://arxiv.org/abs/2405.04434. With scoring="sigmoid", and ids that were
+      chosen without the bias, it is the sequence-wise loss of DeepSeek-V3, https://arxiv.org/abs/2412.19437.
 
     Args:
       logits: [..., T, E] float16, bfloat16 or float32; arithmetic is in float32. Leading axes are more tokens; with
         "deepseek" they are sequences, of T tokens each.
-      expert_ids: [..., T, K] of any integer dtype. A pair whose id is outside [0, E), such as one dropped by
-        `limit_capacity`, is in no count; its token still is.
+      expert_ids: [..., T, K] of any integer dtype. A pair whose id is outside [0, E), such as one that `limit_capacity`
+        dropped, is not counted; its token still is.
       num_experts: E, that of the logits.
       normalization: "huggingface", "switch" or "deepseek".
       scoring: p is the "softmax" of the logits, or their "sigmoid" divided by its sum over the experts.
-      token_mask: [..., T] bool; where it is False, the token, its pairs and its logits (NaN too) count nowhere. A token
-        whose logits are all -inf counts as masked.
-      axis_name: inside shard_map (with check_vma, JAX's default), the mesh axes that the tokens are spread over: value
-        and gradient are then those of all tokens together, however many are masked on each device.
-      batch_axis_name: the mesh axes that the leading axes are spread over. Only "deepseek" makes a difference: there
-        `axis_name` is for axes that cut sequences into parts.
+      token_mask: [..., T] bool. A False token, its pairs and its logits, even NaN, count nowhere. A token whose logits
+        are all -inf counts as masked.
+      axis_name: inside shard_map (with check_vma, JAX's default), the mesh axes that tokens are spread over. Value and
+        gradient are then those of all tokens together, however many are masked on each device. With "deepseek" these
+        are the axes that cut sequences into parts.
+      batch_axis_name: the mesh axes that whole sequences, the leading axes, are spread over. Only "deepseek" tells it
+        from `axis_name`.
 
     Returns:
       A float32 scalar; 0 without any token.
@@ -69,7 +70,7 @@ def load_balancing_loss(
     """
     op = "load_balancing_loss"
     one_of(op, "normalization", normalization, NORMALIZATIONS)
-    one_of(op, "scoring", scoring, SCORINGS)
+    one_of(op, "scoring", scoring, LOSS_SCORINGS)
     logits, ids = checked(op, "logits: rows[T,E], expert_ids: ids[T,K]", logits, expert_ids)
     num_experts = as_int(op, "num_experts", num_experts, most=INT32_MAX - 1)
     if logits.shape[-1] != num_experts:
@@ -83,7 +84,8 @@ def load_balancing_loss(
     counts = _counts(jnp.where(live[..., None], ids, -1), num_experts).astype(jnp.float32)
     mass = jnp.sum(jnp.where(live[..., None], scores, 0), axis=-2)
     tokens = jnp.sum(live, axis=-1, dtype=jnp.int32)
-    sums, choices = (counts, mass, tokens), 1 if normalization == "huggingface" else max(ids.shape[-1], 1)
+    sums = counts, mass, tokens
+    choices = 1 if normalization == "huggingface" else max(ids.shape[-1], 1)
     if normalization != "deepseek":
         sums = jax.tree.map(lambda x: jnp.sum(x, axis=tuple(range(tokens.ndim)), dtype=x.dtype), sums)
         counts, mass, tokens = _psum(sums, (*_names(axis_name), *_names(batch_axis_name)))
@@ -98,10 +100,10 @@ def router_z_loss(logits: jax.Array, *, token_mask: jax.Array | None = None, axi
 
     Args:
       logits: [..., E] float16, bfloat16 or float32; arithmetic is in float32. All axes but the last are tokens.
-      token_mask: [...] bool; where it is False, the token's logits (NaN too) count nowhere. A token whose logits are
-        all -inf counts as masked.
-      axis_name: inside shard_map (with check_vma, JAX's default), the mesh axes that the tokens are spread over: value
-        and gradient are then those of all tokens together, however many are masked on each device.
+      token_mask: [...] bool. The logits of a False token, even NaN, count nowhere. A token whose logits are all -inf
+        counts as masked.
+      axis_name: inside shard_map (with check_vma, JAX's default), the mesh axes that tokens are spread over. Value and
+        gradient are then those of all tokens together, however many are masked on each device.
 
     Returns:
       A float32 scalar; 0 without any token.
@@ -136,7 +138,7 @@ def expert_counts(
       expert_ids: [..., T, K] of any integer dtype; a value outside [0, E) is no expert and counts nowhere. Leading axes
         (layers, sequences) are slices of their own.
       num_experts: E, >= 1.
-      token_mask: [..., T] bool; the pairs of a token where it is False count nowhere.
+      token_mask: [..., T] bool; the pairs of a False token count nowhere.
       axis_name: inside shard_map, the mesh axes to add the counts over.
 
     Returns:
@@ -159,15 +161,15 @@ def expert_counts(
 
 
 def update_routing_bias(bias: jax.Array, counts: jax.Array, rate: jax.Array | float) -> jax.Array:
-    """Balance by bias, without a loss: bias + rate * sign(mean of the counts - counts).
+    """Balance the experts by a bias instead of a loss: bias + rate * sign(mean of the counts - counts).
 
-    An expert with fewer pairs than the mean of all experts becomes likelier to be chosen, one with more less so. The
-    comparison with the mean is exact.
+    The bias of an expert with fewer pairs than the mean of all experts grows, so that it is chosen more often. That of
+    an expert with more pairs shrinks. The comparison with the mean is exact.
 
     Args:
-      bias: [..., E] float16, bfloat16 or float32: what is added to the scores before experts are chosen by them.
-      counts: [..., E] of any integer dtype, such as `expert_counts` gives them, of all devices and of a whole step;
-        one past 2^31 - 1 counts as that.
+      bias: [..., E] float16, bfloat16 or float32: the bias that is added to the scores by which experts are chosen.
+      counts: [..., E] of any integer dtype: each expert's pairs in a whole step, on all devices, as `expert_counts`
+        gives them. A count above 2^31 - 1 is taken for 2^31 - 1.
       rate: a scalar, 0.001 in DeepSeek-V3.
 
     Returns:
@@ -191,7 +193,8 @@ def update_routing_bias(bias: jax.Array, counts: jax.Array, rate: jax.Array | fl
         raise TypeError(f"{op}: rate must be a real number; got {jnp.result_type(rate)}")
     if counts.shape[-1] > _MOST_EXPERTS:
         raise ValueError(f"{op}: counts must be of at most {_MOST_EXPERTS} experts; got shape {counts.shape}")
-    # As integers: a rounded mean would move experts that stand exactly at it. In two parts: their sum may not fit.
+    # In integers, because a rounded mean would move experts that stand exactly at it. The mean is made of quotients and
+    # remainders, because the sum of the counts may not fit int32.
     experts = max(counts.shape[-1], 1)
     whole, rest = (
         jnp.sum(part, axis=-1, keepdims=True, dtype=jnp.int32) for part in (counts // experts, counts % experts)
@@ -201,11 +204,11 @@ def update_routing_bias(bias: jax.Array, counts: jax.Array, rate: jax.Array | fl
     return (bias.astype(jnp.float32) + jnp.asarray(rate).astype(jnp.float32) * sign).astype(bias.dtype)
 
 
-_MOST_EXPERTS = 46_341  # whose remainders by their own number int32 can add up
+_MOST_EXPERTS = 46_341  # int32 holds the sum of E remainders, each at most E - 1, up to this E
 
 
 def _at_most_int32(counts: Any) -> Any:
-    """Counts that int32 cannot hold as the largest that it can: as ids they would be none."""
+    """Bound counts by the largest int32. They are checked as ids, and an id past int32 would become -1."""
     array = counts if isinstance(counts, jax.Array) else np.asarray(counts)
     if not jnp.issubdtype(array.dtype, jnp.integer) or jnp.iinfo(array.dtype).max <= INT32_MAX:
         return counts
@@ -213,7 +216,7 @@ def _at_most_int32(counts: Any) -> Any:
 
 
 def _tokens(op: str, logits: jax.Array, token_mask: Any) -> tuple[jax.Array, jax.Array]:
-    """The logits in float32, zeros in place of rows that do not count, and which do."""
+    """(logits in float32, with zeros for tokens that do not count, and which tokens count)."""
     x = logits.astype(jnp.float32)
     live = ~jnp.all(x == -jnp.inf, axis=-1)
     if token_mask is not None:
@@ -226,7 +229,7 @@ def _counts(ids: jax.Array, num_experts: int) -> jax.Array:
 
 
 def _balance(counts: jax.Array, mass: jax.Array, tokens: jax.Array, choices: int) -> jax.Array:
-    """E * sum of f_e * P_e over the last axis, from sums over tokens."""
+    """E * sum of f_e * P_e over the last axis. mass: the sum of each expert's scores over the tokens."""
     n = jnp.maximum(tokens, 1).astype(jnp.float32)[..., None]
     return jnp.sum(counts / (n * choices) * (mass / n), axis=-1) * counts.shape[-1]
 

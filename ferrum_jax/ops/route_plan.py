@@ -1,4 +1,4 @@
-"""Routing, and every table of what it chose: in one op where there is little to do, as in decode."""
+"""Routing and its tables together. If there is little to do, as in decode, both are one op."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from .routing import route_jvp, route_meaning, route_topk, with_leading_axes
 from .scoring import checked_settings
 from .tables import as_plan, checked_sizes, moe_plan, plan_meaning, table_sizes
 
-# One launch makes routing and tables up to here: see kernels/triton/route_plan.py.
+# The largest numbers of pairs and of logits for which one launch makes both: see kernels/triton/route_plan.py.
 ONE_OP_PAIRS, ONE_OP_LOGITS = 256, 4096
 
 
@@ -36,27 +36,28 @@ def moe_route_plan(
     expert_map: jax.Array | None = None,
     implementation: str | None = None,
 ) -> tuple[RouterOutput, MoePlan]:
-    """`route_topk`, and `moe_plan` of what it chose: on a GPU in one launch where there is little to do, as in decode.
+    """`route_topk`, and `moe_plan` of what it chose. If there is little to do, as in decode, one GPU launch does both.
 
-    One op, that is, up to 256 pairs T*K and 4,096 logits T*E, E rounded up to a power of two, of each slice of the
-    leading axes; with none of `forced_ids`, `token_mask` and `expert_map`, and no bias for each token. Else two.
+    Both are one op if each slice of the leading axes has at most 256 pairs T*K and 4,096 logits T*E, with E rounded up
+    to a power of two, none of `forced_ids`, `token_mask` and `expert_map` is given, and the bias is not one for each
+    token. Else they are two ops.
 
     Args:
       logits: [..., T, E] float16, bfloat16 or float32.
       top_k: K, experts per token, in [1, E], and in the groups kept.
       block_size: slots in a block, >= 1.
       pair_ids: live slots hold pair ids, not packed rows, as in `moe_plan`.
-      num_experts: experts of the tables; None: E, the usual. With an `expert_map`, as many as it maps to.
+      num_experts: how many experts the tables have; None: E. With an `expert_map`, as many as it maps to.
       scoring, norm_topk_prob, bias, num_groups, group_top_k, group_score, scale, zero_sum, forced_ids, token_mask,
         expert_map: as in `route_topk`; a preset gives most of them.
       implementation: None (see `which`), "xla" or "triton"; Pallas has no kernel of tables.
 
     Returns:
-      (RouterOutput, MoePlan), those of the two functions. The ids are the same bits, and the tables are bit for bit
-      those of the ids; with "softmax" scores and a bias or groups, ids agree where `route_topk` says that
-      implementations agree. A weight may differ by the rounding of the sum that it was divided by, since one launch
-      may add in another order: K terms, or all E without `norm_topk_prob` or with zero_sum="eps". Gradients are those
-      of `route_topk`.
+      (RouterOutput, MoePlan), as from the two functions. The tables are exactly those of the ids. The ids are the same
+      bits as those of `route_topk`; with "softmax" scores and a bias or groups, they agree where `route_topk` says that
+      implementations agree. A weight may differ by the rounding of the sum that it was divided by, because one launch
+      may add in another order. That sum has K terms, or all E without `norm_topk_prob` or with zero_sum="eps".
+      Gradients are those of `route_topk`.
 
     Raises:
       As `route_topk` and `moe_plan`; ValueError also for logits with fewer than two axes.
@@ -121,8 +122,13 @@ def moe_route_plan(
 
 
 def _are_few(tokens: int, top_k: int, experts: int) -> bool:
-    """Whether routing and tables are one op: up to this many pairs, and this many lanes of logits."""
-    return experts > 0 and tokens * top_k <= ONE_OP_PAIRS and tokens << (experts - 1).bit_length() <= ONE_OP_LOGITS
+    """Whether there is so little to do that routing and tables are one op."""
+    # A symbolic number of tokens takes the other way, where `moe_plan` refuses it in words.
+    known = experts > 0 and isinstance(tokens, int)
+    return known and tokens * top_k <= ONE_OP_PAIRS and tokens << (experts - 1).bit_length() <= ONE_OP_LOGITS
+
+
+# ---- the op. `**settings` are the fields of Selection and Weighing, and in the derivative also `implementation`.
 
 
 def _meaning(
@@ -142,7 +148,7 @@ def _jvp(
     return *route_jvp(primals, results[:2], tangents, **settings), *(None for _ in results[2:])
 
 
-def _sizes(sizes: dict[str, int], top_k: int, block_size: int, pair_ids: bool, **settings: Any) -> dict[str, int]:
+def _sizes(sizes: dict[str, int], top_k: int, block_size: int, **others: Any) -> dict[str, int]:
     return {"K": top_k, **table_sizes({**sizes, "K": top_k}, sizes["E"], block_size)}
 
 

@@ -29,44 +29,50 @@ def route_topk(
     expert_map: jax.Array | None = None,
     implementation: str | None = None,
 ) -> RouterOutput:
-    """Choose each token's `top_k` experts, and weigh them: the routers of most published models, by their settings.
+    """Choose each token's `top_k` experts, and weigh them. The settings give the routers of most published models.
 
-    A logit becomes a score; the `top_k` best are chosen by score plus `bias`, in the `group_top_k` best groups only;
-    the weights are the chosen scores, without the bias, divided by their sum if `norm_topk_prob`, times `scale`.
+    Each logit becomes a score. The `top_k` experts with the largest score plus `bias` are chosen, if there are groups
+    from the `group_top_k` best ones only. Their weights are their scores, without the bias, divided by the sum of these
+    if `norm_topk_prob`, times `scale`.
 
     The ids of a token are distinct, in [0, E) and of groups that were kept, whatever the logits and the bias hold.
-    Without bias and groups experts rank by float32 logit, as in `route_topk_softmax`, since every score grows with
-    it: the ids are the same bits on every implementation. With either they rank by float32 score plus bias, descending,
-    equal ones by smaller id, NaN last; implementations agree wherever what competes differs by more than 8 ulp of the
-    largest score or bias in it. The weights' derivative is exact, with the ids held constant; `bias` gets none.
+    Without bias and groups, experts rank by float32 logit as in `route_topk_softmax`, because every score grows with
+    the logit. The ids are then the same bits on every implementation. With a bias or groups, experts rank by float32
+    score plus bias, descending, equal ones by smaller id, NaN last. Implementations then agree wherever the competing
+    values differ by more than 8 ulp of the largest score or bias among them. The weights' derivative is exact, with the
+    ids held constant; `bias` gets none.
 
     Args:
-      logits: [..., E] float16, bfloat16 or float32; -inf masks an expert: its score is 0. Arithmetic is in float32.
+      logits: [..., E] float16, bfloat16 or float32. -inf masks an expert: its score is 0. Arithmetic is in float32.
       top_k: K, experts per token, in [1, E], and in the groups kept.
-      scoring: "softmax" over all E; "topk_softmax", over the chosen ones (the score that ranks them is the logit, and
-        `norm_topk_prob` changes nothing); "sigmoid"; "sqrt_softplus", sqrt(log(1 + exp(logit))).
+      scoring: "softmax", over all E; "topk_softmax", over the chosen experts: these rank by logit, and `norm_topk_prob`
+        changes nothing; "sigmoid"; "sqrt_softplus", sqrt(log(1 + exp(logit))).
       norm_topk_prob: divide the chosen scores by their sum.
       bias: [E] of any float dtype, or with the first of the leading axes of logits, equal or of size 1: [L, E] for
         logits[L, T, E].
-      num_groups: the experts form this many groups of E / num_groups neighbours; with `group_top_k`.
-      group_top_k: how many groups a token keeps, in [1, num_groups], equal ones by smaller id. The others are as if
-        masked by -inf. To keep all of them is to have no groups.
-      group_score: a group ranks by the sum of its two largest biased scores, "top2_sum" (by its one, where groups have
-        one expert), or by its largest, "max"; NaN ranks last, as among the scores.
-      scale: a number that the weights are multiplied by, last: 0, or normal and finite in float32.
-      zero_sum: the weights where the sum to divide by is 0, which it is where every chosen logit is -inf: "uniform",
-        1/K each; "zero"; or "eps", which divides by sum + 1e-20, always.
-      forced_ids: [..., K] of any integer dtype, the ids that another routing recorded. Weights and derivatives are as
-        if these had been chosen; bias and groups are not used. An id outside [0, E) comes back as -1, with weight 0.
+      num_groups: how many groups the experts form, each of E / num_groups neighbours. Goes with `group_top_k`.
+      group_top_k: how many groups a token keeps, in [1, num_groups]. Equal groups rank by smaller id. No expert of the
+        other groups is chosen. To keep all groups is to have none.
+      group_score: what a group ranks by. "top2_sum": the sum of its two largest scores plus bias, or its only one in
+        groups of one expert. "max": the largest. NaN ranks last.
+      scale: a number by which the weights are multiplied last: 0, or normal and finite in float32.
+      zero_sum: what the weights are if the sum to divide by is 0, as it is if every chosen logit is -inf. "uniform":
+        1/K each. "zero": 0. "eps": 0 too, since 1e-20 is then added to every sum, also to one that is not 0.
+      forced_ids: [..., K] of any integer dtype: ids that another routing recorded. Weights and derivatives are as if
+        these had been chosen; bias and groups are not used. An id outside [0, E) comes back as -1, with weight 0.
       token_mask: [...] bool; a False token has ids -1, weights 0 and gradient 0, whatever its logits hold.
-      expert_map: [E] of any integer dtype, applied to the ids last: an expert's id elsewhere, or -1. Weights stay.
+      expert_map: [E] of any integer dtype, applied to the ids last: for each expert another id, or -1. The weights do
+        not change.
       implementation: None (see `which`), "xla", "triton" or "pallas".
 
     Returns:
-      RouterOutput(expert_ids[..., K] int32, expert_weights[..., K] float32). NaN weights: all of a row that holds NaN
-      or +inf with "softmax", or that chose one with "topk_softmax"; else that of a NaN logit, or, where divided by
-      their sum, all of its row. A logit of +inf scores 1 with "sigmoid", and +inf with "sqrt_softplus", NaN divided.
-      In rows without NaN or +inf weights and gradients are finite, and a weight that the zero sum made has gradient 0.
+      RouterOutput(expert_ids[..., K] int32, expert_weights[..., K] float32).
+
+      In rows without NaN and +inf, weights and gradients are finite, and a weight that `zero_sum` gave has gradient 0.
+      With "softmax", a row that holds NaN or +inf has NaN weights; with "topk_softmax", a row that chose one of these.
+      With "sigmoid" and "sqrt_softplus" a chosen NaN has a NaN weight, and so has all of its row if the weights are
+      divided by their sum. +inf scores 1 with "sigmoid". With "sqrt_softplus" it scores +inf, which divided by the sum
+      becomes NaN.
 
     Raises:
       TypeError: dtypes other than these, `top_k`, `num_groups` or `group_top_k` that is no int, `norm_topk_prob` no
@@ -74,11 +80,11 @@ def route_topk(
       ValueError: shapes that do not fit logits, sizes out of range, E not divisible by `num_groups`, top_k above
         group_top_k * E / num_groups, one group option without the other, a `scale` neither 0 nor finite and
         normal, an unknown `scoring`, `group_score`, `zero_sum` or `implementation`.
-      NotImplementedError: the implementation asked for cannot run here; the message says why. `forced_ids` have xla's
-        alone.
+      NotImplementedError: the implementation asked for cannot run here; the message says why. Only "xla" takes
+        `forced_ids`.
 
-    Scores, bias and groups are those of DeepSeek-V3, https://arxiv.org/abs/2412.19437; to replay the routing of another
-    pass is the method of Ma et al., https://arxiv.org/abs/2510.11370.
+    Scores, bias and groups are those of DeepSeek-V3, https://arxiv.org/abs/2412.19437. Replaying the routing of another
+    pass, by `forced_ids`, is the method of Ma et al., https://arxiv.org/abs/2510.11370.
 
     >>> import jax.numpy as jnp
     >>> logits = jnp.array([[0.0, 2.0, 1.0, -1.0]])
@@ -109,7 +115,7 @@ def route_topk(
     forced_ids = _beside(op, "forced_ids", forced_ids, (*lead, selection.top_k))
     expert_map = _beside(op, "expert_map", expert_map, (experts,))
     token_mask = None if token_mask is None else as_mask(op, token_mask, tuple(lead))
-    if token_mask is not None:  # before the routing, so that no gradient touches what a masked row holds
+    if token_mask is not None:  # before the routing, so that no gradient passes through what a masked row holds
         logits = jnp.where(token_mask[..., None], logits, jnp.zeros((), logits.dtype))
     if forced_ids is None:
         ids, weights = _route_op(logits, bias, selection, weighing, implementation)
@@ -131,9 +137,9 @@ def route_topk_softmax(
 ) -> RouterOutput:
     """Choose each token's `top_k` experts by logit, and weigh them by softmax.
 
-    The experts of a token are distinct and in [0, E), whatever the logits: ranked by float32 logit, descending, equal
-    logits by smaller id; -0 equals +0, subnormals keep their order, NaN ranks last. The ids are the same bits on every
-    implementation. The weights' derivative is exact, with the ids held constant.
+    The experts of a token are distinct and in [0, E), whatever the logits hold. They rank by float32 logit, descending,
+    equal logits by smaller id; -0 equals +0, subnormals keep their order, NaN ranks last. The ids are the same bits on
+    every implementation. The weights' derivative is exact, with the ids held constant.
 
     Args:
       logits: [..., E] float16, bfloat16 or float32; -inf masks an expert. Arithmetic is in float32.
@@ -143,15 +149,15 @@ def route_topk_softmax(
 
     Returns:
       RouterOutput(expert_ids[..., K] int32, expert_weights[..., K] float32). A row that holds NaN or +inf has NaN
-      weights; a row of -inf only has 1/K each if `norm_topk_prob`, else 0, and gradient 0.
+      weights. A row of nothing but -inf has weights 1/K if `norm_topk_prob`, else 0, and gradient 0.
 
     Raises:
       TypeError: logits of another dtype, `top_k` that is no int, `norm_topk_prob` no bool.
       ValueError: `top_k` outside [1, E], logits without axes, an unknown `implementation`.
       NotImplementedError: the implementation asked for cannot run here; the message says why.
 
-    The method is that of the Ferrum engine's router, after Shazeer et al., https://arxiv.org/abs/1701.06538, except
-    that it ranks logits, not probabilities: these underflow to ties.
+    The method is that of the Ferrum engine's router, after Shazeer et al., https://arxiv.org/abs/1701.06538. But it
+    ranks logits instead of probabilities, which may underflow to equal ones.
 
     >>> import jax.numpy as jnp
     >>> ids, weights = route_topk_softmax(jnp.array([[1.0, 3.0, 2.0, -1.0]]), 2)
@@ -181,13 +187,13 @@ def _route_op(
 
 
 def with_leading_axes(op: str, bias: Any, leading: int) -> jax.Array:
-    """The bias with as many leading axes as an operand beside it."""
+    """The bias with this many leading axes; the missing ones, of size 1, go before its last axis."""
     (array,) = checked(op, "bias: weights[E]", bias)
     return jnp.expand_dims(array, tuple(range(array.ndim - 1, leading)))
 
 
 def _beside(op: str, name: str, value: Any, shape: tuple[Any, ...]) -> Any:
-    """An optional array of ids that goes with the logits, of the shape that these give it."""
+    """Check an optional array of ids that goes with the logits, and so must have this shape."""
     if value is None:
         return None
     (array,) = checked(op, f"{name}: ids[K]", value)
@@ -226,9 +232,12 @@ def route_jvp(
     norm_topk_prob: bool,
     scale: float,
     zero_sum: str,
-    **selection: Any,
+    **unused: Any,
 ) -> tuple[None, jax.Array | None]:
-    """The tangent of the weights: the ids are held constant, so how they were selected does not matter."""
+    """The tangents: none of the ids, which are held constant, and that of the weights.
+
+    unused: the fields of Selection, and implementation. How the ids were selected does not matter here.
+    """
     ids, weights = results
     weighing = Weighing(scoring, norm_topk_prob, scale, zero_sum)
     return None, weight_tangent(primals[0], ids, weights, tangents[0], weighing)
@@ -260,7 +269,7 @@ def _renamed_meaning(ids: jax.Array, expert_map: jax.Array) -> jax.Array:
     return jnp.where(local < 0, -1, local)
 
 
-def _route_sizes(sizes: dict[str, int], top_k: int, **settings: Any) -> dict[str, int]:
+def _route_sizes(sizes: dict[str, int], top_k: int, **others: Any) -> dict[str, int]:
     return {"K": top_k}
 
 

@@ -1,4 +1,4 @@
-"""Rows by index, in jnp: to take them without reading past the end, and to add them up in a fixed order."""
+"""Rows by index, in jnp: taken without reading past the end, and added up in a fixed order."""
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +8,10 @@ from .tables import counting_sort
 
 
 def rows_at(rows: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """rows[index] in float32, and where the index is a row; the other entries of the result are some row.
+    """(rows[index] in float32, whether each index is that of a row). For any other index some row is taken.
 
-    XLA would fuse whatever makes the index, and compute it anew for each of a row's elements: up to 30 times slower.
+    The barrier is for speed: without it XLA may fuse the gather with what makes the index, and compute each index anew
+    for every element of its row.
     """
     index = lax.optimization_barrier(index)
     valid = (index >= 0) & (index < rows.shape[0])
@@ -19,18 +20,18 @@ def rows_at(rows: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def add_rows(terms: jax.Array, dest: jax.Array, num_rows: int) -> jax.Array:
-    """out[r] = the sum of the terms whose dest is r, in a fixed order: a pairwise tree over each destination's terms.
+    """out[r] = the sum of the terms whose dest is r, added in a fixed order.
 
-    Terms a b c d e of one destination, side by side after the sort, become (a+b) . (c+d) . e, then (a+b+c+d) . . . e,
-    then their sum in the first place. A scatter-add would leave the order to atomics on a GPU. The tree's depth is the
-    logarithm of the most terms that any destination has, found at run time.
+    On a GPU a scatter-add would leave the order to atomics. So the terms are sorted by destination, and those of each
+    destination are added as a tree: a b c d e become (a+b) . (c+d) . e, then (a+b+c+d) . . . e, then their sum in the
+    first place. The number of steps is the logarithm of the most terms that any destination has, found at run time.
     """
     if terms.shape[0] == 0 or num_rows == 0:
         return jnp.zeros((num_rows, *terms.shape[1:]), terms.dtype)
     order, offsets = counting_sort(dest, num_rows)
     counts = jnp.diff(offsets)
     index = jnp.arange(terms.shape[0], dtype=jnp.int32)
-    dest = dest[order]  # out of range, it borrows the bounds of another row, and its sums are never read
+    dest = dest[order]  # a dest that is out of range gets the bounds of some other row; nobody reads its sums
     first = offsets.at[dest].get(mode="clip", wrap_negative_indices=False)
     end = jnp.where(index < offsets[-1], offsets.at[dest + 1].get(mode="clip", wrap_negative_indices=False), 0)
 

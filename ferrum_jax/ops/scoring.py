@@ -1,4 +1,4 @@
-"""How a router chooses experts by their scores, and weighs them: settings, meaning in jnp, and derivative."""
+"""How a router chooses experts by their scores, and weighs them: the settings, the meaning in jnp, the derivative."""
 
 import math
 import numbers
@@ -38,7 +38,7 @@ class Weighing(NamedTuple):
 def _checked_selection(
     op: str, experts: int, top_k: Any, num_groups: Any, group_top_k: Any, group_score: str
 ) -> Selection:
-    """The selection in its one form: where all groups are kept there are none."""
+    """Check these settings. Settings that mean the same come back the same: without groups, if all are kept."""
     top_k = as_int(op, "top_k", top_k, 1, experts)
     one_of(op, "group_score", group_score, GROUP_SCORES)
     without_groups = Selection(top_k, None, None, None)
@@ -61,7 +61,7 @@ def _checked_selection(
     if group_top_k == num_groups:
         return without_groups
     if num_groups == experts:
-        group_score = "max"  # the sum of the two best scores of one expert is its one
+        group_score = "max"  # the same as "top2_sum" in groups of one expert
     return Selection(top_k, num_groups, group_top_k, group_score)
 
 
@@ -95,7 +95,7 @@ def checked_settings(
     scale: Any = 1.0,
     zero_sum: str = "uniform",
 ) -> tuple[Selection, Weighing]:
-    """A router's settings, by the names and defaults of `route_topk`."""
+    """Check a router's settings. Names and defaults are those of `route_topk`."""
     selection = _checked_selection(op, experts, top_k, num_groups, group_top_k, group_score)
     return selection, _checked_weighing(op, scoring, norm_topk_prob, scale, zero_sum)
 
@@ -111,7 +111,8 @@ def select(x: jax.Array, bias: jax.Array | None, scoring: str, selection: Select
     scores = _score(x, scoring) if bias is None else _score(x, scoring) + bias
     if num_groups is None or group_top_k is None:
         return lax.top_k(rankable(scores), top_k)[1].astype(jnp.int32)
-    # The groups kept, in order of their experts' ids, side by side: what is not there cannot be chosen, NaN or not.
+    # Choose among the kept groups alone, set side by side in the order of their experts' ids. Masking the other groups
+    # would not do: a masked expert ranks above a NaN.
     groups = scores.reshape(num_groups, -1)
     best = lax.top_k(rankable(groups), 2 if group_score == "top2_sum" else 1)[0]
     kept = jnp.sort(lax.top_k(rankable(jnp.sum(best, axis=1)), group_top_k)[1])
@@ -121,7 +122,7 @@ def select(x: jax.Array, bias: jax.Array | None, scoring: str, selection: Select
 
 
 def rankable(x: jax.Array) -> jax.Array:
-    """Floats which lax.top_k, that compares bits, ranks as the contract says: -0 as +0, and every NaN below -inf."""
+    """Floats that lax.top_k, which compares bits, ranks as `route_topk` promises: -0 as +0, every NaN below -inf."""
     bits = lax.bitcast_convert_type(x, jnp.int32)
     bits = jnp.where(bits == jnp.int32(-(2**31)), 0, bits)
     bits = jnp.where((bits & 0x7FFFFFFF) > 0x7F800000, -1, bits)
@@ -129,7 +130,7 @@ def rankable(x: jax.Array) -> jax.Array:
 
 
 def _score(x: jax.Array, scoring: str) -> jax.Array:
-    """What a bias is added to, of one row."""
+    """The scores of one token's experts, to which a bias is added."""
     if scoring == "topk_softmax":
         return x
     exponent, factor = _parts(x, scoring)
@@ -144,10 +145,13 @@ def _score(x: jax.Array, scoring: str) -> jax.Array:
 
 
 def _parts(x: jax.Array, scoring: str) -> tuple[jax.Array, jax.Array]:
-    """(exponent, factor): a score is factor * exp(exponent), so that scores too small for a float still compare."""
+    """(exponent, factor) such that the score is factor * exp(exponent).
+
+    With the exponents apart, scores that would underflow can still be compared and divided.
+    """
     if scoring == "sigmoid":
         return jnp.minimum(x, 0), 1 / (1 + jnp.exp(-jnp.abs(x)))
-    if scoring == "sqrt_softplus":  # below -40 it is exp(x / 2), to the last bit
+    if scoring == "sqrt_softplus":  # for x below -40 the score is exp(x / 2), to the last bit
         return jnp.minimum(x + 40, 0) / 2, jnp.sqrt(jax.nn.softplus(jnp.maximum(x, -40)))
     return x, jnp.ones_like(x)
 
@@ -163,20 +167,20 @@ def weigh(logits: jax.Array, ids: jax.Array, weighing: Weighing) -> jax.Array:
     live = (ids >= 0) & (ids < x.shape[0])
     chosen = x.at[ids].get(mode="fill", fill_value=-jnp.inf, wrap_negative_indices=False)
     exponent, factor = _parts(chosen, scoring)
-    # Relative to the largest of them, the terms' sum is 0 only where each of them really is.
+    # Take all terms relative to the largest one: then their sum is 0 only if each of them is exactly 0.
     largest = exponent if norm_topk_prob else x if scoring == "softmax" else jnp.zeros_like(x)
     base = _finite(jnp.max(largest))
     weights = factor * jnp.exp(exponent - base)
     if norm_topk_prob:
         total = jnp.sum(weights)
-        if zero_sum == "eps" and scoring != "topk_softmax":  # 1e-20, relative like the terms
+        if zero_sum == "eps" and scoring != "topk_softmax":  # add 1e-20, relative to the largest term too
             total += jnp.sum(jnp.exp(x - base + _LOG_EPS)) if scoring == "softmax" else jnp.exp(_LOG_EPS - base)
     else:
         total = jnp.sum(jnp.exp(x - base)) if scoring == "softmax" else jnp.float32(1)
     otherwise = 1 / ids.shape[0] if norm_topk_prob and zero_sum == "uniform" else 0
     weights = jnp.where(total == 0, otherwise, weights / total)
     if scoring == "softmax":
-        # Ask for NaN and +inf by name: on a CPU, XLA's maximum of a row with NaN is not always NaN.
+        # Ask for NaN and +inf explicitly: on a CPU, XLA's maximum of a row that holds NaN is not always NaN.
         weights = jnp.where(jnp.all(x < jnp.inf), weights, jnp.nan)
     weights = jnp.where(live, weights, 0)
     return weights if scale == 1 else weights * jnp.float32(scale)
@@ -185,7 +189,10 @@ def weigh(logits: jax.Array, ids: jax.Array, weighing: Weighing) -> jax.Array:
 def weight_tangent(
     logits: jax.Array, ids: jax.Array, weights: jax.Array, dlogits: jax.Array | None, weighing: Weighing
 ) -> jax.Array | None:
-    """d weights = weights * (d log score - its mean under what the weights are normalised by), with constant ids."""
+    """The tangent of the weights, with constant ids: weights * (d log score - mean).
+
+    mean: that of d log score over the experts whose scores make up the divisor of the weights, each by its share of it.
+    """
     scoring, norm_topk_prob, scale, zero_sum = weighing
     if dlogits is None or scale == 0:
         return None
@@ -196,23 +203,24 @@ def weight_tangent(
     if scoring == "sigmoid":
         change *= jax.nn.sigmoid(-chosen)
     elif scoring == "sqrt_softplus":
-        bounded = jnp.maximum(chosen, -40)  # where it is 1/2, to the last bit
+        bounded = jnp.maximum(chosen, -40)  # from -40 down the factor is 1/2, to the last bit
         change *= jax.nn.sigmoid(bounded) / (2 * jax.nn.softplus(bounded))
     constant, mean, outside = ~live, jnp.zeros_like(change), jnp.ones((), x.dtype)
     if norm_topk_prob:
         shares = weights / scale
         mean = jnp.sum(shares * change, axis=-1, keepdims=True)
-        outside = 1 - jnp.sum(shares, axis=-1, keepdims=True)  # what the 1e-20 of "eps" has of the sum
+        outside = 1 - jnp.sum(shares, axis=-1, keepdims=True)  # the share that the 1e-20 of "eps" has of the sum
         summed_to_zero = jnp.all(~live | (chosen == -jnp.inf), axis=-1, keepdims=True)
         constant |= summed_to_zero & ~jnp.isnan(weights)
     if scoring == "softmax" and (not norm_topk_prob or zero_sum == "eps"):
         masked = jnp.all(x == -jnp.inf, axis=-1, keepdims=True)
-        every = jnp.sum(jax.nn.softmax(jnp.where(masked, 0, x), axis=-1) * dx, axis=-1, keepdims=True)
-        mean += outside * every
+        over_all = jnp.sum(jax.nn.softmax(jnp.where(masked, 0, x), axis=-1) * dx, axis=-1, keepdims=True)
+        mean += outside * over_all
     return jnp.where(constant, 0, weights * (change - mean))
 
 
-# A token's values at its experts, and back: what the derivative of any router is made of.
+# The derivative of every router is made of these two ops: one takes a token's values at its experts' places, its
+# transpose puts values into these places.
 
 
 def _take_meaning(values: jax.Array, ids: jax.Array) -> jax.Array:
@@ -223,12 +231,12 @@ def _put_meaning(values: jax.Array, ids: jax.Array, *, num_experts: int) -> jax.
     return jnp.zeros(num_experts, values.dtype).at[ids].add(values, mode="drop", wrap_negative_indices=False)
 
 
-def _take_to_values(ct: Any, values: Any, ids: Any, **params: Any) -> jax.Array:
-    return _put.bind(ct, ids, num_experts=values.shape[-1], **params)
+def _take_to_values(ct: Any, values: Any, ids: Any, *, implementation: str | None) -> jax.Array:
+    return _put.bind(ct, ids, num_experts=values.shape[-1], implementation=implementation)
 
 
-def _put_to_values(ct: Any, values: Any, ids: Any, *, num_experts: int, **params: Any) -> jax.Array:
-    return _take.bind(ct, ids, **params)
+def _put_to_values(ct: Any, values: Any, ids: Any, *, num_experts: int, implementation: str | None) -> jax.Array:
+    return _take.bind(ct, ids, implementation=implementation)
 
 
 def _put_sizes(sizes: dict[str, int], num_experts: int) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Tables: which packed row each pair takes, and blocks of rows that belong to one expert."""
+"""Tables: which packed row each pair takes, and which expert owns each block of rows."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,9 +14,10 @@ from ..kernels import IMPLEMENTATIONS
 
 
 def max_aligned_rows(num_pairs: int, num_experts: int, block_size: int) -> int:
-    """S, the rows of a block-aligned table: enough for any routing of `num_pairs` pairs, and no block more.
+    """S, the rows of a block-aligned table: the fewest that are enough for every routing of `num_pairs` pairs.
 
-    At most m = min(num_experts, num_pairs) experts own a partly filled block; what is left fills whole ones.
+    At most m = min(num_experts, num_pairs) experts have rows. The first row of each opens a block, and the other P - m
+    rows open at most (P - m) // block_size more.
 
     Args:
       num_pairs: P = T * K, >= 0.
@@ -39,7 +40,7 @@ def max_aligned_rows(num_pairs: int, num_experts: int, block_size: int) -> int:
 
 
 def aligned_rows(num_pairs: int, num_experts: int, block_size: int) -> int:
-    """`max_aligned_rows` of sizes that have been checked, but that one of them may be symbolic."""
+    """`max_aligned_rows` of checked sizes. Only num_pairs is checked here: it may be symbolic, which is an error."""
     if not isinstance(num_pairs, int):
         as_int("max_aligned_rows", "num_pairs", num_pairs)
     busy = min(num_experts, num_pairs)
@@ -61,14 +62,14 @@ def moe_build_pairs_by_token(
     on every implementation.
 
     Args:
-      expert_ids: [..., T, K] of any integer dtype; a value outside [0, E) is no expert; its pair is counted nowhere.
+      expert_ids: [..., T, K] of any integer dtype; a pair whose value is outside [0, E) has no expert, and no row.
       num_experts: E, >= 1.
       implementation: None (see `which`), "xla" or "triton"; Pallas has no kernel of tables.
 
     Returns:
-      TokenPairs, int32, which also knows E and K:
+      TokenPairs of int32 arrays. It also knows E and K.
       pairs_by_token[..., T, K]: the packed row of each pair; -1 if it has no expert.
-      packed_token_idx[..., P]: the token of each packed row; T past the last live row.
+      packed_token_idx[..., P]: the token of each packed row; T past the last row that a pair has.
       expert_offsets[..., E+1]: expert e owns packed rows expert_offsets[e] to expert_offsets[e+1].
 
     Raises:
@@ -90,8 +91,9 @@ def moe_align_block_size(
 ) -> MoeRouting:
     """Lay the packed rows out in blocks of one expert each, each expert's rows padded up to a multiple of `block_size`.
 
-    Experts ascend; one without pairs has no block. The same on every implementation. With FERRUM_MOE_DUMP in the
-    environment (any value) while this is traced, the first table that is computed is printed to standard error.
+    Blocks stand in ascending order of their experts; an expert without pairs has no block. The table is the same on
+    every implementation. If FERRUM_MOE_DUMP is in the environment (with any value) while this is traced, the first
+    table that the process computes is printed to standard error.
 
     Args:
       expert_ids: [..., T, K] of any integer dtype; a value outside [0, E) is no expert.
@@ -100,11 +102,11 @@ def moe_align_block_size(
       implementation: None (see `which`), "xla" or "triton"; Pallas has no kernel of tables.
 
     Returns:
-      MoeRouting, int32, every entry written, which also knows its kind, E, K and `block_size`:
-      sorted_token_ids[..., S]: at a live slot its packed row (see `moe_build_pairs_by_token`); P at padding and in
-        the tail. S = `max_aligned_rows(P, E, block_size)`.
-      block_ids[..., S/block_size]: the expert that owns each block; -1 past the live blocks.
-      total_tokens_post_pad[...]: slots in live blocks.
+      MoeRouting of int32 arrays, with every entry written. It also knows its kind, E, K and `block_size`.
+      sorted_token_ids[..., S]: the packed row of each slot (see `moe_build_pairs_by_token`); P in slots that pad a
+        block, and past the last block. S = `max_aligned_rows(P, E, block_size)`.
+      block_ids[..., S/block_size]: the expert that owns each block; -1 past the last block.
+      total_tokens_post_pad[...]: how many slots the blocks have, padding included.
 
     Raises:
       TypeError: expert_ids of a dtype that is no integer; a size that is no int.
@@ -126,9 +128,9 @@ def moe_align_block_size(
 def moe_align_block_size_pair_ids(
     expert_ids: jax.Array, num_experts: int, block_size: int, *, implementation: str | None = None
 ) -> MoeRouting:
-    """`moe_align_block_size` with other values: a live slot holds its pair id p = t*K + k, not its packed row.
+    """`moe_align_block_size` with pair ids p = t*K + k in the slots, where that has packed rows.
 
-    Args, results, errors and source are those of `moe_align_block_size`. The token of a live slot is p // K.
+    Args, results, errors and source are those of `moe_align_block_size`. The token of a slot is p // K.
 
     >>> import jax.numpy as jnp
     >>> moe_align_block_size_pair_ids(jnp.array([[1, 0], [1, 2]]), 3, 2).sorted_token_ids.tolist()
@@ -147,17 +149,18 @@ def moe_plan(
     pair_ids: bool = False,
     implementation: str | None = None,
 ) -> MoePlan:
-    """Every table of a routing from one pass: those of `moe_build_pairs_by_token`, and the block-aligned ones.
+    """All tables of a routing in one pass: those of `moe_build_pairs_by_token`, and the block-aligned ones.
 
     Args:
       expert_ids: [..., T, K] of any integer dtype; a value outside [0, E) is no expert.
       num_experts: E, >= 1.
       block_size: slots in a block, >= 1.
-      pair_ids: live slots hold pair ids (`moe_align_block_size_pair_ids`), not packed rows (`moe_align_block_size`).
+      pair_ids: whether slots hold pair ids (`moe_align_block_size_pair_ids`) or packed rows (`moe_align_block_size`).
       implementation: None (see `which`), "xla" or "triton"; Pallas has no kernel of tables.
 
     Returns:
-      MoePlan, int32: the arrays of TokenPairs, then those of MoeRouting; it also knows its kind, E, K and `block_size`.
+      MoePlan of int32 arrays: those of TokenPairs, then those of MoeRouting. It also knows its kind, E, K and
+      `block_size`.
 
     Raises:
       As `moe_align_block_size`; TypeError also for `pair_ids` that is no bool.
@@ -176,7 +179,7 @@ def moe_plan(
 def plan(
     expert_ids: jax.Array, num_experts: int, block_size: int, pair_ids: bool, implementation: str | None
 ) -> MoePlan:
-    """`moe_plan` of arguments that have been checked."""
+    """`moe_plan` of checked arguments."""
     tables = _plan.bind(
         expert_ids, num_experts=num_experts, block_size=block_size, pair_ids=pair_ids, implementation=implementation
     )
@@ -186,7 +189,7 @@ def plan(
 def align(
     expert_ids: jax.Array, num_experts: int, block_size: int, pair_ids: bool, implementation: str | None
 ) -> MoeRouting:
-    """`moe_align_block_size` and `moe_align_block_size_pair_ids` of arguments that have been checked."""
+    """`moe_align_block_size`, or with `pair_ids` `moe_align_block_size_pair_ids`, of checked arguments."""
     tables = _aligned.bind(
         expert_ids, num_experts=num_experts, block_size=block_size, pair_ids=pair_ids, implementation=implementation
     )
@@ -198,7 +201,7 @@ def align(
 
 
 def as_plan(tables: Any, pair_ids: bool, num_experts: int, block_size: int) -> MoePlan:
-    """The plan of these six arrays, which is told to whoever listens."""
+    """Make a plan of its six arrays, and pass its aligned table to `on_aligned_table`."""
     num_tokens, top_k = tables[0].shape[-2:]
     kind = PAIR_IDS if pair_ids else PACKED
     plan = MoePlan(*tables, kind=kind, num_experts=num_experts, top_k=_known(top_k), block_size=block_size)
@@ -207,25 +210,27 @@ def as_plan(tables: Any, pair_ids: bool, num_experts: int, block_size: int) -> M
 
 
 def _known(size: Any) -> int | None:
-    """A size as a static fact: a symbolic one is none."""
+    """A size as a table's fact. A symbolic one becomes None, unknown."""
     return size if isinstance(size, int) else None
 
 
-def _tell_nobody(routing: MoeRouting, num_pairs: int) -> None:
+def _ignore(routing: MoeRouting, num_pairs: int) -> None:
     pass
 
 
-# Called with each aligned table that is traced, and its number of pairs. A floor above sets it: the routing dump, which
-# is built on the tables.
-on_aligned_table: Callable[[MoeRouting, int], None] = _tell_nobody
+# A hook: called with each aligned table that is traced, and with its number of pairs. The routing dump sets it. That is
+# built on the tables, so they cannot import it.
+on_aligned_table: Callable[[MoeRouting, int], None] = _ignore
 
 
 def checked_sizes(op: str, num_experts: Any, block_size: Any) -> tuple[int, int]:
+    """Check the static sizes of a block-aligned table."""
     num_experts = as_int(op, "num_experts", num_experts, most=INT32_MAX - 1)
     return num_experts, as_int(op, "block_size", block_size)
 
 
 def checked_ids(op: str, expert_ids: Any, implementation: Any) -> jax.Array:
+    """Check the other arguments of a block-aligned table."""
     one_of(op, "implementation", implementation, (None, *IMPLEMENTATIONS))
     return checked(op, _aligned.signature, expert_ids)[0]
 
@@ -234,7 +239,7 @@ def checked_ids(op: str, expert_ids: Any, implementation: Any) -> jax.Array:
 
 
 def packed_order(op: str, table: Any) -> TokenPairs | MoePlan:
-    """The table, if it is of packed rows: the order that dispatch makes and combine reads."""
+    """Check that a table is one of packed rows, as dispatch and combine need."""
     if not isinstance(table, TokenPairs | MoePlan):
         raise TypeError(f"{op}: the table must be a TokenPairs or a MoePlan; got {type(table).__name__}")
     if isinstance(table, MoePlan) and table.kind == PAIR_IDS:
@@ -246,7 +251,7 @@ def packed_order(op: str, table: Any) -> TokenPairs | MoePlan:
 
 
 def rows_per_row(op: str, routing: MoeRouting | MoePlan, rows: Any, top_k: int | None) -> int:
-    """How many rows of a grouped product each of `rows` rows gives: read off the table, or checked against it."""
+    """How many rows of a grouped product each of lhs's `rows` rows gives: read off the table, or checked against it."""
     if routing.kind is None:
         return 1 if top_k is None else top_k
     if routing.kind == PACKED:
@@ -261,10 +266,10 @@ def rows_per_row(op: str, routing: MoeRouting | MoePlan, rows: Any, top_k: int |
         of = "packed rows" if routing.kind == PACKED else f"pair ids with K = {routing.top_k}"
         allowed = " or ".join(map(str, possible))
         raise ValueError(f"{op}: top_k must be {allowed} with a routing of {of}; got {top_k}")
-    asked = possible if top_k is None else (top_k,)
-    fits = [k for k in asked if _fits(routing, rows * k)]
+    candidates = possible if top_k is None else (top_k,)
+    fits = [k for k in candidates if _fits(routing, rows * k)]
     if not fits:
-        wanted = " or ".join([f"{rows * k} rows of the result (top_k={k})" for k in asked])
+        wanted = " or ".join([f"{rows * k} rows of the result (top_k={k})" for k in candidates])
         raise ValueError(f"{op}: routing is of another number of pairs: lhs has {rows} rows, which make {wanted}")
     if len(fits) > 1:
         raise ValueError(
@@ -275,7 +280,10 @@ def rows_per_row(op: str, routing: MoeRouting | MoePlan, rows: Any, top_k: int |
 
 
 def _fits(routing: MoeRouting | MoePlan, num_pairs: Any) -> bool:
-    """Whether a table may be of so many pairs: P is the size of one of its arrays, or else S must be that of P."""
+    """Whether this may be a table of `num_pairs` pairs.
+
+    A plan has an array of P entries. A MoeRouting has only arrays of S entries, and S must be that of `num_pairs`.
+    """
     if isinstance(routing, MoePlan):
         return jnp.shape(routing.packed_token_idx)[-1] == num_pairs
     slots = jnp.shape(routing.sorted_token_ids)[-1]
@@ -287,15 +295,15 @@ def _fits(routing: MoeRouting | MoePlan, num_pairs: Any) -> bool:
 # ---- meanings
 
 
-def table_sizes(size: dict[str, int], num_experts: int, block_size: int = 1, pair_ids: bool = False) -> dict[str, int]:
-    """Sizes of every table's axes: P pairs, O offsets, S slots, B blocks."""
-    pairs = size["T"] * size["K"]
+def table_sizes(sizes: dict[str, int], num_experts: int, block_size: int = 1, pair_ids: bool = False) -> dict[str, int]:
+    """The sizes of the tables' axes: P pairs, O offsets, S slots, B blocks. They do not depend on `pair_ids`."""
+    pairs = sizes["T"] * sizes["K"]
     slots = aligned_rows(pairs, num_experts, block_size)
     return {"P": pairs, "O": num_experts + 1, "S": slots, "B": slots // block_size}
 
 
 def _pairs_meaning(expert_ids: jax.Array, *, num_experts: int) -> tuple[jax.Array, ...]:
-    return _pack(expert_ids, *counting_sort(expert_ids.reshape(-1), num_experts))
+    return _token_pairs(expert_ids, *counting_sort(expert_ids.reshape(-1), num_experts))
 
 
 def _aligned_meaning(
@@ -306,27 +314,28 @@ def _aligned_meaning(
 
 def plan_meaning(expert_ids: jax.Array, *, num_experts: int, block_size: int, pair_ids: bool) -> tuple[jax.Array, ...]:
     order, offsets = counting_sort(expert_ids.reshape(-1), num_experts)
-    return *_pack(expert_ids, order, offsets), *_fill_blocks(order, offsets, block_size, pair_ids)
+    return *_token_pairs(expert_ids, order, offsets), *_fill_blocks(order, offsets, block_size, pair_ids)
 
 
 def counting_sort(ids: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """(order[P], offsets[count+1]) of a flat array of ids: id i stands at the entries order[offsets[i]:offsets[i+1]].
+    """(order[P], offsets[count+1]) of a flat array of ids: ids[order[offsets[i]:offsets[i+1]]] are those that equal i.
 
-    Stable; entries outside [0, count) come last.
+    The sort is stable. Entries outside [0, count) come last.
     """
     entry = jnp.arange(ids.size, dtype=jnp.int32)
     key = jnp.where((ids >= 0) & (ids < count), ids, count)
     bits = ids.size.bit_length()
     if (count + 1) << bits <= INT32_MAX:
-        # Key and entry share one integer: a sort of single words is several times faster than one of pairs of words.
+        # Key and entry share one integer, because XLA sorts single words much faster than pairs of words.
         order = lax.sort(key << bits | entry) & ((1 << bits) - 1)
     else:
         order = lax.sort((key, entry), num_keys=1, is_stable=True)[1]
-    # Counts come from a scatter: a binary search of the sorted keys, unrolled into its users, compiles for minutes.
+    # Count by a scatter. A binary search of the sorted keys would be unrolled into all its users, and XLA would compile
+    # for minutes.
     return order, jnp.cumsum(jnp.zeros(count + 2, jnp.int32).at[key + 1].add(1)[:-1], dtype=jnp.int32)
 
 
-def _pack(expert_ids: jax.Array, order: jax.Array, offsets: jax.Array) -> tuple[jax.Array, ...]:
+def _token_pairs(expert_ids: jax.Array, order: jax.Array, offsets: jax.Array) -> tuple[jax.Array, ...]:
     num_tokens, top_k = expert_ids.shape
     row = jnp.arange(order.size, dtype=jnp.int32)
     live = row < offsets[-1]
@@ -339,22 +348,22 @@ def _fill_blocks(order: jax.Array, offsets: jax.Array, block_size: int, pair_ids
     num_blocks = aligned_rows(num_pairs, num_experts, block_size) // block_size
     counts = jnp.diff(offsets)
     blocks = -(-counts // block_size)
-    last = jnp.cumsum(blocks, dtype=jnp.int32)
+    end = jnp.cumsum(blocks, dtype=jnp.int32)
     block = jnp.arange(num_blocks, dtype=jnp.int32)
     # A block's owner is the number of experts whose blocks end at or before it.
-    owner = jnp.cumsum(jnp.zeros(num_blocks + 1, jnp.int32).at[last].add(1), dtype=jnp.int32)[:-1]
-    live = block < last[-1]
-    first = (last - blocks).at[owner].get(mode="clip")
+    owner = jnp.cumsum(jnp.zeros(num_blocks + 1, jnp.int32).at[end].add(1), dtype=jnp.int32)[:-1]
+    live = block < end[-1]
+    first = (end - blocks).at[owner].get(mode="clip")
     position = ((block - first) * block_size)[:, None] + jnp.arange(block_size, dtype=jnp.int32)[None]
     row = offsets.at[owner].get(mode="clip")[:, None] + position
     filled = live[:, None] & (position < counts.at[owner].get(mode="clip")[:, None])
     value = order.at[row].get(mode="clip") if pair_ids and num_pairs else row
     slots = jnp.where(filled, value, num_pairs).reshape(-1)
-    return slots, jnp.where(live, owner, -1), last[-1] * block_size
+    return slots, jnp.where(live, owner, -1), end[-1] * block_size
 
 
 def _owner_meaning(packed_token_idx: jax.Array, offsets: jax.Array) -> jax.Array:
-    # The number of experts whose rows end at or before a row.
+    # A row's owner is the number of experts whose rows end at or before it.
     ends = jnp.zeros(packed_token_idx.size + 1, jnp.int32).at[offsets[1:]].add(1, mode="drop")
     return jnp.cumsum(ends, dtype=jnp.int32)[:-1]
 
@@ -363,5 +372,5 @@ _IDS, _PAIRS, _BLOCKS = "expert_ids: ids[T,K]", "ids[T,K], ids[P], ids[O]", "ids
 _pairs = define("moe_build_pairs_by_token", f"{_IDS} -> {_PAIRS}", _pairs_meaning, sizes=table_sizes)
 _aligned = define("moe_align_block_size", f"{_IDS} -> {_BLOCKS}", _aligned_meaning, sizes=table_sizes)
 _plan = define("moe_plan", f"{_IDS} -> {_PAIRS}, {_BLOCKS}", plan_meaning, sizes=table_sizes)
-# The expert of each packed row; E past the last live row.
+# The expert of each packed row; E past the last row that a pair has.
 expert_of_row = define("expert_of_row", "packed_token_idx: ids[P], expert_offsets: ids[O] -> ids[P]", _owner_meaning)

@@ -1,4 +1,4 @@
-"""The weighted sum: combine for rows that already stand in pair order. Each op of the family is another's transpose."""
+"""The weighted sum: combine for rows that stand in pair order. The ops are one family: each transpose is another op."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from ..core.primitive import define
 def weighted_sum_batched(slots: jax.Array, weights: jax.Array, *, implementation: str | None = None) -> jax.Array:
     """Add each token's K slots, weighted: out[t] = sum over k of weights[t,k] * slots[t,k], in float32, cast once.
 
-    The sum of `moe_combine` for rows that already stand in pair order.
+    This is `moe_combine` for rows that already stand in pair order.
 
     Args:
       slots: [..., T, K, H] float16, bfloat16 or float32.
