@@ -46,7 +46,7 @@ def lower(
     if AxisType.Explicit in mesh.axis_types:
         run = in_auto_mesh(run, mesh, tuple(a.sharding.spec for a in ctx.avals_out))
     else:
-        # What one device computes has nothing to do with meshes.
+        # Trace the computation of one device outside any mesh.
         mesh = no_mesh()
         ctx = ctx.replace(avals_in=_local(ctx.avals_in), avals_out=_local(ctx.avals_out))
 
@@ -58,7 +58,7 @@ def lower(
 
 
 def _devices(axis_context: Any) -> int:
-    """Over how many devices the compiler will divide the program, or the shards that this part of it works on."""
+    """Over how many devices the compiler will divide the op. Axes that shard_map has divided already do not count."""
     mesh = getattr(axis_context, "mesh", None)
     if mesh is None:
         return getattr(axis_context, "num_devices", 1) or 1
@@ -70,7 +70,7 @@ def _local(avals: Sequence[Any]) -> list[Any]:
 
 
 def over_leading_axes(op: Any) -> Callable[..., tuple[Array, ...]]:
-    """The meaning over leading axes, which broadcast from size 1 without being copied."""
+    """The meaning, mapped over leading axes. An operand whose axis has size 1 is shared by the slices, not copied."""
 
     def run(*operands: Any, **params: Any) -> tuple[Array, ...]:
         if op.leading_axes or operands[0].ndim == len(op.signature.operands[0].axes):

@@ -131,7 +131,7 @@ def define(
 
 
 def _eager(primitive: Primitive, *operands: Array, **params: Any) -> list[Array]:
-    with jax.disable_jit(False):  # under disable_jit too: an equation by itself has no other way to run
+    with jax.disable_jit(False):  # An equation by itself can only run through jit, also under jax.disable_jit.
         return _compiled(primitive, tuple(sorted(params.items())))(*operands)
 
 
@@ -141,8 +141,8 @@ def _compiled(primitive: Primitive, params: tuple[tuple[str, Any], ...]) -> Call
         return primitive.bind(*operands, **dict(params))
 
     run.__name__ = primitive.name
-    # JAX's mark of its own eager calls. With it jax_debug_nans names the op instead of running it again, eagerly,
-    # which for a primitive that runs by jit has no end.
+    # JAX marks its own eager calls so. Where jax_debug_nans finds NaN, it then names the op; else it would call the
+    # function again, op by op, and each of these calls would come back here without end.
     run._apply_primitive = True  # type: ignore[attr-defined]
     return jax.jit(run)
 
@@ -151,7 +151,7 @@ def _compiled(primitive: Primitive, params: tuple[tuple[str, Any], ...]) -> Call
 
 
 def abstract(op: Op, *avals: Any, implementation: str | None, given: tuple[str, ...] = (), **params: Any) -> list[Any]:
-    """Abstract values of the results. Each starts from an operand's and keeps what that carries: mesh, varying axes."""
+    """The results' abstract values. They are made from an operand's, so that they keep its mesh and varying axes."""
     terms = [t for t in op.signature.operands if not t.optional or t.name in given]
     sizes = signatures.sizes_of(terms, avals)
     dtypes: dict[str, Any] = {"weights": jnp.dtype("float32"), "ids": jnp.dtype("int32")}
@@ -239,7 +239,7 @@ def _jvp_of_ops(op: Op, primals: list[Any], tangents: list[Any], **params: Any) 
     present = {t.name: jax.typeof(x) for t, x in zip(op.signature.operands, primals, strict=True) if x is not None}
     results = abstract(op, *present.values(), given=tuple(present), **params)
     mesh, specs = results[0].sharding.mesh, tuple(r.sharding.spec for r in results)
-    # Inside shard_map JAX cannot keep the scalars of another view for a gradient.
+    # Not inside shard_map: there JAX cannot save scalars from inside in_auto_mesh for the gradient.
     if AxisType.Explicit in mesh.axis_types and AxisType.Manual not in mesh.axis_types:
         run = in_auto_mesh(run, mesh, (specs, specs))
     return run(list(primals), [tangents[i] for i in varying])
@@ -273,7 +273,7 @@ def _not_linear(op: Op, together: Iterable[str]) -> str:
 
 
 def _like(cotangent: Array, aval: Any) -> Array:
-    """The cotangent in its primal's shape and sharding: summed over the leading axes along which that was broadcast."""
+    """Give a cotangent its primal's shape and sharding: sum over leading axes along which the primal was broadcast."""
     wide = tuple([i for i, (have, want) in enumerate(zip(cotangent.shape, aval.shape, strict=True)) if have != want])
     if wide:
         cotangent = jnp.sum(cotangent, axis=wide, keepdims=True)

@@ -10,9 +10,9 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 
 def result_specs(op: str, results: Any, terms: Any, avals: Any, leading: int) -> list[PartitionSpec]:
-    """The results' shardings: an axis is sharded as the operand axis of its name is.
+    """The results' shardings: an axis is sharded as the operands' axis of the same name.
 
-    A mesh axis serves one axis of a result, the first. leading: how many leading axes there are.
+    If two axes of a result would use one mesh axis, only the first does. leading: the number of leading axes.
     """
     by_axis: dict[Any, Any] = {}
     for term, aval in zip(terms, avals, strict=True):
@@ -38,7 +38,10 @@ def _first_use(entries: Any) -> PartitionSpec:
 
 
 def equally_varying(operands: Sequence[Array]) -> Sequence[Array]:
-    """Inside shard_map, operands that vary over the same manual axes: so their cotangents are summed over the rest."""
+    """Inside shard_map, make all operands vary over the same manual axes.
+
+    JAX then sums the cotangent of an operand over the axes along which the operand was the same.
+    """
     if not jax.sharding.get_abstract_mesh().manual_axes:
         return operands
     varying = [jax.typeof(x).manual_axis_type.varying for x in operands]
@@ -75,7 +78,7 @@ def tokens_of(x: Array, whole: bool = False) -> Array:
 
 
 def as_given(out: Array, given: Any) -> Array:
-    """The result with its tokens sharded as those that were given, so that what follows stays divided too."""
+    """Shard the result's tokens as the given array's are, so that what follows is divided in the same way."""
     sharding = jax.typeof(out).sharding
     if AxisType.Explicit not in sharding.mesh.axis_types:
         return out

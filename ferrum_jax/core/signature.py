@@ -107,7 +107,7 @@ def as_int(op: str, name: str, value: Any, least: int = 1, most: int = INT32_MAX
 
 
 def as_bool(op: str, name: str, value: Any) -> bool:
-    """A static yes or no. What else Python takes for true, "no" among it, is an error."""
+    """A static True or False. Other values that count as true in Python, such as "no", are errors."""
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{op}: {name} must be True or False; got {type(value).__name__}")
     return bool(value)
@@ -131,7 +131,7 @@ def as_mask(op: str, token_mask: Any, shape: tuple[int, ...]) -> jax.Array:
 
 
 def checked(op: str, signature: Signature | str, *args: Any) -> list[Any]:
-    """The arguments as arrays of their kinds' dtypes, or the error that says which one is wrong, and how."""
+    """Return the arguments as arrays of their kinds' dtypes, or raise the error that says which is wrong, and how."""
     terms = (parse(signature) if isinstance(signature, str) else signature).operands
     arrays: list[Any] = []
     alike: dict[str, tuple[str, Any]] = {}
@@ -181,7 +181,7 @@ def _check_shape(
 
 
 def broadcast(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The shape of both together, where sizes of 1 give way; None if they do not match. Sizes may be symbolic."""
+    """The shape that both broadcast to; None if there is none. Sizes may be symbolic."""
     if len(one) != len(other):
         return None
     pairs = list(zip(one, other, strict=True))
@@ -206,7 +206,7 @@ def _as_kind(op: str, term: Term, kind: Kind, arg: Any) -> jax.Array:
 
 
 def _narrow(ids: Any, xp: Any) -> Any:
-    """int32 ids; a value that int32 cannot hold becomes -1, "none", and never another id by wrapping."""
+    """The ids as int32. A value that int32 cannot hold becomes -1, which is no id; it never wraps to another id."""
     if ids.dtype == xp.int32 or ids.dtype.itemsize < 4:
         return ids.astype(xp.int32)
     fits = (ids >= 0) & (ids <= xp.asarray(INT32_MAX, ids.dtype))

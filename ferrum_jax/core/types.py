@@ -19,10 +19,10 @@ class RouterOutput(NamedTuple):
 
 
 class _Table:
-    """What the tables share. Their arrays are the leaves of a pytree, the facts about them its static part.
+    """What the tables share: a pytree whose leaves are arrays, and whose static part are facts about them.
 
-    A fact that is None is not known, and not checked. Nothing is checked when a table is made: JAX makes them of
-    whatever it puts in the place of arrays.
+    A fact that is None is not known, and not checked. Making a table checks nothing: JAX also makes tables of other
+    objects than arrays.
     """
 
     facts: ClassVar[tuple[str, ...]]

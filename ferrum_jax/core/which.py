@@ -80,7 +80,7 @@ def _is_array(x: Any) -> bool:
 
 
 def _devices(meshes: list[Any], arguments: list[Any]) -> int:
-    """Over how many devices the compiler divides an op: by its operands' mesh, the context's, or the arguments'."""
+    """Over how many devices the compiler divides an op, by the mesh of its operands, the context or the arguments."""
     for mesh in (*meshes, jax.sharding.get_abstract_mesh()):
         if not mesh.empty:
             axes = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
@@ -90,7 +90,7 @@ def _devices(meshes: list[Any], arguments: list[Any]) -> int:
 
 
 def _equations(jaxpr: Any) -> Iterator[Any]:
-    """The ops' equations, also those inside others: of calls, loops, branches, shards, and ops made of others alone."""
+    """The ops' equations, also inside calls, loops, branches, shard_map. An op without kernels counts as its parts."""
     for equation in jaxpr.eqns:
         op = OPS.get(equation.primitive)
         if op and op.made_of_ops and not kernels.served(op.name):

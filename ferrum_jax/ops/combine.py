@@ -176,7 +176,7 @@ def _collect_to_rows(ct: Any, rows: Any, *tables: Any, num_tokens: int, implemen
     return dispatch_op.bind(ct, *tables, implementation=implementation)
 
 
-# `how` is what combine's family has in common: unique_rows and implementation.
+# `how` holds the parameters that combine's family has in common: unique_rows and implementation.
 
 
 def _combine_to_rows(ct: Any, rows: Any, pairs: Any, weights: Any, **how: Any) -> jax.Array:
@@ -250,8 +250,7 @@ def _row_dot_to_g(ct: Any, rows: Any, g: Any, pairs: Any, **how: Any) -> jax.Arr
     return combine_op.bind(rows, pairs, ct, **how)
 
 
-# The cotangents of combine are cts = (that of rows, that of weights), and linear in g, in rows and weights together,
-# and in each of these.
+# Here `cts` is the pair of cotangents of the op's two results. The op is linear in g, and in rows and weights together.
 
 
 def _cotangents_to_g(cts: Any, g: Any, rows: Any, pairs: Any, weights: Any, *, implementation: str | None) -> jax.Array:

@@ -154,7 +154,7 @@ def product(
 
 
 def _checked_routing(op: str, routing: MoeRouting | MoePlan, lhs: jax.Array, rhs: jax.Array, top_k: Any) -> int:
-    """The rows of the result per row of lhs, where the routing is one for these rows and matrices."""
+    """Check that the routing is for these rows and matrices, and return how many rows each row of lhs gives."""
     slots, blocks = jnp.shape(routing.sorted_token_ids)[-1], jnp.shape(routing.block_ids)[-1]
     if slots % blocks if blocks else slots:
         raise ValueError(
@@ -246,7 +246,7 @@ def _activated_meaning(
     implementation: str | None,
     **settings: Any,
 ) -> jax.Array:
-    # Kept for the gradient: the product. Computed again from it: the activation's many float32 intermediates.
+    # The gradient keeps the product, and computes the activation's float32 intermediates again from it: they are many.
     @jax.checkpoint
     def finish(rows: jax.Array, weights: jax.Array | None) -> jax.Array:
         rows = rows.astype(jnp.float32)
@@ -278,8 +278,8 @@ def _masked_meaning(
     return jnp.where(jnp.zeros(row_weights.size, bool).at[slots].set(True, mode="drop"), row_weights, 0)
 
 
-# ---- the family: every op with the transposes by which it is differentiated. `how` is what all four have in common:
-# packed_rows, precision, implementation.
+# ---- the family: every op with the transposes by which it is differentiated. `how` holds the parameters that all four
+# have in common: packed_rows, precision, implementation. `settings` are these and top_k.
 
 
 def _to_lhs(ct: Any, lhs: Any, rhs: Any, *tables: Any, top_k: int, **how: Any) -> jax.Array:
@@ -315,7 +315,7 @@ def _outer_to_g(ct: Any, lhs: Any, g: Any, *tables: Any, num_experts: int, **set
 
 
 def _activated_to(operand: str) -> Callable[..., jax.Array]:
-    """For jax.linear_transpose alone: a gradient is that of the meaning."""
+    """The transpose by one operand. Only jax.linear_transpose uses it: gradients go through the meaning."""
 
     def transpose(ct: jax.Array, *operands: Any, activation: str | None, **settings: Any) -> jax.Array:
         if activation and operand != "row_weights":

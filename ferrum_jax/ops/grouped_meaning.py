@@ -84,7 +84,7 @@ def _size(lead: tuple[int, ...]) -> int:
 
 
 def _flat(x: jax.Array, lead: tuple[int, ...]) -> jax.Array:
-    """One leading axis: that of all slices, or of size 1 where the whole batch shares x, which is then not copied."""
+    """Merge the leading axes into one. If the whole batch shares x, that axis has size 1, and x is not copied."""
     own, trailing = x.shape[: len(lead)], x.shape[len(lead) :]
     if _size(own) == 1:
         return x.reshape(1, *trailing)
@@ -103,7 +103,7 @@ def _live_blocks(tables: tuple[jax.Array, ...], lead: tuple[int, ...], num_exper
     starts = jnp.arange(per_slice, dtype=jnp.int32) * block_size
     before = lax.broadcast_in_dim(starts, blocks.shape, (blocks.ndim - 1,)) < total[..., None]
     counts = ((blocks >= 0) & (blocks < num_experts) & before).reshape(-1)
-    # Not flatnonzero: in a module for several platforms XLA's CPU compiler aborts on it (jaxlib 0.11.2).
+    # argsort, not flatnonzero: on that XLA's CPU compiler aborts in a module for several platforms (jaxlib 0.11.2).
     order = jnp.argsort(~counts, stable=True).astype(jnp.int32)
     blocks, slots = blocks.reshape(-1), slots.reshape(blocks.size, block_size)
 
@@ -115,7 +115,7 @@ def _live_blocks(tables: tuple[jax.Array, ...], lead: tuple[int, ...], num_exper
 
 
 def _rows(x: jax.Array, slice_id: jax.Array, slot: jax.Array, top_k: int, num_pairs: int) -> jax.Array:
-    """A block's rows of x; zero rows at its padding, by selection."""
+    """The rows of x that a block names. Its padding gives zero rows: they are selected, so that NaN cannot pass."""
     named = (slot >= 0) & (slot < num_pairs)
     rows = x.at[_of(x, slice_id), jnp.where(named, slot // top_k, 0)].get(mode="promise_in_bounds")
     return jnp.where(named[:, None], rows, 0)

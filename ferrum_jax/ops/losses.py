@@ -191,7 +191,8 @@ def update_routing_bias(bias: jax.Array, counts: jax.Array, rate: jax.Array | fl
         raise TypeError(f"{op}: rate must be a real number; got {jnp.result_type(rate)}")
     if counts.shape[-1] > _MOST_EXPERTS:
         raise ValueError(f"{op}: counts must be of at most {_MOST_EXPERTS} experts; got shape {counts.shape}")
-    # As integers: a rounded mean would move experts that stand exactly at it. In two parts: their sum may not fit.
+    # Compare integers: a rounded mean would move an expert that stands exactly at it. The mean comes in two parts,
+    # quotients and remainders, because the sum of the counts may not fit int32.
     experts = max(counts.shape[-1], 1)
     whole, rest = (
         jnp.sum(part, axis=-1, keepdims=True, dtype=jnp.int32) for part in (counts // experts, counts % experts)
@@ -201,11 +202,11 @@ def update_routing_bias(bias: jax.Array, counts: jax.Array, rate: jax.Array | fl
     return (bias.astype(jnp.float32) + jnp.asarray(rate).astype(jnp.float32) * sign).astype(bias.dtype)
 
 
-_MOST_EXPERTS = 46_341  # whose remainders by their own number int32 can add up
+_MOST_EXPERTS = 46_341  # so many remainders, each below that number, still add up within int32
 
 
 def _at_most_int32(counts: Any) -> Any:
-    """Counts that int32 cannot hold as the largest that it can: as ids they would be none."""
+    """Lower counts that int32 cannot hold to the largest that it can. As ids they would become -1."""
     array = counts if isinstance(counts, jax.Array) else np.asarray(counts)
     if not jnp.issubdtype(array.dtype, jnp.integer) or jnp.iinfo(array.dtype).max <= INT32_MAX:
         return counts
@@ -213,7 +214,7 @@ def _at_most_int32(counts: Any) -> Any:
 
 
 def _tokens(op: str, logits: jax.Array, token_mask: Any) -> tuple[jax.Array, jax.Array]:
-    """The logits in float32, zeros in place of rows that do not count, and which do."""
+    """The logits in float32, with zeros in rows that do not count; and the mask of the rows that do."""
     x = logits.astype(jnp.float32)
     live = ~jnp.all(x == -jnp.inf, axis=-1)
     if token_mask is not None:

@@ -181,7 +181,7 @@ def _route_op(
 
 
 def with_leading_axes(op: str, bias: Any, leading: int) -> jax.Array:
-    """The bias with as many leading axes as an operand beside it."""
+    """The bias, with leading axes of size 1 put in until it has as many as the operand beside it."""
     (array,) = checked(op, "bias: weights[E]", bias)
     return jnp.expand_dims(array, tuple(range(array.ndim - 1, leading)))
 

@@ -8,9 +8,9 @@ from .tables import counting_sort
 
 
 def rows_at(rows: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """rows[index] in float32, and where the index is a row; the other entries of the result are some row.
+    """rows[index] in float32, and a mask of the indices that are in range. Out of range, some other row is returned.
 
-    XLA would fuse whatever makes the index, and compute it anew for each of a row's elements: up to 30 times slower.
+    The barrier keeps XLA from fusing whatever makes the index: it would compute it again for each element of a row.
     """
     index = lax.optimization_barrier(index)
     valid = (index >= 0) & (index < rows.shape[0])

@@ -38,7 +38,7 @@ class Weighing(NamedTuple):
 def _checked_selection(
     op: str, experts: int, top_k: Any, num_groups: Any, group_top_k: Any, group_score: str
 ) -> Selection:
-    """The selection in its one form: where all groups are kept there are none."""
+    """Check the settings. Settings that mean the same get one form: groups that are all kept become no groups."""
     top_k = as_int(op, "top_k", top_k, 1, experts)
     one_of(op, "group_score", group_score, GROUP_SCORES)
     without_groups = Selection(top_k, None, None, None)
@@ -111,7 +111,7 @@ def select(x: jax.Array, bias: jax.Array | None, scoring: str, selection: Select
     scores = _score(x, scoring) if bias is None else _score(x, scoring) + bias
     if num_groups is None or group_top_k is None:
         return lax.top_k(rankable(scores), top_k)[1].astype(jnp.int32)
-    # The groups kept, in order of their experts' ids, side by side: what is not there cannot be chosen, NaN or not.
+    # Put the kept groups side by side, by expert id. What is not there cannot be chosen, whatever it holds.
     groups = scores.reshape(num_groups, -1)
     best = lax.top_k(rankable(groups), 2 if group_score == "top2_sum" else 1)[0]
     kept = jnp.sort(lax.top_k(rankable(jnp.sum(best, axis=1)), group_top_k)[1])
@@ -121,7 +121,7 @@ def select(x: jax.Array, bias: jax.Array | None, scoring: str, selection: Select
 
 
 def rankable(x: jax.Array) -> jax.Array:
-    """Floats which lax.top_k, that compares bits, ranks as the contract says: -0 as +0, and every NaN below -inf."""
+    """Change floats so that lax.top_k, which compares bits, ranks -0 as +0, and every NaN below -inf."""
     bits = lax.bitcast_convert_type(x, jnp.int32)
     bits = jnp.where(bits == jnp.int32(-(2**31)), 0, bits)
     bits = jnp.where((bits & 0x7FFFFFFF) > 0x7F800000, -1, bits)
@@ -129,7 +129,7 @@ def rankable(x: jax.Array) -> jax.Array:
 
 
 def _score(x: jax.Array, scoring: str) -> jax.Array:
-    """What a bias is added to, of one row."""
+    """The scores of one token, to which a bias is added."""
     if scoring == "topk_softmax":
         return x
     exponent, factor = _parts(x, scoring)
@@ -144,7 +144,7 @@ def _score(x: jax.Array, scoring: str) -> jax.Array:
 
 
 def _parts(x: jax.Array, scoring: str) -> tuple[jax.Array, jax.Array]:
-    """(exponent, factor): a score is factor * exp(exponent), so that scores too small for a float still compare."""
+    """Split scores into (exponent, factor), score = factor * exp(exponent): they compare even where they underflow."""
     if scoring == "sigmoid":
         return jnp.minimum(x, 0), 1 / (1 + jnp.exp(-jnp.abs(x)))
     if scoring == "sqrt_softplus":  # below -40 it is exp(x / 2), to the last bit
@@ -163,13 +163,13 @@ def weigh(logits: jax.Array, ids: jax.Array, weighing: Weighing) -> jax.Array:
     live = (ids >= 0) & (ids < x.shape[0])
     chosen = x.at[ids].get(mode="fill", fill_value=-jnp.inf, wrap_negative_indices=False)
     exponent, factor = _parts(chosen, scoring)
-    # Relative to the largest of them, the terms' sum is 0 only where each of them really is.
+    # Divide all terms by the largest one. Then their sum is 0 only where every term is 0.
     largest = exponent if norm_topk_prob else x if scoring == "softmax" else jnp.zeros_like(x)
     base = _finite(jnp.max(largest))
     weights = factor * jnp.exp(exponent - base)
     if norm_topk_prob:
         total = jnp.sum(weights)
-        if zero_sum == "eps" and scoring != "topk_softmax":  # 1e-20, relative like the terms
+        if zero_sum == "eps" and scoring != "topk_softmax":  # 1e-20, divided like the terms
             total += jnp.sum(jnp.exp(x - base + _LOG_EPS)) if scoring == "softmax" else jnp.exp(_LOG_EPS - base)
     else:
         total = jnp.sum(jnp.exp(x - base)) if scoring == "softmax" else jnp.float32(1)
@@ -185,7 +185,11 @@ def weigh(logits: jax.Array, ids: jax.Array, weighing: Weighing) -> jax.Array:
 def weight_tangent(
     logits: jax.Array, ids: jax.Array, weights: jax.Array, dlogits: jax.Array | None, weighing: Weighing
 ) -> jax.Array | None:
-    """d weights = weights * (d log score - its mean under what the weights are normalised by), with constant ids."""
+    """The tangent of the weights, with constant ids.
+
+    It is weights * (d - mean of d), where d is the tangent of log score, and the mean is over what the weights are
+    divided by.
+    """
     scoring, norm_topk_prob, scale, zero_sum = weighing
     if dlogits is None or scale == 0:
         return None
@@ -196,13 +200,13 @@ def weight_tangent(
     if scoring == "sigmoid":
         change *= jax.nn.sigmoid(-chosen)
     elif scoring == "sqrt_softplus":
-        bounded = jnp.maximum(chosen, -40)  # where it is 1/2, to the last bit
+        bounded = jnp.maximum(chosen, -40)  # below which the derivative is 1/2, to the last bit
         change *= jax.nn.sigmoid(bounded) / (2 * jax.nn.softplus(bounded))
     constant, mean, outside = ~live, jnp.zeros_like(change), jnp.ones((), x.dtype)
     if norm_topk_prob:
         shares = weights / scale
         mean = jnp.sum(shares * change, axis=-1, keepdims=True)
-        outside = 1 - jnp.sum(shares, axis=-1, keepdims=True)  # what the 1e-20 of "eps" has of the sum
+        outside = 1 - jnp.sum(shares, axis=-1, keepdims=True)  # the share of the sum that is the 1e-20 of "eps"
         summed_to_zero = jnp.all(~live | (chosen == -jnp.inf), axis=-1, keepdims=True)
         constant |= summed_to_zero & ~jnp.isnan(weights)
     if scoring == "softmax" and (not norm_topk_prob or zero_sum == "eps"):
@@ -212,7 +216,7 @@ def weight_tangent(
     return jnp.where(constant, 0, weights * (change - mean))
 
 
-# A token's values at its experts, and back: what the derivative of any router is made of.
+# Take a token's values at its experts, and put them back: every router's derivative is made of these two.
 
 
 def _take_meaning(values: jax.Array, ids: jax.Array) -> jax.Array:

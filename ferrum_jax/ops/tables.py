@@ -39,7 +39,7 @@ def max_aligned_rows(num_pairs: int, num_experts: int, block_size: int) -> int:
 
 
 def aligned_rows(num_pairs: int, num_experts: int, block_size: int) -> int:
-    """`max_aligned_rows` of sizes that have been checked, but that one of them may be symbolic."""
+    """`max_aligned_rows` of sizes that have been checked. A symbolic number of pairs is an error."""
     if not isinstance(num_pairs, int):
         as_int("max_aligned_rows", "num_pairs", num_pairs)
     busy = min(num_experts, num_pairs)
@@ -198,7 +198,7 @@ def align(
 
 
 def as_plan(tables: Any, pair_ids: bool, num_experts: int, block_size: int) -> MoePlan:
-    """The plan of these six arrays, which is told to whoever listens."""
+    """Make the plan of these six arrays, and tell `on_aligned_table` of it."""
     num_tokens, top_k = tables[0].shape[-2:]
     kind = PAIR_IDS if pair_ids else PACKED
     plan = MoePlan(*tables, kind=kind, num_experts=num_experts, top_k=_known(top_k), block_size=block_size)
@@ -207,7 +207,7 @@ def as_plan(tables: Any, pair_ids: bool, num_experts: int, block_size: int) -> M
 
 
 def _known(size: Any) -> int | None:
-    """A size as a static fact: a symbolic one is none."""
+    """A size as a static fact; None if it is symbolic."""
     return size if isinstance(size, int) else None
 
 
@@ -234,7 +234,7 @@ def checked_ids(op: str, expert_ids: Any, implementation: Any) -> jax.Array:
 
 
 def packed_order(op: str, table: Any) -> TokenPairs | MoePlan:
-    """The table, if it is of packed rows: the order that dispatch makes and combine reads."""
+    """Return the table if it describes packed rows, in the order that dispatch makes and combine reads; else raise."""
     if not isinstance(table, TokenPairs | MoePlan):
         raise TypeError(f"{op}: the table must be a TokenPairs or a MoePlan; got {type(table).__name__}")
     if isinstance(table, MoePlan) and table.kind == PAIR_IDS:
@@ -246,7 +246,7 @@ def packed_order(op: str, table: Any) -> TokenPairs | MoePlan:
 
 
 def rows_per_row(op: str, routing: MoeRouting | MoePlan, rows: Any, top_k: int | None) -> int:
-    """How many rows of a grouped product each of `rows` rows gives: read off the table, or checked against it."""
+    """How many rows of the product each row of lhs gives. `rows` is lhs's number of rows; a given top_k is checked."""
     if routing.kind is None:
         return 1 if top_k is None else top_k
     if routing.kind == PACKED:
@@ -275,7 +275,7 @@ def rows_per_row(op: str, routing: MoeRouting | MoePlan, rows: Any, top_k: int |
 
 
 def _fits(routing: MoeRouting | MoePlan, num_pairs: Any) -> bool:
-    """Whether a table may be of so many pairs: P is the size of one of its arrays, or else S must be that of P."""
+    """Whether a table can be of so many pairs: by the size of packed_token_idx, or else by the length S."""
     if isinstance(routing, MoePlan):
         return jnp.shape(routing.packed_token_idx)[-1] == num_pairs
     slots = jnp.shape(routing.sorted_token_ids)[-1]
@@ -322,7 +322,7 @@ def counting_sort(ids: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
         order = lax.sort(key << bits | entry) & ((1 << bits) - 1)
     else:
         order = lax.sort((key, entry), num_keys=1, is_stable=True)[1]
-    # Counts come from a scatter: a binary search of the sorted keys, unrolled into its users, compiles for minutes.
+    # Count by a scatter: XLA unrolls a binary search of the sorted keys into its users, and compiles that for minutes.
     return order, jnp.cumsum(jnp.zeros(count + 2, jnp.int32).at[key + 1].add(1)[:-1], dtype=jnp.int32)
 
 
