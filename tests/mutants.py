@@ -75,28 +75,28 @@ MUTANTS = (
     ),
     Mutant(
         "the weighted sum adds in 16 bits",
-        "ops/combine.py",
-        "lambda slots, weights: jnp.sum(weights[..., None] * slots.astype(jnp.float32), axis=1).astype(slots.dtype)",
-        "lambda slots, weights: sum(jnp.moveaxis((weights[..., None] * slots.astype('f4')).astype(slots.dtype), 1, 0))",
+        "ops/weighted_sum.py",
+        "return jnp.sum(weights[..., None] * slots.astype(jnp.float32), axis=1).astype(slots.dtype)",
+        "return sum(jnp.moveaxis((weights[..., None] * slots.astype('f4')).astype(slots.dtype), 1, 0))",
         values(f"weighted_sum_batched-bfloat16-{WIDE}"),
     ),
     Mutant(
         "the gradient of dispatch adds in 16 bits",
         "ops/combine.py",
-        "return _add_rows(rows.astype(jnp.float32), token, num_tokens).astype(rows.dtype)",
-        "return _add_rows(rows, token, num_tokens)",
+        "return add_rows(rows.astype(jnp.float32), token, num_tokens).astype(rows.dtype)",
+        "return add_rows(rows, token, num_tokens)",
         "test_grad.py::test_dispatch_against_oracle[xla-False-bfloat16]",
     ),
     Mutant(
         "the gradient of rows named twice adds in 16 bits",
         "ops/combine.py",
-        "return _add_rows(terms.reshape(pairs.size, -1), pairs.reshape(-1), num_rows).astype(g.dtype)",
-        "return _add_rows(terms.reshape(pairs.size, -1).astype(g.dtype), pairs.reshape(-1), num_rows)",
+        "return add_rows(terms.reshape(pairs.size, -1), pairs.reshape(-1), num_rows).astype(g.dtype)",
+        "return add_rows(terms.reshape(pairs.size, -1).astype(g.dtype), pairs.reshape(-1), num_rows)",
         "test_grad.py::test_combine_against_oracle_with_garbage[xla-T7-E8-K2-H130-block4-False-bfloat16]",
     ),
     Mutant(
         "the grouped product adds in 16 bits",
-        "ops/grouped.py",
+        "ops/grouped_meaning.py",
         'rows = lax.dot_general(rows, matrix, contract, precision, preferred_element_type="float32")',
         "rows, matrix = rows.T[..., None], (matrix.T if transposed else matrix)[:, None]; "
         "rows = lax.fori_loop(1, len(rows), lambda h, sums: sums + rows[h] * matrix[h], rows[0] * matrix[0])",
@@ -104,7 +104,7 @@ MUTANTS = (
     ),
     Mutant(
         "the gradient of the matrices adds blocks in 16 bits",
-        "ops/grouped.py",
+        "ops/grouped_meaning.py",
         'return out.at[slice_id, expert].add(term, mode="promise_in_bounds")',
         "return out.at[slice_id, expert].set(lax.reduce_precision(out[slice_id, expert] + term, 8, 7))",
         "test_grouped.py::test_one_expert_owns_all_rows[xla-bfloat16]",
@@ -112,14 +112,14 @@ MUTANTS = (
     Mutant(
         "a token's gradient adds its choices in 16 bits",
         "ops/grouped.py",
-        "return jnp.sum(choices, axis=-2, dtype=jnp.float32).astype(lhs.dtype)",
-        "return sum(jnp.moveaxis(choices, -2, 0))",
+        "return jnp.sum(by_token, axis=-2, dtype=jnp.float32).astype(lhs.dtype)",
+        "return sum(jnp.moveaxis(by_token, -2, 0))",
         f"test_grouped.py::test_values_and_gradients_with_garbage[xla-{MANY}-True-float16]",
     ),
     # ---- masks and bounds
     Mutant(
         "an index past the last row takes that row",
-        "ops/combine.py",
+        "ops/rows.py",
         "valid = (index >= 0) & (index < rows.shape[0])",
         "valid = index >= 0",
         values(f"moe_combine-float32-{FULL}"),
@@ -133,14 +133,14 @@ MUTANTS = (
     ),
     Mutant(
         "the gradient of a row that nobody names is another row's",
-        "ops/combine.py",
+        "ops/rows.py",
         'return jnp.where(counts[:, None] > 0, sums.at[offsets[:-1]].get(mode="clip"), 0)',
         'return sums.at[offsets[:-1]].get(mode="clip")',
         "test_grad.py::test_many_rows_of_one_token[xla]",
     ),
     Mutant(
         "the padding of a block reads row 0",
-        "ops/grouped.py",
+        "ops/grouped_meaning.py",
         "return jnp.where(named[:, None], rows, 0)",
         "return rows",
         f"test_grouped.py::test_values_and_gradients_with_garbage[xla-{WIDE}-True-float32]",
@@ -148,30 +148,30 @@ MUTANTS = (
     # ---- transposes and derivatives
     Mutant(
         "a transpose of combine's tangent takes the weights for their tangent",
-        "core/primitive.py",
-        "moved = {0: (0, 0, 3), 1: (1, 2, 1),",
-        "moved = {0: (0, 0, 1), 1: (1, 2, 1),",
+        "ops/combine.py",
+        "return _combine_to_rows(ct, rows, pairs, d_weights, **how)",
+        "return _combine_to_rows(ct, rows, pairs, w, **how)",
         "test_grad.py::test_the_tangent_of_combine_is_linear_in_each_operand",
     ),
     Mutant(
         "the rows of a token's choices are taken for those of K tokens",
         "ops/grouped.py",
-        "choices = rows.reshape(*rows.shape[:-2], lhs.shape[-2], top_k, rows.shape[-1])\n"
-        "    return jnp.sum(choices, axis=-2,",
-        "choices = rows.reshape(*rows.shape[:-2], top_k, lhs.shape[-2], rows.shape[-1])\n"
-        "    return jnp.sum(choices, axis=-3,",
+        "by_token = rows.reshape(*rows.shape[:-2], lhs.shape[-2], top_k, rows.shape[-1])\n"
+        "    return jnp.sum(by_token, axis=-2,",
+        "by_token = rows.reshape(*rows.shape[:-2], top_k, lhs.shape[-2], rows.shape[-1])\n"
+        "    return jnp.sum(by_token, axis=-3,",
         f"test_grouped.py::test_values_and_gradients_with_garbage[xla-{WIDE}-True-float32]",
     ),
     Mutant(
         "the derivative of routing leaves out the sum that weights are divided by",
-        "ops/routing.py",
+        "ops/scoring.py",
         "return jnp.where(constant, 0, weights * (change - mean))",
         "return jnp.where(constant, 0, weights * change)",
         "test_grad.py::test_routing_gradient_is_the_softmax_gradient[xla]",
     ),
     Mutant(
         "all slices of a batch take the first one's matrices",
-        "ops/grouped.py",
+        "ops/grouped_meaning.py",
         "return jnp.zeros_like(slice_id) if x.shape[0] == 1 else slice_id",
         "return jnp.zeros_like(slice_id)",
         "test_vmap.py::test_every_subset_and_axis[xla-grouped_matmul-pair_ids]",
@@ -179,21 +179,21 @@ MUTANTS = (
     # ---- routing
     Mutant(
         "of equal logits the last is chosen",
-        "ops/routing.py",
+        "ops/scoring.py",
         "return lax.top_k(rankable(x), top_k)[1].astype(jnp.int32)",
         "return x.size - 1 - lax.top_k(rankable(x[::-1]), top_k)[1].astype(jnp.int32)",
         values(f"route_topk_softmax-float32-{FULL}"),
     ),
     Mutant(
         "-0 ranks below +0",
-        "ops/routing.py",
+        "ops/scoring.py",
         "bits = jnp.where(bits == jnp.int32(-(2**31)), 0, bits)",
         "bits = bits + 0",
         values(f"route_topk_softmax-float32-{FULL}"),
     ),
     Mutant(
         "weights are not normalised again",
-        "ops/routing.py",
+        "ops/scoring.py",
         "total = jnp.sum(weights)\n",
         "total = jnp.sum(jnp.exp(x - base))\n",
         values(f"route_topk_softmax-float32-{WIDE}"),
@@ -201,8 +201,8 @@ MUTANTS = (
     Mutant(
         "a bias weighs, where it should only choose",
         "ops/routing.py",
-        "return ids, _weigh(x, ids, **weighing)",
-        "return ids, _weigh(x if bias is None else x + bias, ids, **weighing)",
+        "return ids, weigh(x, ids, Weighing(",
+        "return ids, weigh(x if bias is None else x + bias, ids, Weighing(",
         "test_routing.py::test_a_bias_chooses_and_does_not_weigh",
     ),
     # ---- tables
@@ -244,22 +244,36 @@ MUTANTS = (
     ),
     Mutant(
         "a float32 product of bfloat16 rows is rounded to 16 bits",
-        "ops/grouped.py",
+        "ops/grouped_meaning.py",
         'return out.at[slice_id, row].set(rows.astype(dtype), mode="drop")',
         'return out.at[slice_id, row].set(rows.astype(lhs.dtype).astype(dtype), mode="drop")',
         "test_grouped.py::test_preferred_element_type[xla-float32]",
     ),
     # ---- around the ops
     Mutant(
-        "shards of a sum are not added across devices",
+        "a result in an Explicit mesh is not sharded as its operands are",
         "core/primitive.py",
-        "return (jax.lax.psum(part.astype(jnp.float32), over) if over else part).astype(dtype)",
-        "return part.astype(dtype)",
-        "test_partitioning.py::test_products_are_added_across_devices_in_float32[False]",
+        "if base.sharding.mesh.empty:\n        return results",
+        "if base is not None:\n        return results",
+        "test_sharding.py::test_explicit_mesh_propagates_shardings",
+    ),
+    Mutant(
+        "a product reads packed rows through pair ids",
+        "ops/tables.py",
+        "possible: tuple[int, ...] = (1,)",
+        "possible: tuple[int, ...] = (routing.top_k or 1,)",
+        "test_tables.py::test_products_of_packed_rows_and_of_tables_in_place_of_arrays",
+    ),
+    Mutant(
+        "a plan of another number of pairs is taken",
+        "ops/tables.py",
+        "return jnp.shape(routing.packed_token_idx)[-1] == num_pairs",
+        "return True",
+        "test_tables.py::test_products_read_the_choices_off_pair_ids[plan]",
     ),
     Mutant(
         "a sender's rows go where they should end",
-        "model/parallel.py",
+        "model/exchange.py",
         "start = jnp.minimum(end - counts, rows)",
         "start = jnp.minimum(end, rows)",
         "test_parallel.py::test_sizes_and_offsets[11-3]",

@@ -75,26 +75,26 @@ def exchange_sizes(
 
 
 def _cut(size: jax.Array, parts: int) -> tuple[jax.Array, jax.Array]:
-    """Where in each of these slices its parts begin, and their sizes: [D, parts]."""
+    """Cut each slice into parts: where each part begins, and its size, both [D, parts]."""
     part = jnp.arange(parts, dtype=jnp.int32)[None]
     each, more = (size // parts)[:, None], (size % parts)[:, None]
     return each * part + jnp.minimum(part, more), each + (part < more).astype(jnp.int32)
 
 
 def bounds_of(offsets: jax.Array) -> jax.Array:
-    """[D, D+1]: where in sender s's packed rows those for device d begin, and where the last one's end."""
+    """[D, D+1]: entry [s, d] is where, in sender s's packed rows, the rows for device d begin; [s, D] is their end."""
     return offsets[:, :: max((offsets.shape[1] - 1) // offsets.shape[0], 1)]
 
 
 def packed_rows_of(counts: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
-    """Where in device d's `rows` rows those of sender s begin, and how many fit: one sender's after another's."""
+    """[sender, device]: where the sender's rows begin in the device's buffer, and how many fit. There are no gaps."""
     end = jnp.cumsum(counts, axis=0, dtype=jnp.int32)
     start = jnp.minimum(end - counts, rows)
     return start, jnp.minimum(end, rows) - start
 
 
 def slotted_rows_of(counts: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
-    """The same where every sender has as many rows of its own."""
+    """The same, where each sender has an equal share of the buffer."""
     slots = rows // counts.shape[0]
     start = jnp.broadcast_to(jnp.arange(counts.shape[0], dtype=jnp.int32)[:, None] * slots, counts.shape)
     return start, jnp.minimum(counts, slots)

@@ -123,7 +123,7 @@ def moe_mlp(
             owner = tables.expert_of_row.bind(plan.packed_token_idx, plan.expert_offsets, implementation=None)
         return dispatch_op.bind(bias, owner, None, implementation=implementation)
 
-    # Kept for the gradient: the product. Computed again from it: the activation's many float32 intermediates.
+    # The gradient keeps the product, and computes the activation's float32 intermediates again from it: they are many.
     @jax.checkpoint
     def activate(rows: jax.Array, bias: jax.Array | None) -> jax.Array:
         gate, up = jnp.split(_plus(rows, bias), 2, axis=-1)
@@ -151,7 +151,7 @@ def moe_mlp(
 
 
 def _usual_flow(x: jax.Array, ids: jax.Array) -> str:
-    """Tokens that fit an L2 cache are read through pair ids; without choices no pair id names a token."""
+    """Pair ids where the tokens fit an L2 cache. Packed rows else, and where K is 0: a pair id p names token p // K."""
     few_bytes = x.size * x.dtype.itemsize <= 2**25
     return "pair_ids" if few_bytes and ids.shape[-1] else "packed"
 
@@ -167,7 +167,7 @@ def usual_block_size(num_pairs: int, num_experts: int) -> int:
 
 
 def checked_layer(activation: Any, flow: Any, block_size: Any) -> Any:
-    """Those of `moe_mlp` that need no array to be checked. The activation comes back as a function."""
+    """Check the settings that need no array. Return the activation as a function."""
     if not callable(activation) and activation not in (*ACTIVATIONS,):
         choices = ", ".join(map(repr, ACTIVATIONS))
         raise ValueError(f"{_OP}: activation must be a function or one of {choices}; got {activation!r}")

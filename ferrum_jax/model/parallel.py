@@ -27,7 +27,7 @@ from .exchange import ExchangeSizes, bounds_of, exchange_sizes, experts_of_rows,
 EXCHANGES = ("gather", "padded", "ragged")
 _OP = "parallel.moe_mlp"
 
-# Up to so many bytes an all-gather is as fast as anything: its start takes longer than NVLink takes to carry them.
+# Up to so many bytes an all-gather is cheapest: to start a second collective takes longer than to carry them.
 _FEW_BYTES = 2**22
 
 # Between the GPUs of one host XLA copies each slice of a ragged exchange by one block of threads, so a device cuts its
@@ -195,7 +195,7 @@ def _axis_size(axis_name: Any) -> int:
 
 
 def _gather_is_cheaper(x: jax.Array, top_k: int, devices: int) -> bool:
-    """By the bytes that a device takes in, there and back, with balanced routing."""
+    """Compare the bytes that a device takes in, there and back, if routing is balanced."""
     item = x.dtype.itemsize
     gather = x.size * (devices - 1) * (item + 4)
     pairs = x.size * (devices - 1) * 2 * item * top_k // devices
@@ -217,12 +217,12 @@ def _gathered(
     mine = (ids >= first) & (ids < first + experts)
     part = local(every, jnp.where(mine, ids - first, -1), weights)
     out = scatter(part.astype(jnp.float32)).astype(x.dtype)
-    none = jnp.zeros_like(mine)  # which varies as the pairs do
+    none = jnp.zeros_like(mine)  # zeros that vary over the same mesh axes as the pairs
     return out, _count(none)
 
 
 def _auto(collective: Any, mesh: Any) -> Any:
-    """With a mesh's Explicit axes as Auto ones: among those JAX has no psum_scatter, and all_gather no gradient."""
+    """Run a collective with Explicit axes as Auto: for those JAX lacks psum_scatter and the gradient of all_gather."""
     return in_auto_mesh(collective, mesh, PartitionSpec()) if AxisType.Explicit in mesh.axis_types else collective
 
 
@@ -234,7 +234,7 @@ def _count(mask: jax.Array) -> jax.Array:
 
 
 class _Tables(NamedTuple):
-    """Of this device's pairs: expert and packed row of each, token of each packed row; and of every device offsets."""
+    """This device's pairs by expert and packed row, the token of each packed row; and the offsets of all devices."""
 
     ids: jax.Array
     pairs: jax.Array
@@ -263,7 +263,7 @@ def _exchanged(
         by = {name: functools.partial(step, name) for name in ("ragged", "padded")}
         if exchange:
             return by[exchange](*args)
-        # The platform is known at lowering only; both are traced, one is lowered.
+        # The platform is known only at lowering: trace both exchanges, and lower one.
         return lax.platform_dependent(*args, cuda=by["ragged"], default=by["padded"])
 
     received, local_ids, pairs, dropped = run(_send, x, tables)
@@ -274,7 +274,7 @@ def _exchanged(
 def _send(
     exchange: str, x: jax.Array, tables: _Tables, *, axis_name: Any, rows: int, implementation: str | None
 ) -> tuple[jax.Array, ...]:
-    """What this device receives [rows, H] and the own expert of each; each pair's row in what comes back, or -1."""
+    """The rows that this device receives, their local experts, where each own pair's row comes back, and drops."""
     ids, pairs, tokens, offsets = tables
     me, devices = lax.axis_index(axis_name), offsets.shape[0]
     experts = (offsets.shape[1] - 1) // devices
