@@ -76,6 +76,11 @@ def test_symbolic_token_counts():
     assert exported(product, of("float32", t, 4), of("float32", 4, 4, 6), *tables).out_avals[0].shape == (t, 3)
     with pytest.raises(TypeError, match="num_pairs must be a Python int"):  # a table's length depends on it
         exported(lambda i: ferrum_jax.moe_plan(i, 4, 2), of("int32", t, 2))
+    with pytest.raises(TypeError, match="num_pairs must be a Python int"):
+        exported(lambda x: ferrum_jax.moe_route_plan(x, 2, 4), of("float32", t, 8))
+    matrices = of("float32", 8, 4, 6), of("float32", 8, 3, 4)
+    with pytest.raises(TypeError, match=r"moe_mlp: T\*K must be a Python int"):
+        exported(functools.partial(ferrum_jax.moe_mlp, top_k=2), of("float32", t, 4), of("float32", t, 8), *matrices)
 
 
 def test_symbolic_batch():

@@ -250,13 +250,13 @@ def _transpose(op: Op, cotangents: Any, *operands: Any, given: tuple[str, ...] =
     if all([isinstance(ct, ad.Zero) for ct in cotangents]):
         results = [ad.Zero(a.to_cotangent_aval() if hasattr(a, "to_cotangent_aval") else a) for a in linear.values()]
     else:
-        names = tuple(linear)
-        transpose = op.transposes.get(names if len(names) > 1 else names[0])
+        names = list(linear)
+        transpose = op.transposes.get(tuple(names) if len(names) > 1 else names[0])
         if not transpose:
             raise TypeError(_not_linear(op, names))
         cotangents = [ad.instantiate_zeros(ct) for ct in cotangents]
-        operands = (by_name | linear).values()
-        results = transpose(cotangents if len(cotangents) > 1 else cotangents[0], *operands, **params)
+        args = (by_name | linear).values()
+        results = transpose(cotangents if len(cotangents) > 1 else cotangents[0], *args, **params)
         results = results if len(names) > 1 else [results]
         results = [_like(ct, aval) for ct, aval in zip(results, linear.values(), strict=True)]
     by_operand = dict(zip(linear, results, strict=True))

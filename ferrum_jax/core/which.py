@@ -71,8 +71,8 @@ def which(
             devices = _devices([a.sharding.mesh for a in avals], leaves)
             choice = choose_for_equation(op, asked, avals, given, params, platform, device_kind, devices)
             choices[key] = op.name, choice
-    by_op = tuple(choices.values())
-    return by_op if len(by_op) > 1 else by_op[0][1]
+    by_op = list(choices.values())
+    return tuple(by_op) if len(by_op) > 1 else by_op[0][1]
 
 
 def _is_array(x: Any) -> bool:

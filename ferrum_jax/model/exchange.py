@@ -1,4 +1,8 @@
-"""Who sends which rows to whom, when each device holds some of the experts: offsets and sizes."""
+"""The arithmetic of the exchange: which rows each device sends to which, if each holds some of the experts.
+
+offsets[s, e] is where expert e's rows begin in sender s's packed rows. counts[s, d] is how many rows sender s has for
+device d.
+"""
 
 from typing import NamedTuple
 
@@ -20,29 +24,32 @@ class ExchangeSizes(NamedTuple):
 def exchange_sizes(
     expert_offsets: jax.Array, device: int | jax.Array, *, capacity: int | None = None, parts: int = 1
 ) -> tuple[ExchangeSizes, ExchangeSizes]:
-    """Sizes and offsets for `jax.lax.ragged_all_to_all`: of packed rows to the experts' devices, and of the way back.
+    """Sizes and offsets for `jax.lax.ragged_all_to_all`, which sends packed rows to their experts' devices and back.
 
-    Device d owns experts d*E/D to (d+1)*E/D - 1, so what it gets of a sender's packed rows (those of
-    `moe_build_pairs_by_token` with all E experts) is one slice. It keeps the slices of its senders one after another:
+    Device d owns experts d*E/D to (d+1)*E/D - 1. So of a sender's packed rows (those of `moe_build_pairs_by_token` with
+    all E experts) it gets one slice. It keeps the slices of all senders one after another:
 
         rows = lax.ragged_all_to_all(packed, jnp.zeros((capacity, H)), *there, axis_name=name)
         packed = lax.ragged_all_to_all(rows, jnp.zeros((P, H)), *back, axis_name=name)
 
-    Kept on every device, whatever the offsets: what it sends lies in its expert_offsets[0] to expert_offsets[E], in
-    disjoint slices; what it takes in fills rows 0 to sum(recv_sizes) - 1 <= capacity - 1 without gaps or overlaps, in
-    the senders' order; each sender's send_sizes are the receivers' recv_sizes. `back` is `there` with the buffers'
-    roles changed. Past `capacity`, rows stay where they are: those of later senders first, and of one sender those of
-    later experts. So what stays of device s is (the rows of its expert_offsets) - sum(there.send_sizes on s).
+    These hold on every device, whatever the offsets are. What the device sends are disjoint slices between its
+    expert_offsets[0] and expert_offsets[E]. What it takes in fills rows 0 to sum(recv_sizes) - 1 <= capacity - 1
+    without gaps or overlaps, in the order of the senders. Each sender's send_sizes are the receivers' recv_sizes.
+    `back` is `there` with the buffers' roles exchanged.
+
+    Rows past `capacity` are not sent: first those of later senders, and of one sender those of later experts. Device s
+    keeps (the rows of its expert_offsets) - sum(there.send_sizes on s) of them.
 
     Args:
       expert_offsets: [D, E+1] of any integer dtype: every device's, as `jax.lax.all_gather` gives them.
       device: the caller's index among the D, as `jax.lax.axis_index` gives it.
-      capacity: rows that a device takes in, >= 0; None: as many as come.
-      parts: even slices into which what one device sends another is cut, >= 1. Between the GPUs of one host XLA copies
-        a slice by a single thread block, so that many are many times faster; between hosts each is one more message.
+      capacity: the most rows that a device takes in, >= 0; None: as many as come.
+      parts: into how many slices of even size a device cuts the rows that it sends to another one, >= 1. Between the
+        GPUs of one host XLA copies each slice by a single thread block, so many slices are many times faster. Between
+        hosts each slice is one more message.
 
     Returns:
-      (there, back), an ExchangeSizes each, int32.
+      (there, back): an ExchangeSizes for each way, int32.
 
     Raises:
       TypeError: expert_offsets of a dtype that is no integer, a `capacity` or `parts` that is no int.
@@ -82,35 +89,38 @@ def _cut(size: jax.Array, parts: int) -> tuple[jax.Array, jax.Array]:
 
 
 def bounds_of(offsets: jax.Array) -> jax.Array:
-    """[D, D+1]: entry [s, d] is where, in sender s's packed rows, the rows for device d begin; [s, D] is their end."""
+    """[D, D+1]: where in sender s's packed rows those for device d begin, and in the last column where all end."""
     return offsets[:, :: max((offsets.shape[1] - 1) // offsets.shape[0], 1)]
 
 
 def packed_rows_of(counts: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
-    """[sender, device]: where the sender's rows begin in the device's buffer, and how many fit. There are no gaps."""
+    """(start, size), both [sender, device]: where a sender's rows begin in a device's `rows` rows, and how many fit.
+
+    The rows of one sender follow those of another without a gap.
+    """
     end = jnp.cumsum(counts, axis=0, dtype=jnp.int32)
     start = jnp.minimum(end - counts, rows)
     return start, jnp.minimum(end, rows) - start
 
 
 def slotted_rows_of(counts: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
-    """The same, where each sender has an equal share of the buffer."""
+    """The same, where each sender has an equal share of the device's rows."""
     slots = rows // counts.shape[0]
     start = jnp.broadcast_to(jnp.arange(counts.shape[0], dtype=jnp.int32)[:, None] * slots, counts.shape)
     return start, jnp.minimum(counts, slots)
 
 
 def experts_of_rows(ends: jax.Array, start: jax.Array, size: jax.Array, rows: int) -> jax.Array:
-    """The expert of each row in a device's buffer; -1 where none is.
+    """The local expert of each of a device's rows; -1 for a row that nobody sent.
 
-    ends[s, e]: rows of sender s up to and with those of expert e; they begin at start[s], and size[s] of them came.
+    ends[s, e]: the number of sender s's rows for experts up to e, with e. They begin at start[s]; size[s] of them came.
     """
     ends = start[:, None] + jnp.minimum(ends, size[:, None])
-    passed = _passed(ends.reshape(-1), rows)
+    ends_passed = _passed(ends.reshape(-1), rows)
     inside = _passed(start, rows) > _passed(start + size, rows)
-    return jnp.where(inside, passed % ends.shape[1], -1)
+    return jnp.where(inside, ends_passed % ends.shape[1], -1)
 
 
 def _passed(marks: jax.Array, rows: int) -> jax.Array:
-    """How many marks each row has reached."""
+    """For each row, how many of the marks stand at it or before it."""
     return jnp.cumsum(jnp.zeros(rows + 1, jnp.int32).at[marks].add(1, mode="drop"), dtype=jnp.int32)[:rows]

@@ -1,4 +1,4 @@
-"""The whole layer: from tokens and router logits to output, over the library's ops."""
+"""`moe_mlp`: the whole layer, from tokens and router logits to output, made of the library's ops."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from ..core.sharding import sharded_like, tokens_of
 from ..core.signature import as_int, checked, one_of, parse
-from ..core.types import RouterOutput
+from ..core.types import PACKED, PAIR_IDS, RouterOutput
 from ..kernels import IMPLEMENTATIONS
 from ..ops import tables
 from ..ops.activations import ACTIVATIONS
@@ -17,10 +17,10 @@ from ..ops.grouped import as_precision, product, unfinished
 from ..ops.routing import as_pair, route_topk_softmax
 from ..ops.weighted_sum import weighted_sum_op
 
-_OP = "moe_mlp"
+_OP = "moe_mlp"  # the name in errors
 
-
-FLOWS = ("packed", "pair_ids")
+FLOWS = (PACKED, PAIR_IDS)
+_L2_BYTES = 2**25  # x of at most this size is taken to fit the L2 cache
 
 
 def moe_mlp(
@@ -43,11 +43,11 @@ def moe_mlp(
     """A Mixture-of-Experts layer: each token through its experts' gated MLPs, weighted and added.
 
     out[t] = sum over k of weight[t,k] * (act(gate, up) @ w_down[e] + b_down[e]), where e = id[t,k], and gate and up are
-    the halves of x[t] @ w_gate_up[e] + b_gate_up[e]. Products and sums are in float32, rows between them in x's dtype;
-    but a float16 product stays float32 until it is activated. The activation is in float32, and is computed again for
-    the gradient instead of stored. Gradients to x, the router's logits or weights, matrices and biases are exact, with
-    the ids held constant; an expert without tokens gets 0. Memory grows with T*K rows, never with T*K*E or with a copy
-    of matrices.
+    the halves of x[t] @ w_gate_up[e] + b_gate_up[e]. Products and sums are in float32, and rows between them in x's
+    dtype, except that a float16 product stays float32 until it is activated. The activation is in float32. The gradient
+    computes it again instead of storing it. Gradients to x, the router's logits or weights, matrices and biases are
+    exact, with the ids held constant; those of an expert without tokens are 0. Memory grows with T*K rows, never with
+    T*K*E or with a copy of matrices.
 
     Args:
       x: [..., T, H] float16, bfloat16 or float32. Leading axes are more tokens: the matrices serve all.
@@ -62,13 +62,14 @@ def moe_mlp(
         gpt-oss: (up + 1) * gate * sigmoid(1.702 * gate), gate clamped above at 7 and up to [-7, 7]; or a function of
         (gate, up), float32 [P, F] each, to [P, F].
       b_gate_up, b_down: [E, 2F] and [E, H] of x's dtype.
-      flow: "packed" (dispatch, products, combine), "pair_ids" (the products read tokens directly, in pair order), or
-        None, which takes "pair_ids" where x has at most 32 MiB: an L2 cache holds it then, so that reading its rows
-        once per tile costs little and the K-fold copy is saved; above, "packed", whose rows come in order.
-      block_size: rows of a block of one expert; None: the power of two in [16, 128] that holds P/E rows, those of an
+      flow: "packed": dispatch copies the tokens into expert order, and combine adds up the results. "pair_ids": the
+        products read the tokens themselves, and write rows in pair order. None: "pair_ids" if x has at most 32 MiB, so
+        that the L2 cache holds it; to read its rows once per tile then costs less than to copy them K times. Else
+        "packed".
+      block_size: rows in a block of one expert. None: the power of two in [16, 128] that holds P/E rows, those of an
         average expert, so that most experts' matrices are read once.
       precision: of float32 products with the matrices and of their gradients, as in `grouped_matmul`: "tensorfloat32"
-        allows TF32; None is what `jax.default_matmul_precision` says, and full float32 if that is not set.
+        allows TF32. None: what `jax.default_matmul_precision` says, and full float32 if that is not set.
       implementation: None, "xla" or "triton", of each op; Pallas has no kernel of tables, and None takes its products
         where they were measured faster.
 
@@ -94,7 +95,7 @@ def moe_mlp(
     x, logits, routed, w_gate_up, w_down, b_gate_up, b_down = checked_arrays(
         _OP, top_k, x, router_logits, router_output, w_gate_up, w_down, b_gate_up, b_down
     )
-    given, num_experts = jax.typeof(x), w_gate_up.shape[0]
+    x_type, num_experts = jax.typeof(x), w_gate_up.shape[0]
     if routed:
         x, ids, weights = [tokens_of(a) for a in (x, *routed)]
     else:
@@ -105,25 +106,25 @@ def moe_mlp(
     block_size = usual_block_size(ids.size, num_experts) if block_size is None else block_size
     precision = as_precision(_OP, precision, x.dtype)
     plan = None
-    if flow == "packed":
+    if flow == PACKED:
         plan = tables.plan(ids, num_experts, block_size, False, implementation)
         routing, top_k = plan.routing, 1
         rows = dispatch_op.bind(x, plan.packed_token_idx, plan.pairs_by_token, implementation=implementation)
     else:
         routing = tables.align(ids, num_experts, block_size, True, implementation)
         rows, top_k = x, ids.shape[-1]
-    blocks = tuple(routing)
+    table = tuple(routing)
     how: dict[str, Any] = {"packed_rows": plan is not None, "precision": precision, "implementation": implementation}
 
     def bias_rows(bias: jax.Array | None) -> jax.Array | None:
         if bias is None:
             return None
-        owner = ids.reshape(-1)
+        expert_of_row = ids.reshape(-1)
         if plan:
-            owner = tables.expert_of_row.bind(plan.packed_token_idx, plan.expert_offsets, implementation=None)
-        return dispatch_op.bind(bias, owner, None, implementation=implementation)
+            expert_of_row = tables.expert_of_row.bind(plan.packed_token_idx, plan.expert_offsets, implementation=None)
+        return dispatch_op.bind(bias, expert_of_row, None, implementation=implementation)
 
-    # The gradient keeps the product, and computes the activation's float32 intermediates again from it: they are many.
+    # The gradient keeps the product, and computes the activation's many float32 intermediates again from it.
     @jax.checkpoint
     def activate(rows: jax.Array, bias: jax.Array | None) -> jax.Array:
         gate, up = jnp.split(_plus(rows, bias), 2, axis=-1)
@@ -133,12 +134,12 @@ def moe_mlp(
         return hidden.astype(x.dtype)
 
     if b_gate_up is None and not callable(activation):
-        rows = product(rows, w_gate_up, *blocks, top_k=top_k, activation=activation, dtype=x.dtype.name, **how)
+        rows = product(rows, w_gate_up, *table, top_k=top_k, activation=activation, dtype=x.dtype.name, **how)
     else:
-        made = unfinished(x.dtype.name)
-        rows = product(rows, w_gate_up, *blocks, top_k=top_k, activation=None, dtype=made, **how)
+        dtype = unfinished(x.dtype.name)
+        rows = product(rows, w_gate_up, *table, top_k=top_k, activation=None, dtype=dtype, **how)
         rows = activate(rows, bias_rows(b_gate_up))
-    rows = product(rows, w_down, *blocks, top_k=1, activation=None, dtype=x.dtype.name, **how)
+    rows = product(rows, w_down, *table, top_k=1, activation=None, dtype=x.dtype.name, **how)
     if b_down is not None:
         rows = _plus(rows, bias_rows(b_down)).astype(x.dtype)
     if plan:
@@ -147,21 +148,24 @@ def moe_mlp(
         weights = jnp.where((ids >= 0) & (ids < num_experts), weights, 0)
         rows = rows.reshape(*ids.shape, x.shape[-1])
         out = weighted_sum_op.bind(rows, weights, implementation=implementation)
-    return sharded_like(out.reshape(given.shape), given)
+    return sharded_like(out.reshape(x_type.shape), x_type)
 
 
 def _usual_flow(x: jax.Array, ids: jax.Array) -> str:
-    """Pair ids where the tokens fit an L2 cache. Packed rows else, and where K is 0: a pair id p names token p // K."""
-    few_bytes = x.size * x.dtype.itemsize <= 2**25
-    return "pair_ids" if few_bytes and ids.shape[-1] else "packed"
+    """Pair ids if the tokens fit an L2 cache, else packed rows. Pair ids need a K >= 1: id p means token p // K."""
+    few_bytes = isinstance(x.size, int) and x.size * x.dtype.itemsize <= _L2_BYTES  # a size may be symbolic
+    return PAIR_IDS if few_bytes and ids.shape[-1] else PACKED
 
 
 def _plus(rows: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """Rows plus their biases, in float32."""
     return rows.astype(jnp.float32) + (0 if bias is None else bias.astype(jnp.float32))
 
 
 def usual_block_size(num_pairs: int, num_experts: int) -> int:
     """The power of two in [16, 128] that holds the rows of an average expert."""
+    if not isinstance(num_pairs, int):
+        as_int(_OP, "T*K", num_pairs)  # a symbolic number of pairs is an error
     average = -(-num_pairs // num_experts)
     return min(max(1 << (average - 1).bit_length() if average else 0, 16), 128)
 
@@ -188,7 +192,10 @@ def checked_arrays(
     b_gate_up: Any,
     b_down: Any,
 ) -> tuple[Any, ...]:
-    """The arguments as arrays, each checked against the others; those that are None stay so."""
+    """The arguments as arrays, each checked against the others. None stays None.
+
+    Returns x, router_logits, (expert_ids, expert_weights) or None, and the matrices and biases.
+    """
     if (router_logits is None) == (router_output is None):
         got = "neither" if router_logits is None else "both"
         raise ValueError(f"{op}: give one of router_logits (with top_k) and router_output; got {got}")

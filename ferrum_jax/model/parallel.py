@@ -1,8 +1,9 @@
 """The layer over many devices: each holds some of the experts, and tokens travel to them and back.
 
-For use inside `jax.shard_map`. JAX's own collectives carry the rows, the layer of one device is `ferrum_jax.moe_mlp`,
-and ids of -1 mask what is not a device's own. "gather": every device gets all tokens. "ragged" and "padded": every pair
-(token, choice) goes to the device of its expert, packed without gaps or into slots of fixed number.
+It is called inside `jax.shard_map`. JAX's own collectives carry the rows. Each device runs `ferrum_jax.moe_mlp` on its
+own experts; a pair (token, choice) of another device's expert has the id -1 there. There are three exchanges. "gather":
+every device gets all tokens. "ragged" and "padded": each pair goes to the device of its expert. "ragged" packs these
+rows without gaps; "padded" puts them into a fixed number of slots for each sender.
 """
 
 import functools
@@ -27,12 +28,12 @@ from .exchange import ExchangeSizes, bounds_of, exchange_sizes, experts_of_rows,
 EXCHANGES = ("gather", "padded", "ragged")
 _OP = "parallel.moe_mlp"
 
-# Up to so many bytes an all-gather is cheapest: to start a second collective takes longer than to carry them.
+# Up to so many bytes "gather" is cheapest: starting one more collective takes longer than carrying the bytes.
 _FEW_BYTES = 2**22
 
-# Between the GPUs of one host XLA copies each slice of a ragged exchange by one block of threads, so a device cuts its
-# rows into many slices, SLICES in all. Between hosts each slice is a message of its own, and there is one for each
-# device. More devices than ONE_HOST are taken to be on several hosts.
+# Between the GPUs of one host XLA copies each slice of a ragged exchange by one block of threads. So a device cuts what
+# it sends into many slices, SLICES in all. Between hosts each slice is a message, so there is one for each receiver.
+# More devices than ONE_HOST are taken to be on several hosts.
 SLICES = 1024
 ONE_HOST = 8
 
@@ -60,28 +61,28 @@ def moe_mlp(
 ) -> Any:
     """`ferrum_jax.moe_mlp` with experts spread over a mesh axis: called inside `jax.shard_map`, on each device's part.
 
-    Each device holds T tokens and E/D experts: of D devices in the axis, the d-th owns experts d*E/D to (d+1)*E/D - 1.
-    The result is that of the unsharded layer for this device's tokens, and gradients are exact, through the exchange
-    too (with check_vma, as always). Nothing is dropped unless a `capacity` is given.
+    Each of the D devices along the axis holds T tokens and E/D experts: device d owns experts d*E/D to (d+1)*E/D - 1.
+    The result is that of the unsharded layer for this device's tokens. Gradients are exact, also through the exchange
+    (with shard_map's check_vma, its default). Nothing is dropped unless a `capacity` is given.
 
     Args:
       x: [..., T, H] float16, bfloat16 or float32: this device's tokens.
       router_logits: [..., T, E], over the experts of all devices; None with `router_output`.
       w_gate_up: [E/D, H, 2F] of x's dtype: this device's experts.
       w_down: [E/D, F, H] of x's dtype.
-      axis_name: the mesh axis over which experts are spread, or several.
+      axis_name: the mesh axis, or several, over which experts are spread.
       top_k, norm_topk_prob: as in `ferrum_jax.moe_mlp`.
-      router_output: ids over the experts of all devices; one outside [0, E) is no expert, so that a token, or all of a
-        device, may be left out.
-      exchange: "gather": all-gather tokens, compute this device's experts, reduce-scatter in float32. "ragged":
-        `jax.lax.ragged_all_to_all` of a row per pair, there and back, only those that exist; GPUs have it, XLA:CPU does
-        not. "padded": `jax.lax.all_to_all` of as many slots for every pair of devices. None: "gather" where that moves
-        few bytes or fewer than the pairs' rows would be (decode, few devices); else, decided at lowering, "ragged" on
-        NVIDIA GPUs and "padded" elsewhere.
-      capacity: rows that a device takes in, rounded up to a multiple of D and limited to the worst case; "padded"
-        shares them evenly among the senders. A pair whose row does not fit adds nothing, as if it had no expert, and is
-        counted: pass `return_dropped=True`. None: the worst case, T*D*min(K, E/D) rows (T*D*K with `router_output`,
-        which may name an expert twice). "gather" has no such rows, and drops nothing.
+      router_output: ids over the experts of all devices. An id outside [0, E) is no expert, so a device may leave out
+        some or all of its tokens.
+      exchange: "gather": all-gather the tokens, compute this device's experts, reduce-scatter the results in float32.
+        "ragged": `jax.lax.ragged_all_to_all` of one row per pair that has an expert, there and back; GPUs have it,
+        XLA:CPU does not. "padded": `jax.lax.all_to_all` of a fixed number of slots for every two devices. None:
+        "gather" if it moves few bytes, or fewer than the pairs' rows have (decode, few devices). Else "ragged" on
+        NVIDIA GPUs and "padded" elsewhere, which is decided at lowering.
+      capacity: the most rows that a device takes in, rounded up to a multiple of D and limited to the worst case.
+        "padded" shares them evenly among the senders. A pair whose row does not fit adds nothing, as if it had no
+        expert, and is counted: pass `return_dropped=True`. None: the worst case, T*D*min(K, E/D) rows (T*D*K with
+        `router_output`, which may name an expert twice). "gather" sends no such rows, and drops nothing.
       return_dropped: also return how many pairs of this device's tokens were dropped, exactly.
       block_size: as in `ferrum_jax.moe_mlp`; None: for the rows of an average expert, as if routing were balanced.
       precision: as in `ferrum_jax.moe_mlp`.
@@ -91,19 +92,19 @@ def moe_mlp(
       b_gate_up, b_down: [E/D, 2F] and [E/D, H] of x's dtype: this device's experts.
 
     Returns:
-      [..., T, H] in x's dtype; with `return_dropped`, (that, dropped): an int32 scalar that varies over the axis;
-      `jax.lax.psum` gives the total.
+      [..., T, H] in x's dtype. With `return_dropped`, (this, dropped): an int32 scalar that varies over the axis, whose
+      `jax.lax.psum` is the total.
 
     Raises:
       TypeError, ValueError, NotImplementedError: as `ferrum_jax.moe_mlp`; and TypeError for `return_dropped` that is no
         bool, ValueError for an `axis_name` that is no mapped axis around the call, E that is not D times the experts of
         a device, an unknown `exchange`, a `capacity` < 1 or without `return_dropped`.
 
-    Other axes of the mesh stay as they are. Tokens that an Explicit one of them shards are gathered along it, and the
-    result's are sharded so again.
+    Tokens may also be sharded over an Explicit axis of the mesh that is not manual here. They are gathered along it,
+    and the result is sharded over it again.
 
-    Under `jax.vmap`, JAX's ragged_all_to_all needs routing that is mapped too: with one routing for all, take another
-    exchange.
+    Under `jax.vmap`, JAX's ragged_all_to_all needs routing that is mapped too. With one routing for all slices, use
+    another exchange.
 
     Expert parallelism is that of GShard, https://arxiv.org/abs/2006.16668, without its capacity as in MegaBlocks,
     https://arxiv.org/abs/2211.15841.
@@ -135,7 +136,7 @@ def moe_mlp(
     x, _, (ids, weights), *_ = layer.checked_arrays(
         _OP, top_k, x, router_logits, router_output, w_gate_up, w_down, b_gate_up, b_down
     )
-    given, experts = jax.typeof(x), w_gate_up.shape[0]
+    x_type, experts = jax.typeof(x), w_gate_up.shape[0]
     precision = as_precision(_OP, precision, x.dtype)
     x, ids, weights = (tokens_of(a, whole=True) for a in (x, ids, weights))
     x, ids, weights, _ = equally_varying([x, ids, weights, lax.axis_index(axis_name)])
@@ -168,11 +169,12 @@ def moe_mlp(
         out, dropped = _gathered(local, axis_name, x, ids, weights, experts)
     else:
         out, dropped = _exchanged(local, axis_name, exchange, x, ids, weights, experts, rows, implementation)
-    out = sharded_like(out.reshape(given.shape), given)
+    out = sharded_like(out.reshape(x_type.shape), x_type)
     return (out, dropped) if return_dropped else out
 
 
 def _check_logits(x: Any, router_logits: Any, w_gate_up: Any, top_k: Any, devices: int) -> int:
+    """Check what `route_topk_softmax` does not know, and return top_k."""
     experts = jnp.shape(w_gate_up)[0]
     want = (*jnp.shape(x)[:-1], experts * devices)
     if jnp.shape(router_logits) != want:
@@ -212,17 +214,17 @@ def _gathered(
         _auto(functools.partial(collective, axis_name=axis_name, tiled=True), jax.typeof(x).sharding.mesh)
         for collective in (lax.all_gather, lax.psum_scatter)
     )
-    every, ids, weights = map(gather, (x, ids, weights))
+    all_x, ids, weights = map(gather, (x, ids, weights))
     first = lax.axis_index(axis_name) * experts
     mine = (ids >= first) & (ids < first + experts)
-    part = local(every, jnp.where(mine, ids - first, -1), weights)
+    part = local(all_x, jnp.where(mine, ids - first, -1), weights)
     out = scatter(part.astype(jnp.float32)).astype(x.dtype)
-    none = jnp.zeros_like(mine)  # zeros that vary over the same mesh axes as the pairs
-    return out, _count(none)
+    dropped = jnp.zeros_like(mine)  # none, as a mask that varies over the same mesh axes as the pairs
+    return out, _count(dropped)
 
 
 def _auto(collective: Any, mesh: Any) -> Any:
-    """Run a collective with Explicit axes as Auto: for those JAX lacks psum_scatter and the gradient of all_gather."""
+    """The collective, run with Explicit axes as Auto. JAX lacks psum_scatter and all_gather's gradient for Explicit."""
     return in_auto_mesh(collective, mesh, PartitionSpec()) if AxisType.Explicit in mesh.axis_types else collective
 
 
@@ -234,12 +236,12 @@ def _count(mask: jax.Array) -> jax.Array:
 
 
 class _Tables(NamedTuple):
-    """This device's pairs by expert and packed row, the token of each packed row; and the offsets of all devices."""
+    """Where this device's pairs go, and all devices' offsets."""
 
-    ids: jax.Array
-    pairs: jax.Array
-    tokens: jax.Array
-    offsets: jax.Array
+    ids: jax.Array  # [T, K], of all E experts
+    pairs: jax.Array  # [T, K]: each pair's row in the packed order, or -1
+    tokens: jax.Array  # [P]: each packed row's token
+    offsets: jax.Array  # [D, E+1]: expert_offsets of every device
 
 
 def _exchanged(
@@ -258,23 +260,27 @@ def _exchanged(
     pairs, tokens, offsets = moe_build_pairs_by_token(ids, num_experts, implementation=implementation)
     tables = _Tables(ids, pairs, tokens, lax.all_gather(offsets, axis_name))
 
-    def run(step: Any, *args: Any) -> Any:
+    def by_exchange(step: Any, *args: Any) -> Any:
         step = functools.partial(step, axis_name=axis_name, rows=rows, implementation=implementation)
-        by = {name: functools.partial(step, name) for name in ("ragged", "padded")}
+        ragged, padded = (functools.partial(step, name) for name in ("ragged", "padded"))
         if exchange:
-            return by[exchange](*args)
+            return (ragged if exchange == "ragged" else padded)(*args)
         # The platform is known only at lowering: trace both exchanges, and lower one.
-        return lax.platform_dependent(*args, cuda=by["ragged"], default=by["padded"])
+        return lax.platform_dependent(*args, cuda=ragged, default=padded)
 
-    received, local_ids, pairs, dropped = run(_send, x, tables)
+    received, local_ids, returned, dropped = by_exchange(_send, x, tables)
     done = local(received, local_ids[:, None], jnp.ones((rows, 1), jnp.float32))
-    return run(_bring_back, done, weights, pairs, tables.offsets), dropped
+    return by_exchange(_bring_back, done, weights, returned, tables.offsets), dropped
 
 
 def _send(
     exchange: str, x: jax.Array, tables: _Tables, *, axis_name: Any, rows: int, implementation: str | None
 ) -> tuple[jax.Array, ...]:
-    """The rows that this device receives, their local experts, where each own pair's row comes back, and drops."""
+    """Send this device's rows to their experts' devices, and receive the rows of its own experts.
+
+    Returns the received rows [rows, H]; the local expert of each, or -1; for each pair of this device, the row that
+    will hold its result among those that come back, or -1; and how many of the pairs were dropped.
+    """
     ids, pairs, tokens, offsets = tables
     me, devices = lax.axis_index(axis_name), offsets.shape[0]
     experts = (offsets.shape[1] - 1) // devices
@@ -297,31 +303,33 @@ def _send(
         token = jnp.where(slot < size[me][:, None], token, x.shape[0]).reshape(rows)
         received = lax.all_to_all(dispatch(x, token, pairs_by_token=returned), axis_name, 0, 0, tiled=True)
     ends = lax.dynamic_slice_in_dim(offsets, me * experts, experts + 1, axis=1)
-    own = experts_of_rows(ends[:, 1:] - ends[:, :1], start[:, me], size[:, me], rows)
-    return received, own, returned, _count((pairs >= 0) & ~fits)
+    local_ids = experts_of_rows(ends[:, 1:] - ends[:, :1], start[:, me], size[:, me], rows)
+    return received, local_ids, returned, _count((pairs >= 0) & ~fits)
 
 
 def _bring_back(
     exchange: str,
     done: jax.Array,
     weights: jax.Array,
-    pairs: jax.Array,
+    returned: jax.Array,
     offsets: jax.Array,
     *,
     axis_name: Any,
     rows: int,
     implementation: str | None,
 ) -> jax.Array:
+    """Send the results back to their pairs' devices, and add up those of each token."""
     if exchange == "ragged":
         parts = _parts(offsets.shape[0])
         _, back = exchange_sizes(offsets, lax.axis_index(axis_name), capacity=rows, parts=parts)
-        done = _ragged(done, pairs.size, back, axis_name)
+        done = _ragged(done, returned.size, back, axis_name)
     else:
         done = lax.all_to_all(done, axis_name, 0, 0, tiled=True)
-    return moe_combine(done, pairs, weights, unique_rows=True, implementation=implementation)
+    return moe_combine(done, returned, weights, unique_rows=True, implementation=implementation)
 
 
 def _parts(devices: int) -> int:
+    """Into how many slices a device cuts what it sends to another one."""
     return SLICES // devices if devices <= ONE_HOST else 1
 
 

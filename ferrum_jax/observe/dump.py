@@ -1,6 +1,6 @@
-"""The routing dump: the first aligned table of a process, printed where FERRUM_MOE_DUMP is set.
+"""The routing dump: it prints the first aligned table of a process if FERRUM_MOE_DUMP is set.
 
-It is the Ferrum engine's, https://github.com/sizzlecar/ferrum-infer-rs.
+Its lines are those of the Ferrum engine, https://github.com/sizzlecar/ferrum-infer-rs.
 """
 
 import contextlib
@@ -20,16 +20,17 @@ from ..core.types import MoeRouting
 from ..ops import tables
 from . import profile
 
-_SLOTS, _BLOCKS = 48, 32  # entries shown
+_SLOTS, _BLOCKS = 48, 32  # how many entries of a table are printed
 
 
 def dump_routing(routing: MoeRouting, num_pairs: int) -> None:
-    """Print one aligned table to standard error when it has been computed: the first of this process, and no other.
+    """Print an aligned table to standard error as soon as it is computed: the first of this process, and no other.
 
-    Called for every alignment that is traced while FERRUM_MOE_DUMP is set (any value), and for every eager one: what
-    jit has traced before does not change with the variable. With FERRUM_MOE_DUMP_BATCH_X_TOPK=<P>, tables of other
-    numbers of pairs do not count. P and the table are those of one slice, or of one shard inside shard_map; of several
-    the first is shown. vmap traces one callback a slice. The same figures go to `profile` as the event `moe_dump`.
+    The tables call this whenever an alignment is traced or runs eagerly. It does nothing unless FERRUM_MOE_DUMP is set,
+    to any value, at that time; functions that jit has traced before do not change with the variable. With
+    FERRUM_MOE_DUMP_BATCH_X_TOPK=<P>, only tables of P pairs count. P and the table are those of one slice, or of one
+    shard inside shard_map. Of several slices the first is printed. Under vmap JAX makes one callback for each slice.
+    The same figures go to `profile` as the event `moe_dump`.
     """
     if "FERRUM_MOE_DUMP" not in os.environ:
         return
@@ -38,7 +39,7 @@ def dump_routing(routing: MoeRouting, num_pairs: int) -> None:
         return
     try:
         jax.local_devices(backend="cpu")
-    except RuntimeError as error:  # where a callback would fail, and the computation with it
+    except RuntimeError as error:  # then the callback would fail, and the computation with it
         warnings.warn(f"FERRUM_MOE_DUMP: no dump without JAX's CPU backend: {error}", RuntimeWarning, stacklevel=4)
         return
     facts = {"batch_x_topk": num_pairs, "block_size": routing.block_size, "num_experts": routing.num_experts}
@@ -51,14 +52,14 @@ def dump_routing(routing: MoeRouting, num_pairs: int) -> None:
 _once = threading.Lock()
 
 
-def _print_dump(kind: str | None, sizes: dict[str, Any], slots: int, blocks: int, summary: Any) -> None:
-    """Whatever fails here, the computation goes on."""
+def _print_dump(kind: str | None, facts: dict[str, Any], slots: int, blocks: int, summary: Any) -> None:
+    """Print the dump. Any error is suppressed, so that the computation goes on."""
     with contextlib.suppress(Exception):
         slices = np.asarray(summary).reshape(-1, 3 + slots + blocks)
-        if not len(slices) or not _once.acquire(blocking=False):  # taken once, and kept
+        if not len(slices) or not _once.acquire(blocking=False):  # never released: one dump a process
             return
         total, active, unique, *previews = slices[0].tolist()
-        facts = sizes | {"total_post_pad": total, "active_blocks": active, "unique_experts": unique}
+        facts = facts | {"total_post_pad": total, "active_blocks": active, "unique_experts": unique}
         tag = f"[MOE_DUMP:{kind}]"
         with contextlib.suppress(Exception):
             sys.stderr.write(
@@ -72,10 +73,11 @@ def _print_dump(kind: str | None, sizes: dict[str, Any], slots: int, blocks: int
 
 
 def _summary_meaning(slots: jax.Array, blocks: jax.Array, total: jax.Array, *, block_size: int) -> jax.Array:
-    """What the dump shows, cut down on the device: total, live blocks, their experts, then the previews."""
+    """All that the dump prints, as one small array: total, number of live blocks, of their experts, first entries."""
     active = total // block_size
     before = jnp.concatenate([jnp.full(1, -1, jnp.int32), blocks])[:-1]
-    starts = (jnp.arange(blocks.size, dtype=jnp.int32) < active) & (blocks != before)  # an expert's blocks are together
+    # The blocks of one expert stand side by side: count where another expert's begin.
+    starts = (jnp.arange(blocks.size, dtype=jnp.int32) < active) & (blocks != before)
     figures = jnp.stack([total, active, jnp.sum(starts, dtype=jnp.int32)])
     return jnp.concatenate([figures, slots[:_SLOTS], blocks[:_BLOCKS]])
 

@@ -334,7 +334,8 @@ def _activated_to(operand: str) -> Callable[..., jax.Array]:
         place = [term.name for term in _activated.signature.operands].index(operand)
 
         def of_one(x: jax.Array) -> jax.Array:
-            return _activated_meaning(*operands[:place], x, *operands[place + 1 :], activation=activation, **settings)
+            with_x = [*operands[:place], x, *operands[place + 1 :]]
+            return _activated_meaning(*with_x, activation=activation, **settings)
 
         return jax.linear_transpose(of_one, operands[place])(ct)[0]
 
