@@ -97,7 +97,7 @@ KERNEL_FOLDERS = ("kernels/triton/", "kernels/pallas/")  # a kernel's body may b
 
 
 def lengths():
-    """(lines, path) of every file, and (lines, path, name) of every function. Its lines are its body's, no docstring."""
+    """(lines, path) of every file; (lines, path, name) of every function, whose docstring is not counted."""
     files, functions = [], []
     for path in PACKAGE.rglob("*.py"):
         name = path.relative_to(PACKAGE).as_posix()
