@@ -70,7 +70,7 @@ MUTANTS = (
         "the gradient of combine's weights rounds each product to 16 bits",
         "ops/combine.py",
         "return jnp.sum(jnp.where(valid, taken * g[:, None].astype(jnp.float32), 0), axis=2)",
-        "return jnp.sum(lax.reduce_precision(jnp.where(valid, taken * g[:, None].astype('f4'), 0), 8, 7), axis=2)",
+        "return jnp.sum(jax.lax.reduce_precision(jnp.where(valid, taken * g[:, None].astype('f4'), 0), 8, 7), axis=2)",
         "test_grad.py::test_combine_against_oracle_with_garbage[xla-T7-E8-K2-H130-block4-True-bfloat16]",
     ),
     Mutant(
@@ -258,18 +258,11 @@ MUTANTS = (
         "test_sharding.py::test_explicit_mesh_propagates_shardings",
     ),
     Mutant(
-        "a product reads packed rows through pair ids",
-        "ops/tables.py",
-        "possible: tuple[int, ...] = (1,)",
-        "possible: tuple[int, ...] = (routing.top_k or 1,)",
-        "test_tables.py::test_products_of_packed_rows_and_of_tables_in_place_of_arrays",
-    ),
-    Mutant(
-        "a plan of another number of pairs is taken",
-        "ops/tables.py",
-        "return jnp.shape(routing.packed_token_idx)[-1] == num_pairs",
-        "return True",
-        "test_tables.py::test_products_read_the_choices_off_pair_ids[plan]",
+        "a table of rows does not promise that they are unique",
+        "ops/combine.py",
+        "table is not None if unique_rows is None else unique_rows",
+        "False if unique_rows is None else unique_rows",
+        "test_tables.py::test_a_table_promises_unique_rows",
     ),
     Mutant(
         "a sender's rows go where they should end",
