@@ -441,6 +441,19 @@ def test_named_error(name):
         assert word in str(info.value), str(info.value)
 
 
+@pytest.mark.parametrize("name", ["x", "router_logits", "w_gate_up", "w_down"])
+@pytest.mark.parametrize("value", [None, 1.0, "a"])
+def test_an_argument_that_is_no_fitting_array_is_named(name, value):
+    args = dict(zip(("x", "router_logits", "w_gate_up", "w_down"), abstract(mesh_of(2)), strict=True))
+
+    def run(*arrays):
+        arrays = dict(zip(args, arrays, strict=True)) | {name: value}
+        return moe_mlp(**arrays, axis_name="d", top_k=2)
+
+    with pytest.raises((TypeError, ValueError), match=rf"parallel\.moe_mlp: .*{name}"):
+        jax.eval_shape(jax.shard_map(run, mesh=mesh_of(2), in_specs=P("d"), out_specs=P("d")), *args.values())
+
+
 def test_named_errors_of_exchange_sizes():
     for offsets, options, error, words in (
         (np.zeros((3, 5), int), {}, ValueError, ["expert_offsets", "(3, 5)"]),

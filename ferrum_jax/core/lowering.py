@@ -49,7 +49,7 @@ def lower(
     if AxisType.Explicit in mesh.axis_types:
         compute = in_auto_mesh(compute, mesh, tuple(a.sharding.spec for a in ctx.avals_out))
     else:
-        # Trace what one device computes outside any mesh. Keep only the kind of the device.
+        # What one device computes is traced without a mesh. Only the kind of the device is kept, for the kernels.
         mesh = no_mesh()
         ctx = ctx.replace(avals_in=_local(ctx.avals_in), avals_out=_local(ctx.avals_out))
 

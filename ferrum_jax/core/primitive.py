@@ -91,8 +91,8 @@ def define(
         together, a tuple of their names has a function too, which returns their cotangents in that order.
     jvp(primals, results, tangents, **params): returns the results' tangents, None for a result that does not depend on
         what varies. `tangents` holds None for an operand that does not vary. Without a jvp, an op with `transposes` is
-        differentiated as a multilinear function of the operands that are named there. An op with neither has no
-        derivative.
+        differentiated as a multilinear function of the operands that are named there. An op with neither is
+        differentiated as a constant.
     made_of_ops: True if the meaning binds other ops, and takes `implementation` to pass on to them. JAX differentiates
         the meaning then, and runs it where no kernel computes the whole.
     export_error: the reason why jax.export must refuse this op. Only a debugging aid has one, and `which` skips it.

@@ -171,8 +171,8 @@ def usual_block_size(num_pairs: int, num_experts: int) -> int:
 
 
 def checked_layer(activation: Any, flow: Any, block_size: Any) -> Any:
-    """Check the settings that need no array. Return the activation as a function."""
-    if not callable(activation) and activation not in (*ACTIVATIONS,):
+    """Check the settings that can be checked without arrays. Return the activation as a function."""
+    if not callable(activation) and activation not in list(ACTIVATIONS):  # a list, for values that cannot be hashed
         choices = ", ".join(map(repr, ACTIVATIONS))
         raise ValueError(f"{_OP}: activation must be a function or one of {choices}; got {activation!r}")
     one_of(_OP, "flow", flow, (None, *FLOWS))

@@ -16,7 +16,7 @@ from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
 from ..core.sharding import equally_varying, in_auto_mesh, sharded_like, tokens_of
-from ..core.signature import as_bool, as_int, one_of
+from ..core.signature import as_bool, as_int, checked, one_of
 from ..core.types import RouterOutput
 from ..ops.combine import moe_combine, moe_dispatch
 from ..ops.grouped import as_precision
@@ -174,13 +174,16 @@ def moe_mlp(
 
 
 def _check_logits(x: Any, router_logits: Any, w_gate_up: Any, top_k: Any, devices: int) -> int:
-    """Check what `route_topk_softmax` does not know, and return top_k."""
-    experts = jnp.shape(w_gate_up)[0]
-    want = (*jnp.shape(x)[:-1], experts * devices)
-    if jnp.shape(router_logits) != want:
+    """Check the logits before `route_topk_softmax`, which does not know their shape, and return top_k."""
+    (x,) = checked(_OP, "x: rows[T,H]", x)
+    (w_gate_up,) = checked(_OP, "w_gate_up: rows[E,H,2F]", w_gate_up)
+    (logits,) = checked(_OP, "router_logits: logits[T,E]", router_logits)
+    experts = w_gate_up.shape[-3]
+    want = (*x.shape[:-1], experts * devices)
+    if logits.shape != want:
         raise ValueError(
             f"{_OP}: router_logits must have shape {want}: E is {devices} devices times the {experts} experts of "
-            f"w_gate_up; got shape {jnp.shape(router_logits)}"
+            f"w_gate_up; got shape {logits.shape}"
         )
     if top_k is None:
         raise TypeError(f"{_OP}: top_k must be an int with router_logits; got None")
