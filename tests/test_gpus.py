@@ -75,14 +75,24 @@ def test_overflow_is_counted(exchange):
     assert bool(jnp.all(jnp.isfinite(out)))
 
 
-def test_plain_jit_computes_shards_where_they_are():
-    """The kernels run on each GPU's part: no collective, the same values."""
+def test_kernels_run_inside_shard_map_and_xla_under_plain_jit():
+    """The same ids, and in shard_map the same bits as on one GPU, without a collective."""
     logits = jax.random.normal(jax.random.key(0), (4096, 128), jnp.bfloat16)
-    f = jax.jit(lambda x: ferrum_jax.route_topk_softmax(x, 8))
     (there,) = placed([logits])
-    assert "all-gather" not in f.lower(there).compile().as_text()
-    for g, w in zip(f(there), f(logits), strict=True):
-        np.testing.assert_array_equal(g, w)
+
+    def route(x):
+        return tuple(ferrum_jax.route_topk_softmax(x, 8))
+
+    (ids, weights), inside = jax.jit(route)(logits), jax.jit(spread(route))
+    program = inside.lower(there).compile().as_text()
+    assert "triton_kernel_call" in program
+    assert "all-gather" not in program
+    for got, want in zip(inside(there), (ids, weights), strict=True):
+        np.testing.assert_array_equal(got, want)
+    plain = jax.jit(route).lower(there).compile()
+    assert "triton_kernel_call" not in plain.as_text()
+    np.testing.assert_array_equal(plain(there)[0], ids)
+    np.testing.assert_allclose(plain(there)[1], weights, rtol=1e-6)
 
 
 def one_hot_dispatch(x, logits, w_gate_up, w_down, *, top_k, capacity):
