@@ -151,6 +151,16 @@ def test_where_tokens_and_pairs_fit_one_table_the_choices_must_be_given():
     assert fj.grouped_matmul(x, w, plan).shape == (4, 3)
 
 
+@pytest.mark.parametrize("kind", ["packed", "pair_ids"])
+def test_no_tokens(kind):
+    for table in make(kind, IDS[:0]).values():
+        if isinstance(table, fj.TokenPairs):
+            assert fj.moe_combine(fj.moe_dispatch(X[:0], table), table, WEIGHTS[:0]).shape == (0, H)
+        else:
+            assert fj.grouped_matmul(X[:0], W, table).shape == (0, F)
+            assert fj.check_routing(table, num_pairs=0) == []
+
+
 def test_tables_made_elsewhere_are_taken_at_their_word():
     made = fj.MoeRouting(*PAIR_IDS.routing)
     np.testing.assert_allclose(fj.grouped_matmul(X, W, made, top_k=K), by_hand(), rtol=1e-5)

@@ -271,7 +271,7 @@ def rows_per_row(op: str, routing: MoeRouting | MoePlan, rows: Any, top_k: int |
     if not fits:
         wanted = " or ".join([f"{rows * k} rows of the result (top_k={k})" for k in candidates])
         raise ValueError(f"{op}: routing is of another number of pairs: lhs has {rows} rows, which make {wanted}")
-    if len(fits) > 1:
+    if len(fits) > 1 and not (isinstance(rows, int) and rows == 0):  # no rows give none, whatever K is
         raise ValueError(
             f"{op}: top_k must be given here: lhs has {rows} rows, which with this routing may be tokens "
             f"(top_k={fits[0]}) or pairs (top_k=1)"
