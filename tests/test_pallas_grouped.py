@@ -101,14 +101,14 @@ def test_epilogues(activation, pair_ids, weighted, dtype):
     ids = r.integers(-1, experts, size=(9, 2)).astype(np.int32)
     routing = ferrum_jax.moe_plan(ids, experts, 8, pair_ids=pair_ids, implementation="xla")
     lhs, rhs = rows(r, (18 // top_k, 70), dtype), rows(r, (experts, 70, 2 * width if activation else width), dtype)
-    args = lhs, rhs, r.normal(size=18).astype(np.float32) if weighted else np.ones(18, np.float32), *routing[3:]
+    args = lhs, rhs, r.normal(size=18).astype(np.float32) if weighted else np.ones(18, np.float32), *routing.routing
     settings = {"top_k": top_k, "activation": activation}
     weights = args[2] if weighted else None
-    got = grouped_matmul(lhs, rhs, *routing[3:], row_weights=weights, implementation="pallas", **settings)
+    got = grouped_matmul(lhs, rhs, *routing.routing, row_weights=weights, implementation="pallas", **settings)
     if activation:
         oracle.assert_matches([got], oracle.grouped_matmul_activated(*args, **settings))
     else:
-        (want,) = oracle.grouped_matmul(lhs, rhs, *routing[3:], top_k=top_k)
+        (want,) = oracle.grouped_matmul(lhs, rhs, *routing.routing, top_k=top_k)
         oracle.assert_matches([got], [(want.value * args[2][:, None], want.size * abs(args[2][:, None]), 71)])
 
 
