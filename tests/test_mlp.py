@@ -433,3 +433,38 @@ def test_named_error_at_trace_time(name):
         jax.eval_shape(lambda: moe_mlp(**given | change))
     for word in words:
         assert word in str(info.value), str(info.value)
+
+
+NAMES = ("moe_router", "moe_gate_up", "moe_down")
+ROUTING = ("route_topk", "moe_align_block_size", "moe_plan")
+policies = jax.checkpoint_policies
+KEPT = {  # the policy -> how often the program of the gradients computes products forward, and routing with its tables
+    "nothing": (policies.nothing_saveable, 4, 4),
+    "dot products": (policies.dots_saveable, 4, 4),
+    "router": (policies.save_only_these_names("moe_router"), 4, 2),
+    "gate_up": (policies.save_only_these_names("moe_gate_up"), 3, 4),
+    "down": (policies.save_only_these_names("moe_down"), 3, 4),
+    "all names": (policies.save_only_these_names(*NAMES), 2, 2),
+    "everything": (policies.everything_saveable, 2, 2),
+}
+
+
+@pytest.mark.parametrize("settings", [{}, {"flow": "packed"}, {"b_gate_up": 1}], ids=["pair ids", "packed", "bias"])
+@pytest.mark.parametrize("name", KEPT)
+def test_what_a_remat_policy_keeps(name, settings):
+    policy, products, routing = KEPT[name]
+    r = rng("remat")
+    args = [r.normal(size=shape).astype(np.float32) for shape in ((9, 4), (9, 5), (5, 4, 6), (5, 3, 4))]
+    if "b_gate_up" in settings:
+        settings = {"b_gate_up": r.normal(size=(5, 6)).astype(np.float32)}
+
+    def loss(*args):
+        return jnp.sum(jnp.sin(ferrum_jax.moe_mlp(*args, top_k=2, **settings)))
+
+    gradient = jax.grad(jax.checkpoint(loss, policy=policy), range(4))
+    found = re.findall(r"ferrum_(\w+)\[", str(jax.make_jaxpr(gradient)(*args)))
+    assert found.count("grouped_matmul") == products
+    assert sum(map(found.count, ROUTING)) == routing
+    if name == "all names":
+        for got, want in zip(jax.jit(gradient)(*args), jax.jit(jax.grad(loss, range(4)))(*args), strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)

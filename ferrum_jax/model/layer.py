@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from ..core.sharding import sharded_like, tokens_of
 from ..core.signature import as_int, checked, one_of, parse
@@ -48,6 +49,11 @@ def moe_mlp(
     computes it again instead of storing it. Gradients to x, the router's logits or weights, matrices and biases are
     exact, with the ids held constant; those of an expert without tokens are 0. Memory grows with T*K rows, never with
     T*K*E or with a copy of matrices.
+
+    Under `jax.checkpoint`, a policy by names chooses what the gradient keeps, for instance
+    `jax.checkpoint_policies.save_only_these_names("moe_router", "moe_gate_up", "moe_down")`. These are the routing
+    and its tables; the product before its bias and activation; and the product of w_down before its bias. JAX's own
+    policies for dot products keep none of them.
 
     Args:
       x: [..., T, H] float16, bfloat16 or float32. Leading axes are more tokens: the matrices serve all.
@@ -102,17 +108,18 @@ def moe_mlp(
         x, logits = tokens_of(x), tokens_of(logits)
         assert top_k is not None  # else checked_arrays has raised
         ids, weights = route_topk_softmax(logits, top_k, norm_topk_prob=norm_topk_prob, implementation=implementation)
+    ids, weights = checkpoint_name((ids, weights), "moe_router")
     flow = _usual_flow(x, ids) if flow is None or not ids.shape[-1] else flow
     block_size = usual_block_size(ids.size, num_experts) if block_size is None else block_size
     precision = as_precision(_OP, precision, x.dtype)
     plan = None
     if flow == PACKED:
-        plan = tables.plan(ids, num_experts, block_size, False, implementation)
-        routing, top_k = plan.routing, 1
+        plan = checkpoint_name(tables.plan(ids, num_experts, block_size, False, implementation), "moe_router")
+        routing, choices = plan.routing, 1
         rows = dispatch_op.bind(x, plan.packed_token_idx, plan.pairs_by_token, implementation=implementation)
     else:
-        routing = tables.align(ids, num_experts, block_size, True, implementation)
-        rows, top_k = x, ids.shape[-1]
+        routing = checkpoint_name(tables.align(ids, num_experts, block_size, True, implementation), "moe_router")
+        rows, choices = x, ids.shape[-1]
     table = tuple(routing)
     how: dict[str, Any] = {"packed_rows": plan is not None, "precision": precision, "implementation": implementation}
 
@@ -134,20 +141,20 @@ def moe_mlp(
         return hidden.astype(x.dtype)
 
     if b_gate_up is None and not callable(activation):
-        rows = product(rows, w_gate_up, *table, top_k=top_k, activation=activation, dtype=x.dtype.name, **how)
+        rows = product(rows, w_gate_up, *table, top_k=choices, activation=activation, dtype=x.dtype.name, **how)
     else:
         dtype = unfinished(x.dtype.name)
-        rows = product(rows, w_gate_up, *table, top_k=top_k, activation=None, dtype=dtype, **how)
-        rows = activate(rows, bias_rows(b_gate_up))
+        rows = product(rows, w_gate_up, *table, top_k=choices, activation=None, dtype=dtype, **how)
+        rows = activate(checkpoint_name(rows, "moe_gate_up"), bias_rows(b_gate_up))
     rows = product(rows, w_down, *table, top_k=1, activation=None, dtype=x.dtype.name, **how)
+    rows = checkpoint_name(rows, "moe_down")
     if b_down is not None:
         rows = _plus(rows, bias_rows(b_down)).astype(x.dtype)
     if plan:
         out = combine_op.bind(rows, plan.pairs_by_token, weights, unique_rows=True, implementation=implementation)
     else:
         weights = jnp.where((ids >= 0) & (ids < num_experts), weights, 0)
-        rows = rows.reshape(*ids.shape, x.shape[-1])
-        out = weighted_sum_op.bind(rows, weights, implementation=implementation)
+        out = weighted_sum_op.bind(rows.reshape(*ids.shape, x.shape[-1]), weights, implementation=implementation)
     return sharded_like(out.reshape(x_type.shape), x_type)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from ..core.primitive import define
 from ..core.signature import INT32_MAX, ROW_DTYPES, as_int, checked, one_of
@@ -273,6 +274,7 @@ def _activated_meaning(
         precision=precision,
         implementation=implementation,
     )
+    rows = checkpoint_name(rows, "moe_gate_up") if activation else rows
     if row_weights is not None:
         row_weights = _masked.bind(row_weights, slots, blocks, total, num_experts=rhs.shape[-3], implementation=None)
     return finish(rows, row_weights)

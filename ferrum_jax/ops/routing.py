@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from ..core.primitive import define
 from ..core.signature import as_mask, checked, one_of
@@ -238,7 +239,7 @@ def route_jvp(
 
     unused: the fields of Selection, and implementation. How the ids were selected does not matter here.
     """
-    ids, weights = results
+    ids, weights = checkpoint_name(tuple(results), "moe_router")
     weighing = Weighing(scoring, norm_topk_prob, scale, zero_sum)
     return None, weight_tangent(primals[0], ids, weights, tangents[0], weighing)
 
