@@ -5,10 +5,10 @@ from . import parallel as parallel
 from . import presets as presets
 from . import profile as profile
 from . import viz as viz
-from .core.types import MoePlan, MoeRouting, RouterOutput, TokenPairs
+from .core.types import LayerOf, MoePlan, MoeRouting, RouterOutput, TokenPairs
 from .core.which import which
 from .kernels import export_checks, interpret_kernels
-from .model.layer import moe_mlp
+from .model.layer import moe_mlp, pack_gate_up
 from .observe.check import check_routing
 from .observe.host import route_topk_into_host, upload_moe_routing
 from .observe.stats import RoutingStats, routing_stats
@@ -30,6 +30,7 @@ from .ops.weighted_sum import weighted_sum_batched
 __version__ = "0.1.0"
 
 __all__ = [
+    "LayerOf",
     "MoePlan",
     "MoeRouting",
     "RouterOutput",
@@ -51,6 +52,7 @@ __all__ = [
     "moe_mlp",
     "moe_plan",
     "moe_route_plan",
+    "pack_gate_up",
     "route_topk",
     "route_topk_into_host",
     "route_topk_softmax",

@@ -1,4 +1,4 @@
-"""The layer as a Flax NNX module: see `ferrum_jax.nnx.MoE`."""
+"""The layer as a Flax NNX module, `ferrum_jax.nnx.MoE`, and `scan_layers` over a stack of them."""
 
 from .model.nnx import (
     ExpertCounts as ExpertCounts,
@@ -15,3 +15,4 @@ from .model.nnx import (
 from .model.nnx import (
     ScoreBias as ScoreBias,
 )
+from .model.nnx_scan import scan_layers as scan_layers

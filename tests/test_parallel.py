@@ -416,7 +416,7 @@ WRONG = {
     "exchange": ({"exchange": "all_to_all"}, ["exchange", "'ragged'", "'all_to_all'"]),
     "uncounted": ({"capacity": 8}, ["capacity", "return_dropped=True"]),
     "capacity": ({"capacity": 0, "return_dropped": True}, ["capacity", "got 0"]),
-    "E": ({"experts": 6}, ["router_logits", "4 devices", "2 experts", "(6, 8)", "(6, 6)"]),
+    "E": ({"experts": 6}, ["router_logits", "4 devices", "2 of each", "must have 8", "(6, 6)"]),
     "top_k": ({"top_k": 9}, ["top_k", "[1, 8]", "got 9"]),
     "neither": ({"router_logits": None}, ["router_logits", "neither"]),
     "precision": ({"precision": "tf32"}, ["parallel.moe_mlp", "precision", "'tensorfloat32'", "'tf32'"]),

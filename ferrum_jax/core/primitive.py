@@ -155,7 +155,7 @@ def abstract(op: Op, *avals: Any, implementation: str | None, given: tuple[str, 
     dtypes: dict[str, Any] = {"weights": jnp.dtype("float32"), "ids": jnp.dtype("int32")}
     base = avals[0]
     for term, aval in zip(terms, avals, strict=True):
-        if term.kind in ("rows", "logits"):
+        if term.kind in ("rows", "matrices", "logits"):
             dtypes.setdefault("rows", aval.dtype)
         if base.sharding.mesh.empty and not aval.sharding.mesh.empty:
             base = aval

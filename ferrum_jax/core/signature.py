@@ -5,8 +5,8 @@
 The line gives every operand's name, kind and trailing axes. An operand whose name ends in `?` may be left out: None
 stands in its place. All operands may have further leading (batch) axes, the same number of them, of equal sizes or of
 size 1, which broadcasts. The public function checks its arguments against this line, once. The shapes, dtypes and
-shardings of the results follow from it too. `KINDS` lists the kinds. A result may also be a `product`: rows of the
-dtype that the op's parameter `dtype` names.
+shardings of the results follow from it too. `KINDS` lists the kinds. `matrices` are rows for which a public function
+also takes a `LayerOf`. A result may also be a `product`: rows of the dtype that the op's parameter `dtype` names.
 """
 
 import functools
@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .types import LayerOf
+
 INT32_MAX = 2**31 - 1
 ROW_DTYPES = ("float16", "bfloat16", "float32")
 
@@ -29,7 +31,7 @@ class Kind(NamedTuple):
     accepts: Callable[[Any], bool]
     dtypes: str
     used_in: str | None = None  # None: it is not cast
-    alike: bool = False  # True: all operands of this kind must have one dtype
+    alike: bool = False  # True: all operands of such kinds must have one dtype
 
 
 def _is_row(dtype: Any) -> bool:
@@ -46,6 +48,7 @@ def _is_integer(dtype: Any) -> bool:
 
 KINDS = {
     "rows": Kind(_is_row, "be float16, bfloat16 or float32", alike=True),
+    "matrices": Kind(_is_row, "be float16, bfloat16 or float32", alike=True),
     "logits": Kind(_is_row, "be float16, bfloat16 or float32"),
     "weights": Kind(_is_float, "be floating point", "float32"),
     "ids": Kind(_is_integer, "hold integers", "int32"),
@@ -138,7 +141,7 @@ def checked(op: str, signature: Signature | str, *args: Any) -> list[Any]:
     """The arguments as arrays of their kinds' dtypes. An error says which one is wrong, and how."""
     terms = (parse(signature) if isinstance(signature, str) else signature).operands
     arrays: list[Any] = []
-    dtype_of_kind: dict[str, tuple[str, Any]] = {}  # with the name of the first operand of that kind
+    alike: tuple[str, Any] | None = None  # the first operand of a kind that is alike, and its dtype
     axes: dict[str, tuple[int, str]] = {}  # an axis's size, and the name of the first operand that has it
     lead: tuple[int, ...] | None = None
     for term, arg in zip(terms, args, strict=True):
@@ -146,17 +149,37 @@ def checked(op: str, signature: Signature | str, *args: Any) -> list[Any]:
             arrays.append(None)
             continue
         kind = KINDS[term.kind]
-        fits_as_it_is = isinstance(arg, jax.Array) and (
-            arg.dtype == kind.used_in if kind.used_in else arg.dtype.name in ROW_DTYPES
-        )
-        array: Any = arg if fits_as_it_is else _as_kind(op, term, kind, arg)
+        array: Any
+        if term.kind == "matrices" and isinstance(arg, LayerOf):
+            array = _checked_layer(op, term, arg)
+            shape = (*[1] * len(lead or ()), *array.shape)  # it serves all slices of a batch
+        else:
+            fits_as_it_is = isinstance(arg, jax.Array) and (
+                arg.dtype == kind.used_in if kind.used_in else arg.dtype.name in ROW_DTYPES
+            )
+            array = arg if fits_as_it_is else _as_kind(op, term, kind, arg)
+            shape = array.shape
         arrays.append(array)
         if kind.alike:
-            first, dtype = dtype_of_kind.setdefault(term.kind, (term.name, array.dtype))
+            first, dtype = alike = alike or (term.name, array.dtype)
             if array.dtype != dtype:
                 raise TypeError(f"{op}: {term.name} must have the dtype of {first}, {dtype}; got {array.dtype}")
-        lead = _check_shape(op, term, array.shape, axes, lead)
+        lead = _check_shape(op, term, shape, axes, lead)
     return arrays
+
+
+def _checked_layer(op: str, term: Term, arg: LayerOf) -> LayerOf:
+    """A LayerOf of arrays. An error names the field that is wrong."""
+    stack = Term(f"{term.name}.stack", "matrices", ("L", *term.axes))
+    layer, own = Term(f"{term.name}.layer", "ids", ()), Term(f"{term.name}.own", "matrices", term.axes, optional=True)
+    parts = (stack, arg.stack), (own, arg.own), (layer, arg.layer)
+    for part, array in parts:
+        if array is not None and np.ndim(array) != len(part.axes):
+            raise ValueError(f"{op}: {part.name} must be [{', '.join(part.axes)}]; got shape {np.shape(array)}")
+    arrays = checked(op, Signature((stack, own, layer), ()), *[array for _, array in parts])
+    if not arrays[0].shape[0]:
+        raise ValueError(f"{op}: {stack.name} must hold at least one layer, L >= 1; got shape {arrays[0].shape}")
+    return LayerOf(arrays[0], arrays[2], arrays[1])
 
 
 def _check_shape(

@@ -1,4 +1,4 @@
-"""What the ops return: named results. They pass through every transformation of JAX and through jax.export."""
+"""What the ops return, named results, and `LayerOf`. They pass through JAX's transformations and through jax.export."""
 
 import dataclasses
 import json
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
+import jax.numpy as jnp
 from jax import export
 
 PACKED, PAIR_IDS = "packed", "pair_ids"  # the kinds of block-aligned tables: what a live slot holds
@@ -16,6 +17,63 @@ class RouterOutput(NamedTuple):
 
     expert_ids: jax.Array
     expert_weights: jax.Array
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LayerOf:
+    """One layer's matrices or biases, read in place out of the stack of all layers, without a copy.
+
+    `moe_mlp`, `grouped_matmul`, `ragged_dot`, `parallel.moe_mlp` and `nnx.MoE` take it where matrices or biases go. Its
+    values are those of stack[layer].
+
+    stack: [L, E, H, N], the matrices of L layers; of biases [L, E, N].
+    layer: an int, or an int32 scalar that may be traced. Outside [0, L) it is clamped.
+    own: [E, H, N], stack[layer] itself, as `jax.lax.scan` hands it to its body. Its values are never read, except those
+        of biases, which are small. The gradient goes to it, and the stack is a constant. Without it the gradient goes
+        to the stack, and each layer's gradient is an array of the stack's size.
+
+    >>> import jax, jax.numpy as jnp, ferrum_jax
+    >>> stacks = jnp.ones((6, 3, 4, 12)), jnp.ones((6, 3, 6, 4))  # six layers
+    >>> @jax.jit
+    ... def model(x, logits, stacks):
+    ...     def block(x, inputs):
+    ...         layer, own = inputs
+    ...         matrices = [ferrum_jax.LayerOf(stack, layer, a) for stack, a in zip(stacks, own)]
+    ...         return x + ferrum_jax.moe_mlp(x, logits, *matrices, top_k=2), None
+    ...     return jax.lax.scan(block, x, (jnp.arange(6), stacks))[0]
+    >>> model(jnp.ones((5, 4)), jnp.ones((5, 3)), stacks).shape
+    (5, 4)
+    """
+
+    stack: Any
+    layer: Any
+    own: Any = None
+
+    facts: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one layer's array."""
+        return jnp.shape(self.stack)[1:]
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def dtype(self) -> Any:
+        return self.stack.dtype
+
+    def astype(self, dtype: Any) -> Any:
+        """Itself, if it has this dtype; else a copy of the layer's array, cast."""
+        return self if self.dtype == dtype else self.copy().astype(dtype)
+
+    def copy(self) -> jax.Array:
+        """One layer's array: `own` if it is given, else a copy out of the stack."""
+        if self.own is not None:
+            return self.own
+        layer = jnp.clip(self.layer, 0, self.stack.shape[0] - 1)
+        return jax.lax.dynamic_index_in_dim(self.stack, layer, keepdims=False)
 
 
 class _Table:
@@ -92,7 +150,7 @@ class MoePlan(_Table):
         return MoeRouting(self.sorted_token_ids, self.block_ids, self.total_tokens_post_pad, **facts)
 
 
-def _register(table: type[_Table]) -> None:
+def _register(table: Any) -> None:
     arrays = [f.name for f in dataclasses.fields(table) if f.name not in table.facts]  # type: ignore[arg-type]
     jax.tree_util.register_dataclass(table, arrays, table.facts)
     export.register_pytree_node_serialization(
@@ -106,4 +164,5 @@ def _register(table: type[_Table]) -> None:
 _register(TokenPairs)
 _register(MoeRouting)
 _register(MoePlan)
+_register(LayerOf)
 export.register_namedtuple_serialization(RouterOutput, serialized_name="ferrum_jax.RouterOutput")

@@ -32,3 +32,14 @@ def shared_by(x: jax.Array, lead: tuple[int, ...]) -> tuple[jax.Array, int]:
     """`x` over its outer leading axes, up to the last one that is not of size 1; and how many slices share each row."""
     outer = max((axis + 1 for axis, size in enumerate(x.shape[:-1]) if size != 1), default=0)
     return jnp.broadcast_to(x, (*lead[:outer], *x.shape[outer:])), math.prod(lead[outer:])
+
+
+def matrices(rhs: Any, stack: Any, layer: Any, lead: tuple[int, ...]) -> tuple[Any, bool, Any, int]:
+    """Where a product's matrices are.
+
+    Returns the array that holds them, whether all slices share it, each slice's layer in it, and its number of layers.
+    For matrices that are in no stack the last two are None and 0.
+    """
+    if stack is None:
+        return (*large(rhs, lead), None, 0)
+    return (*large(stack, lead), whole(layer, lead), stack.shape[-4])

@@ -8,34 +8,36 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from ..core.sharding import sharded_like, tokens_of
-from ..core.signature import as_int, checked, one_of, parse
+from ..core.signature import as_int, one_of
 from ..core.types import PACKED, PAIR_IDS, RouterOutput
 from ..kernels import IMPLEMENTATIONS
 from ..ops import tables
-from ..ops.activations import ACTIVATIONS
 from ..ops.combine import combine_op, dispatch_op
-from ..ops.grouped import as_precision, product, unfinished
-from ..ops.routing import as_pair, route_topk_softmax
+from ..ops.grouped import as_precision
+from ..ops.grouped_ops import Matrices, product, unfinished
+from ..ops.routing import route_topk_softmax
 from ..ops.weighted_sum import weighted_sum_op
+from .arguments import checked_experts, checked_settings, checked_tokens
 
 _OP = "moe_mlp"  # the name in errors
 
-FLOWS = (PACKED, PAIR_IDS)
 _L2_BYTES = 2**25  # x of at most this size is taken to fit the L2 cache
 
 
 def moe_mlp(
     x: jax.Array,
     router_logits: jax.Array | None,
-    w_gate_up: jax.Array,
-    w_down: jax.Array,
+    w_gate_up: Matrices | tuple[Matrices, Matrices],
+    w_down: Matrices,
     *,
     top_k: int | None = None,
     norm_topk_prob: bool = True,
     router_output: RouterOutput | None = None,
     activation: str | Callable[[jax.Array, jax.Array], jax.Array] = "silu",
-    b_gate_up: jax.Array | None = None,
-    b_down: jax.Array | None = None,
+    b_gate_up: Matrices | tuple[Matrices, Matrices] | None = None,
+    b_down: Matrices | None = None,
+    interleaved: bool = False,
+    transpose_rhs: bool = False,
     flow: str | None = None,
     block_size: int | None = None,
     precision: str | jax.lax.Precision | None = None,
@@ -58,7 +60,8 @@ def moe_mlp(
     Args:
       x: [..., T, H] float16, bfloat16 or float32. Leading axes are more tokens: the matrices serve all.
       router_logits: [..., T, E] float16, bfloat16 or float32, for `route_topk_softmax`; None with `router_output`.
-      w_gate_up: [E, H, 2F] of x's dtype, gate then up.
+      w_gate_up: [E, H, 2F] of x's dtype, gate then up. Or a pair (w_gate, w_up) of [E, H, F], which is not
+        concatenated. Instead of an array, here and below, a `LayerOf` reads it in place out of a stack of layers.
       w_down: [E, F, H] of x's dtype.
       top_k: K, experts per token; needed with `router_logits`.
       norm_topk_prob: as in `route_topk_softmax`; of no effect with `router_output`.
@@ -67,7 +70,9 @@ def moe_mlp(
       activation: "silu", "gelu" (exact), "gelu_tanh", "relu", "relu2" (squared), each times up; "swiglu_oai", that of
         gpt-oss: (up + 1) * gate * sigmoid(1.702 * gate), gate clamped above at 7 and up to [-7, 7]; or a function of
         (gate, up), float32 [P, F] each, to [P, F].
-      b_gate_up, b_down: [E, 2F] and [E, H] of x's dtype.
+      b_gate_up, b_down: [E, 2F] and [E, H] of x's dtype. With a pair (w_gate, w_up), `b_gate_up` is a pair too.
+      interleaved: gate and up alternate along the axis of 2F entries, beginning with gate, as in gpt-oss.
+      transpose_rhs: the matrices are [E, 2F, H] and [E, H, F], as PyTorch's linear layers hold them.
       flow: "packed": dispatch copies the tokens into expert order, and combine adds up the results. "pair_ids": the
         products read the tokens themselves, and write rows in pair order. None: "pair_ids" if x has at most 32 MiB, so
         that the L2 cache holds it; to read its rows once per tile then costs less than to copy them K times. Else
@@ -83,7 +88,8 @@ def moe_mlp(
       [..., T, H] in x's dtype.
 
     Raises:
-      TypeError: an argument of another dtype, a size that is no int, `norm_topk_prob` no bool.
+      TypeError: an argument of another dtype, a size that is no int, a bool that is none, a pair of one array and one
+        `LayerOf`, biases in another form than the matrices.
       ValueError: ranks or shapes that do not fit, sizes out of range, both or neither of `router_logits` and
         `router_output`, an unknown `activation`, `flow`, `precision` or `implementation`.
       NotImplementedError: the implementation asked for cannot run here; the message says why.
@@ -96,60 +102,52 @@ def moe_mlp(
     >>> moe_mlp(x, logits, jnp.ones((3, 4, 12)), jnp.ones((3, 6, 4)), top_k=2).shape
     (5, 4)
     """
-    act = checked_layer(activation, flow, block_size)
+    act = checked_settings(_OP, activation, flow, block_size)
     one_of(_OP, "implementation", implementation, (None, *IMPLEMENTATIONS))
-    x, logits, routed, w_gate_up, w_down, b_gate_up, b_down = checked_arrays(
-        _OP, top_k, x, router_logits, router_output, w_gate_up, w_down, b_gate_up, b_down
-    )
-    x_type, num_experts = jax.typeof(x), w_gate_up.shape[0]
+    experts = checked_experts(_OP, w_gate_up, w_down, b_gate_up, b_down, interleaved, transpose_rhs)
+    x, logits, routed = checked_tokens(_OP, experts, top_k, x, router_logits, router_output)
+    x_type, num_experts = jax.typeof(x), experts.number
     if routed:
         x, ids, weights = [tokens_of(a) for a in (x, *routed)]
     else:
         x, logits = tokens_of(x), tokens_of(logits)
-        assert top_k is not None  # else checked_arrays has raised
+        assert top_k is not None  # else checked_tokens has raised
         ids, weights = route_topk_softmax(logits, top_k, norm_topk_prob=norm_topk_prob, implementation=implementation)
     ids, weights = checkpoint_name((ids, weights), "moe_router")
     flow = _usual_flow(x, ids) if flow is None or not ids.shape[-1] else flow
     block_size = usual_block_size(ids.size, num_experts) if block_size is None else block_size
     precision = as_precision(_OP, precision, x.dtype)
-    plan = None
+    plan, expert_of_row = None, ids.reshape(-1)
     if flow == PACKED:
         plan = checkpoint_name(tables.plan(ids, num_experts, block_size, False, implementation), "moe_router")
         routing, choices = plan.routing, 1
         rows = dispatch_op.bind(x, plan.packed_token_idx, plan.pairs_by_token, implementation=implementation)
+        if experts.gate_up_bias or experts.down_bias is not None:
+            owner = tables.expert_of_row
+            expert_of_row = owner.bind(plan.packed_token_idx, plan.expert_offsets, implementation=None)
     else:
         routing = checkpoint_name(tables.align(ids, num_experts, block_size, True, implementation), "moe_router")
         rows, choices = x, ids.shape[-1]
-    table = tuple(routing)
-    how: dict[str, Any] = {"packed_rows": plan is not None, "precision": precision, "implementation": implementation}
 
-    def bias_rows(bias: jax.Array | None) -> jax.Array | None:
-        if bias is None:
-            return None
-        expert_of_row = ids.reshape(-1)
-        if plan:
-            expert_of_row = tables.expert_of_row.bind(plan.packed_token_idx, plan.expert_offsets, implementation=None)
+    def times(rows: jax.Array, matrices: Matrices, **how: Any) -> jax.Array:
+        how = {"activation": None, "dtype": x.dtype.name, "top_k": 1} | how
+        how |= {"packed_rows": plan is not None, "precision": precision, "implementation": implementation}
+        return product(rows, matrices, *routing, **how)
+
+    def of_rows(bias: jax.Array) -> jax.Array:
         return dispatch_op.bind(bias, expert_of_row, None, implementation=implementation)
 
-    # The gradient keeps the product, and computes the activation's many float32 intermediates again from it.
-    @jax.checkpoint
-    def activate(rows: jax.Array, bias: jax.Array | None) -> jax.Array:
-        gate, up = jnp.split(_plus(rows, bias), 2, axis=-1)
-        hidden = act(gate, up)
-        if jnp.shape(hidden) != gate.shape:
-            raise ValueError(f"{_OP}: activation must give an array of shape {gate.shape}; got {jnp.shape(hidden)}")
-        return hidden.astype(x.dtype)
-
-    if b_gate_up is None and not callable(activation):
-        rows = product(rows, w_gate_up, *table, top_k=choices, activation=activation, dtype=x.dtype.name, **how)
+    if experts.gate_up_bias or callable(activation) or experts.interleaved or experts.transpose_rhs:
+        how = {"top_k": choices, "dtype": unfinished(x.dtype.name), "transpose_rhs": experts.transpose_rhs}
+        parts = [times(rows, matrices, **how) for matrices in experts.gate_up]
+        biases = [of_rows(bias) for bias in experts.gate_up_bias]
+        rows = _activate(checkpoint_name(parts, "moe_gate_up"), biases, act, experts.interleaved, x.dtype)
     else:
-        dtype = unfinished(x.dtype.name)
-        rows = product(rows, w_gate_up, *table, top_k=choices, activation=None, dtype=dtype, **how)
-        rows = activate(checkpoint_name(rows, "moe_gate_up"), bias_rows(b_gate_up))
-    rows = product(rows, w_down, *table, top_k=1, activation=None, dtype=x.dtype.name, **how)
-    rows = checkpoint_name(rows, "moe_down")
-    if b_down is not None:
-        rows = _plus(rows, bias_rows(b_down)).astype(x.dtype)
+        gate, *up = experts.gate_up
+        rows = times(rows, gate, up=up[0] if up else None, top_k=choices, activation=activation)
+    rows = checkpoint_name(times(rows, experts.down, transpose_rhs=experts.transpose_rhs), "moe_down")
+    if experts.down_bias is not None:
+        rows = (_f32(rows) + _f32(of_rows(experts.down_bias))).astype(x.dtype)
     if plan:
         out = combine_op.bind(rows, plan.pairs_by_token, weights, unique_rows=True, implementation=implementation)
     else:
@@ -158,15 +156,67 @@ def moe_mlp(
     return sharded_like(out.reshape(x_type.shape), x_type)
 
 
+def pack_gate_up(gate: jax.Array, up: jax.Array, *, axis: int = -1, interleaved: bool = False) -> jax.Array:
+    """One array of gate and up, as `moe_mlp` takes it: a copy of both.
+
+    Args:
+      gate, up: [..., F], arrays of one shape: matrices or biases.
+      axis: the axis of F entries; -2 for matrices [E, F, H], with `transpose_rhs`.
+      interleaved: whether gate and up alternate along it.
+
+    Returns:
+      The array with 2F entries along the axis: gate then up, or gate[0], up[0], gate[1] and so on.
+
+    Raises:
+      ValueError: arrays of different shapes.
+
+    >>> import jax.numpy as jnp
+    >>> pack_gate_up(jnp.array([1, 2]), jnp.array([3, 4]), interleaved=True).tolist()
+    [1, 3, 2, 4]
+    """
+    if jnp.shape(gate) != jnp.shape(up):
+        raise ValueError(f"pack_gate_up: up must have the shape of gate, {jnp.shape(gate)}; got {jnp.shape(up)}")
+    if not interleaved:
+        return jnp.concatenate([gate, up], axis)
+    axis %= jnp.ndim(gate)
+    shape = list(jnp.shape(gate))
+    shape[axis] *= 2
+    return jnp.stack([gate, up], axis + 1).reshape(shape)
+
+
+def _activate(
+    parts: list[jax.Array], biases: list[jax.Array], activation: Any, interleaved: bool, dtype: Any
+) -> jax.Array:
+    """The activation of a product, or of one for gate and one for up, after their biases."""
+
+    # The gradient keeps the product, and computes the activation's many float32 intermediates again from it.
+    @jax.checkpoint
+    def finish(parts: list[jax.Array], biases: list[jax.Array]) -> jax.Array:
+        parts = [_f32(part) for part in parts]
+        if biases:
+            parts = [part + _f32(bias) for part, bias in zip(parts, biases, strict=True)]
+        if len(parts) == 2:
+            gate, up = parts
+        elif interleaved:
+            gate, up = parts[0][..., ::2], parts[0][..., 1::2]
+        else:
+            gate, up = jnp.split(parts[0], 2, axis=-1)
+        hidden = activation(gate, up)
+        if jnp.shape(hidden) != gate.shape:
+            raise ValueError(f"{_OP}: activation must give an array of shape {gate.shape}; got {jnp.shape(hidden)}")
+        return hidden.astype(dtype)
+
+    return finish(parts, biases)
+
+
 def _usual_flow(x: jax.Array, ids: jax.Array) -> str:
     """Pair ids if the tokens fit an L2 cache, else packed rows. Pair ids need a K >= 1: id p means token p // K."""
     few_bytes = isinstance(x.size, int) and x.size * x.dtype.itemsize <= _L2_BYTES  # a size may be symbolic
     return PAIR_IDS if few_bytes and ids.shape[-1] else PACKED
 
 
-def _plus(rows: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """Rows plus their biases, in float32."""
-    return rows.astype(jnp.float32) + (0 if bias is None else bias.astype(jnp.float32))
+def _f32(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32)
 
 
 def usual_block_size(num_pairs: int, num_experts: int) -> int:
@@ -175,74 +225,3 @@ def usual_block_size(num_pairs: int, num_experts: int) -> int:
         as_int(_OP, "T*K", num_pairs)  # a symbolic number of pairs is an error
     average = -(-num_pairs // num_experts)
     return min(max(1 << (average - 1).bit_length() if average else 0, 16), 128)
-
-
-def checked_layer(activation: Any, flow: Any, block_size: Any) -> Any:
-    """Check the settings that can be checked without arrays. Return the activation as a function."""
-    if not callable(activation) and activation not in list(ACTIVATIONS):  # a list, for values that cannot be hashed
-        choices = ", ".join(map(repr, ACTIVATIONS))
-        raise ValueError(f"{_OP}: activation must be a function or one of {choices}; got {activation!r}")
-    one_of(_OP, "flow", flow, (None, *FLOWS))
-    if block_size is not None:
-        as_int(_OP, "block_size", block_size)
-    return activation if callable(activation) else ACTIVATIONS[activation]
-
-
-def checked_arrays(
-    op: str,
-    top_k: Any,
-    x: Any,
-    router_logits: Any,
-    router_output: Any,
-    w_gate_up: Any,
-    w_down: Any,
-    b_gate_up: Any,
-    b_down: Any,
-) -> tuple[Any, ...]:
-    """The arguments as arrays, each checked against the others. None stays None.
-
-    Returns x, router_logits, (expert_ids, expert_weights) or None, and the matrices and biases.
-    """
-    if (router_logits is None) == (router_output is None):
-        got = "neither" if router_logits is None else "both"
-        raise ValueError(f"{op}: give one of router_logits (with top_k) and router_output; got {got}")
-    ids, weights = (None, None) if router_output is None else as_pair(op, router_output)
-    x, logits, ids, weights = checked(op, _TOKENS, x, router_logits, ids, weights)
-    w_gate_up, w_down, b_gate_up, b_down = checked(op, _MATRICES, w_gate_up, w_down, b_gate_up, b_down)
-    shape = w_gate_up.shape
-    if len(shape) != 3:
-        raise ValueError(f"{op}: w_gate_up must be [E, H, 2F], without leading axes; got shape {shape}")
-    if not shape[0]:
-        raise ValueError(f"{op}: w_gate_up must hold at least one expert, E >= 1; got shape {shape}")
-    if shape[1] != x.shape[-1]:
-        raise ValueError(f"{op}: w_gate_up must have {x.shape[-1]} entries along axis 1, H of x; got shape {shape}")
-    if shape[2] != 2 * w_down.shape[1]:
-        raise ValueError(
-            f"{op}: w_gate_up must have {2 * w_down.shape[1]} entries along axis 2, 2F of w_down; got shape {shape}"
-        )
-    if logits is not None and logits.shape[-1] != shape[0]:
-        raise ValueError(
-            f"{op}: router_logits must have {shape[0]} entries along axis -1, E of w_gate_up; got shape {logits.shape}"
-        )
-    if w_gate_up.dtype != x.dtype:
-        raise TypeError(f"{op}: w_gate_up must have the dtype of x, {x.dtype}; got {w_gate_up.dtype}")
-    name, other = ("router_output", ids) if logits is None else ("router_logits", logits)
-    if other.shape[:-1] != x.shape[:-1]:
-        raise ValueError(
-            f"{op}: {name} must have the axes {x.shape[:-1]} of x before its last; got shape {other.shape}"
-        )
-    if ids is None:
-        if top_k is None:
-            raise TypeError(f"{op}: top_k must be an int with router_logits; got None")
-        return x, logits, None, w_gate_up, w_down, b_gate_up, b_down
-    if ids.shape != weights.shape:
-        raise ValueError(
-            f"{op}: router_output must hold ids and weights of one shape; got {ids.shape} and {weights.shape}"
-        )
-    if top_k is not None and as_int(op, "top_k", top_k, 0) != ids.shape[-1]:
-        raise ValueError(f"{op}: top_k must be that of router_output, {ids.shape[-1]}; got {top_k}")
-    return x, logits, (ids, weights), w_gate_up, w_down, b_gate_up, b_down
-
-
-_TOKENS = parse("x: rows[T,H], router_logits?: logits[T,E], expert_ids?: ids[T,K], expert_weights?: weights[T,K]")
-_MATRICES = parse("w_gate_up: rows[E,H,G], w_down: rows[E,F,H], b_gate_up?: rows[E,G], b_down?: rows[E,H]")

@@ -25,12 +25,12 @@ except ImportError as error:
 from ..core.signature import as_bool, as_int, one_of
 from ..core.types import RouterOutput
 from ..kernels import IMPLEMENTATIONS
-from ..ops.activations import ACTIVATIONS
 from ..ops.grouped import as_precision
 from ..ops.losses import NORMALIZATIONS, expert_counts, load_balancing_loss, router_z_loss, update_routing_bias
 from ..ops.routing import route_topk
 from ..ops.scoring import checked_settings as checked_routing
-from .layer import checked_layer, moe_mlp
+from .arguments import checked_settings
+from .layer import moe_mlp
 from .layouts import AXES, MoEParams, as_dtype, shape_of
 from .presets import Preset
 
@@ -173,7 +173,7 @@ class MoE(nnx.Module):
         num_experts = as_int("MoE", "num_experts", self.preset.num_experts)
         checked_routing("route_topk", num_experts, **self.preset)
         one_of("route_topk", "implementation", self.implementation, (None, *IMPLEMENTATIONS))
-        checked_layer(self.preset.activation, self.flow, self.block_size)
+        checked_settings("moe_mlp", self.preset.activation, self.flow, self.block_size)
 
     def _axis_sizes(self, hidden_width: int, expert_width: int, shared_width: int | None) -> dict[str, int]:
         """The sizes of the axes that `AXES` names."""
@@ -339,8 +339,7 @@ class MoE(nnx.Module):
         return jnp.sum(_f32(experts(rows, router_output=single)), axis=-2)
 
     def _shared(self, x: jax.Array) -> jax.Array:
-        name: Any = self.preset.activation
-        act: Any = name if callable(name) else ACTIVATIONS[name]
+        act = checked_settings("MoE", self.preset.activation, None, None)
         precision = as_precision("MoE", self.precision, x.dtype) if x.dtype == jnp.float32 else None
         gate, up = jnp.split(_product(x, _cast(self.shared_w_gate_up, x.dtype), precision), 2, axis=-1)
         out = _product(act(gate, up).astype(x.dtype), _cast(self.shared_w_down, x.dtype), precision)
@@ -385,7 +384,7 @@ def _matrices(init: Initializer, key: jax.Array, shape: tuple[int, ...], dtype: 
 
 
 def _cast(parameter: Any, dtype: Any) -> Any:
-    return None if parameter is None else parameter[...].astype(dtype)
+    return None if parameter is None else parameter.get_value().astype(dtype)
 
 
 def _f32(x: jax.Array) -> jax.Array:

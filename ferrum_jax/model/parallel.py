@@ -16,13 +16,15 @@ from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
 from ..core.sharding import equally_varying, in_auto_mesh, sharded_like, tokens_of
-from ..core.signature import as_bool, as_int, checked, one_of
+from ..core.signature import as_bool, as_int, one_of
 from ..core.types import RouterOutput
 from ..ops.combine import moe_combine, moe_dispatch
 from ..ops.grouped import as_precision
+from ..ops.grouped_ops import Matrices
 from ..ops.routing import route_topk_softmax
 from ..ops.tables import moe_build_pairs_by_token
 from . import layer
+from .arguments import checked_experts, checked_tokens
 from .exchange import ExchangeSizes, bounds_of, exchange_sizes, experts_of_rows, packed_rows_of, slotted_rows_of
 
 EXCHANGES = ("gather", "padded", "ragged")
@@ -41,8 +43,8 @@ ONE_HOST = 8
 def moe_mlp(
     x: jax.Array,
     router_logits: jax.Array | None,
-    w_gate_up: jax.Array,
-    w_down: jax.Array,
+    w_gate_up: Matrices | tuple[Matrices, Matrices],
+    w_down: Matrices,
     *,
     axis_name: str | Sequence[str],
     top_k: int | None = None,
@@ -56,8 +58,10 @@ def moe_mlp(
     implementation: str | None = None,
     activation: str | Callable[[jax.Array, jax.Array], jax.Array] = "silu",
     flow: str | None = None,
-    b_gate_up: jax.Array | None = None,
-    b_down: jax.Array | None = None,
+    b_gate_up: Matrices | tuple[Matrices, Matrices] | None = None,
+    b_down: Matrices | None = None,
+    interleaved: bool = False,
+    transpose_rhs: bool = False,
 ) -> Any:
     """`ferrum_jax.moe_mlp` with experts spread over a mesh axis: called inside `jax.shard_map`, on each device's part.
 
@@ -88,8 +92,9 @@ def moe_mlp(
       precision: as in `ferrum_jax.moe_mlp`.
       implementation: None, "xla" or "triton", of each op; Pallas has no kernel of tables, and None takes its products
         where they were measured faster.
-      activation, flow: as in `ferrum_jax.moe_mlp`.
-      b_gate_up, b_down: [E/D, 2F] and [E/D, H] of x's dtype: this device's experts.
+      activation, flow, interleaved, transpose_rhs: as in `ferrum_jax.moe_mlp`.
+      b_gate_up, b_down: [E/D, 2F] and [E/D, H] of x's dtype: this device's experts. They and the matrices may have all
+        the forms that they may have there. The stack of a `LayerOf` is [L, E/D, ...].
 
     Returns:
       [..., T, H] in x's dtype. With `return_dropped`, (this, dropped): an int32 scalar that varies over the axis, whose
@@ -126,17 +131,15 @@ def moe_mlp(
         capacity = as_int(_OP, "capacity", capacity)
         if not return_dropped:
             raise ValueError(f"{_OP}: capacity may drop pairs; pass return_dropped=True to get their count too")
-    distinct = router_output is None
-    if distinct and router_logits is not None:
-        top_k = _check_logits(x, router_logits, w_gate_up, top_k, devices)
-        router_output = route_topk_softmax(
-            router_logits, top_k, norm_topk_prob=norm_topk_prob, implementation=implementation
-        )
-        router_logits = None
-    x, _, (ids, weights), *_ = layer.checked_arrays(
-        _OP, top_k, x, router_logits, router_output, w_gate_up, w_down, b_gate_up, b_down
-    )
-    x_type, experts = jax.typeof(x), w_gate_up.shape[0]
+    layout = {"interleaved": interleaved, "transpose_rhs": transpose_rhs}
+    matrices = checked_experts(_OP, w_gate_up, w_down, b_gate_up, b_down, **layout)
+    x, logits, routed = checked_tokens(_OP, matrices, top_k, x, router_logits, router_output, devices)
+    distinct = routed is None
+    if logits is not None:
+        assert top_k is not None  # else checked_tokens has raised
+        routed = route_topk_softmax(logits, top_k, norm_topk_prob=norm_topk_prob, implementation=implementation)
+    ids, weights = routed
+    x_type, experts = jax.typeof(x), matrices.number
     precision = as_precision(_OP, precision, x.dtype)
     x, ids, weights = (tokens_of(a, whole=True) for a in (x, ids, weights))
     x, ids, weights, _ = equally_varying([x, ids, weights, lax.axis_index(axis_name)])
@@ -157,6 +160,7 @@ def moe_mlp(
             flow=flow,
             b_gate_up=b_gate_up,
             b_down=b_down,
+            **layout,
         )
 
     worst = as_int(_OP, "rows", devices * x.shape[0] * (min(ids.shape[-1], experts) if distinct else ids.shape[-1]), 0)
@@ -171,23 +175,6 @@ def moe_mlp(
         out, dropped = _exchanged(local, axis_name, exchange, x, ids, weights, experts, rows, implementation)
     out = sharded_like(out.reshape(x_type.shape), x_type)
     return (out, dropped) if return_dropped else out
-
-
-def _check_logits(x: Any, router_logits: Any, w_gate_up: Any, top_k: Any, devices: int) -> int:
-    """Check the logits before `route_topk_softmax`, which does not know their shape, and return top_k."""
-    (x,) = checked(_OP, "x: rows[T,H]", x)
-    (w_gate_up,) = checked(_OP, "w_gate_up: rows[E,H,2F]", w_gate_up)
-    (logits,) = checked(_OP, "router_logits: logits[T,E]", router_logits)
-    experts = w_gate_up.shape[-3]
-    want = (*x.shape[:-1], experts * devices)
-    if logits.shape != want:
-        raise ValueError(
-            f"{_OP}: router_logits must have shape {want}: E is {devices} devices times the {experts} experts of "
-            f"w_gate_up; got shape {logits.shape}"
-        )
-    if top_k is None:
-        raise TypeError(f"{_OP}: top_k must be an int with router_logits; got None")
-    return top_k
 
 
 def _axis_size(axis_name: Any) -> int:

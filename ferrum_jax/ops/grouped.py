@@ -1,25 +1,16 @@
-"""Grouped products: one matrix product per expert, fed by the tables.
+"""`grouped_matmul`: one matrix product per expert, fed by the tables."""
 
-All ops here come from one trilinear form of rows x, expert weights w and rows g, L = sum over the live slots s of
-every expert e of <x[s // K] @ w[e], g[s]>. The grouped product is its derivative by g. The transposed product is that
-by x, before a token's K choices are added up. The outer product is that by w. So each of the three has the other two as
-its transposes.
-"""
-
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
-from ..core.primitive import define
-from ..core.signature import INT32_MAX, ROW_DTYPES, as_int, checked, one_of
-from ..core.types import PACKED, MoePlan, MoeRouting
+from ..core.signature import INT32_MAX, ROW_DTYPES, as_int, checked, one_of, parse
+from ..core.types import PACKED, LayerOf, MoePlan, MoeRouting
 from ..kernels import IMPLEMENTATIONS
 from .activations import ACTIVATIONS
-from .grouped_meaning import outer_products, products
+from .grouped_ops import TABLES, product
 from .tables import rows_per_row
 
 # JAX's names of precisions, and what they mean here. `jax.default_matmul_precision` also takes names of algorithms,
@@ -32,7 +23,7 @@ PRECISIONS = {
 
 def grouped_matmul(
     lhs: jax.Array,
-    rhs: jax.Array,
+    rhs: jax.Array | LayerOf,
     routing: MoeRouting | MoePlan,
     *,
     top_k: int | None = None,
@@ -54,7 +45,8 @@ def grouped_matmul(
 
     Args:
       lhs: [..., M, H] float16, bfloat16 or float32.
-      rhs: [..., E, H, N] of lhs's dtype. A leading axis of size 1 is shared by the batch, not copied.
+      rhs: [..., E, H, N] of lhs's dtype. A leading axis of size 1 is shared by the batch, not copied. Or a `LayerOf` of
+        [E, H, N], which serves the whole batch.
       routing: of either kind, [...]; its block size is S / number of blocks. Its kind, E, K and P are checked against
         lhs, rhs and `top_k`, as far as it knows them. A block counts if it starts before `total_tokens_post_pad` and
         its expert is in [0, E). A slot in such a block counts if it is in [0, P). All others are passed over, wherever
@@ -104,7 +96,7 @@ def grouped_matmul(
     if not isinstance(routing, MoeRouting | MoePlan):
         raise TypeError(f"{op}: routing must be a MoeRouting or a MoePlan; got {type(routing).__name__}")
     tables = routing.sorted_token_ids, routing.block_ids, routing.total_tokens_post_pad
-    lhs, rhs, slots, blocks, total, row_weights = checked(op, _activated.signature, lhs, rhs, *tables, row_weights)
+    lhs, rhs, slots, blocks, total, row_weights = checked(op, _ARGUMENTS, lhs, rhs, *tables, row_weights)
     top_k = _checked_routing(op, routing, lhs, rhs, top_k)
     if activation and rhs.shape[-1] % 2:
         raise ValueError(f"{op}: rhs must be gate and up side by side, an even N; got shape {rhs.shape}")
@@ -129,36 +121,7 @@ def grouped_matmul(
     )
 
 
-def product(
-    lhs: jax.Array,
-    rhs: jax.Array,
-    sorted_token_ids: jax.Array,
-    block_ids: jax.Array,
-    total: jax.Array,
-    row_weights: jax.Array | None = None,
-    *,
-    top_k: int,
-    activation: str | None,
-    dtype: str,
-    packed_rows: bool,
-    precision: str,
-    implementation: str | None,
-) -> jax.Array:
-    """`grouped_matmul` of checked arguments. packed_rows: each expert's rows stand side by side in lhs."""
-    operands = lhs, rhs, sorted_token_ids, block_ids, total
-    settings: dict[str, Any] = {
-        "top_k": top_k,
-        "dtype": dtype,
-        "packed_rows": packed_rows,
-        "precision": precision,
-        "implementation": implementation,
-    }
-    if activation is None and row_weights is None:
-        return _matmul.bind(*operands, **settings)
-    return _activated.bind(*operands, row_weights, activation=activation, **settings)
-
-
-def _checked_routing(op: str, routing: MoeRouting | MoePlan, lhs: jax.Array, rhs: jax.Array, top_k: Any) -> int:
+def _checked_routing(op: str, routing: MoeRouting | MoePlan, lhs: jax.Array, rhs: Any, top_k: Any) -> int:
     """Check that the routing fits these rows and matrices; return the rows of the result per row of lhs."""
     slots, blocks = jnp.shape(routing.sorted_token_ids)[-1], jnp.shape(routing.block_ids)[-1]
     if slots % blocks if blocks else slots:
@@ -198,202 +161,4 @@ def as_precision(op: str, precision: Any, dtype: Any) -> str:
     return PRECISIONS.get(jax.config.jax_default_matmul_precision if name is None else name, "highest")
 
 
-def unfinished(dtype: str) -> str:
-    """The dtype of a product that a bias or an activation turns into rows of `dtype`.
-
-    A float16 layer keeps such products in float32: they may overflow float16 before the activation brings them back
-    into its range.
-    """
-    return "bfloat16" if dtype == "bfloat16" else "float32"
-
-
-# ---- meanings, for operands with any leading axes. packed_rows is for kernels: the meaning is the same.
-
-
-def _matmul_meaning(
-    lhs: jax.Array,
-    rhs: jax.Array,
-    slots: jax.Array,
-    blocks: jax.Array,
-    total: jax.Array,
-    *,
-    top_k: int,
-    dtype: str,
-    packed_rows: bool,
-    precision: str,
-) -> jax.Array:
-    return products(lhs, rhs, (slots, blocks, total), top_k, dtype, precision, False)
-
-
-def _transposed_meaning(
-    g: jax.Array,
-    rhs: jax.Array,
-    slots: jax.Array,
-    blocks: jax.Array,
-    total: jax.Array,
-    *,
-    dtype: str,
-    packed_rows: bool,
-    precision: str,
-) -> jax.Array:
-    return products(g, rhs, (slots, blocks, total), 1, dtype, precision, True)
-
-
-def _activated_meaning(
-    lhs: jax.Array,
-    rhs: jax.Array,
-    slots: jax.Array,
-    blocks: jax.Array,
-    total: jax.Array,
-    row_weights: jax.Array | None = None,
-    *,
-    activation: str | None,
-    dtype: str,
-    top_k: int,
-    packed_rows: bool,
-    precision: str,
-    implementation: str | None,
-) -> jax.Array:
-    # The gradient keeps the product, and computes the activation's many float32 intermediates again from it.
-    @jax.checkpoint
-    def finish(rows: jax.Array, weights: jax.Array | None) -> jax.Array:
-        rows = rows.astype(jnp.float32)
-        if activation:
-            rows = ACTIVATIONS[activation](*jnp.split(rows, 2, axis=-1))
-        return (rows if weights is None else rows * jnp.expand_dims(weights, -1)).astype(dtype)
-
-    rows = _matmul.bind(
-        lhs,
-        rhs,
-        slots,
-        blocks,
-        total,
-        top_k=top_k,
-        dtype=unfinished(dtype),
-        packed_rows=packed_rows,
-        precision=precision,
-        implementation=implementation,
-    )
-    rows = checkpoint_name(rows, "moe_gate_up") if activation else rows
-    if row_weights is not None:
-        row_weights = _masked.bind(row_weights, slots, blocks, total, num_experts=rhs.shape[-3], implementation=None)
-    return finish(rows, row_weights)
-
-
-def _masked_meaning(
-    row_weights: jax.Array, slots: jax.Array, blocks: jax.Array, total: jax.Array, *, num_experts: int
-) -> jax.Array:
-    size = slots.size // max(blocks.size, 1)
-    counts = (blocks >= 0) & (blocks < num_experts) & (jnp.arange(blocks.size, dtype=jnp.int32) * size < total)
-    slots = jnp.where(jnp.repeat(counts, size) & (slots >= 0), slots, row_weights.size)
-    return jnp.where(jnp.zeros(row_weights.size, bool).at[slots].set(True, mode="drop"), row_weights, 0)
-
-
-# ---- transposes of the family. `**how` are the parameters that all its ops share: packed_rows, precision and
-# implementation. `**settings` are these and top_k; in `_activated_to` also dtype.
-
-
-def _to_lhs(ct: Any, lhs: Any, rhs: Any, *tables: Any, top_k: int, **how: Any) -> jax.Array:
-    rows = _transposed.bind(ct.astype(lhs.dtype), rhs, *tables, dtype=lhs.dtype.name, **how)
-    if top_k == 1:
-        return rows
-    by_token = rows.reshape(*rows.shape[:-2], lhs.shape[-2], top_k, rows.shape[-1])
-    return jnp.sum(by_token, axis=-2, dtype=jnp.float32).astype(lhs.dtype)
-
-
-def _matmul_to_lhs(ct: Any, lhs: Any, rhs: Any, *tables: Any, dtype: str, **settings: Any) -> jax.Array:
-    return _to_lhs(ct, lhs, rhs, *tables, **settings)
-
-
-def _matmul_to_rhs(ct: Any, lhs: Any, rhs: Any, *tables: Any, dtype: str, **settings: Any) -> jax.Array:
-    return _outer.bind(lhs, ct.astype(rhs.dtype), *tables, num_experts=rhs.shape[-3], **settings)
-
-
-def _transposed_to_g(ct: Any, g: Any, rhs: Any, *tables: Any, dtype: str, **how: Any) -> jax.Array:
-    return _matmul.bind(ct.astype(rhs.dtype), rhs, *tables, top_k=1, dtype=g.dtype.name, **how)
-
-
-def _transposed_to_rhs(ct: Any, g: Any, rhs: Any, *tables: Any, dtype: str, **how: Any) -> jax.Array:
-    return _outer.bind(ct.astype(g.dtype), g, *tables, top_k=1, num_experts=rhs.shape[-3], **how)
-
-
-def _outer_to_lhs(ct: Any, lhs: Any, g: Any, *tables: Any, num_experts: int, **settings: Any) -> jax.Array:
-    return _to_lhs(g, lhs, ct, *tables, **settings)
-
-
-def _outer_to_g(ct: Any, lhs: Any, g: Any, *tables: Any, num_experts: int, **settings: Any) -> jax.Array:
-    return _matmul.bind(lhs, ct, *tables, dtype=g.dtype.name, **settings)
-
-
-def _activated_to(operand: str) -> Callable[..., jax.Array]:
-    """The transpose by one operand. Only jax.linear_transpose asks for it: a gradient is that of the meaning."""
-
-    def transpose(ct: jax.Array, *operands: Any, activation: str | None, **settings: Any) -> jax.Array:
-        if activation and operand != "row_weights":
-            raise NotImplementedError(
-                f"grouped_matmul: no transpose by {operand}, in which an activation is not linear"
-            )
-        place = [term.name for term in _activated.signature.operands].index(operand)
-
-        def of_one(x: jax.Array) -> jax.Array:
-            with_x = [*operands[:place], x, *operands[place + 1 :]]
-            return _activated_meaning(*with_x, activation=activation, **settings)
-
-        return jax.linear_transpose(of_one, operands[place])(ct)[0]
-
-    return transpose
-
-
-def _masked_to_weights(ct: Any, weights: Any, *tables: Any, num_experts: int, implementation: str | None) -> jax.Array:
-    return _masked.bind(ct, *tables, num_experts=num_experts, implementation=implementation)
-
-
-def _product_sizes(sizes: dict[str, int], top_k: int, activation: str | None = None, **others: Any) -> dict[str, int]:
-    return {"P": sizes["M"] * top_k, "F": sizes["N"] // 2 if activation else sizes["N"]}
-
-
-def _outer_sizes(sizes: dict[str, int], num_experts: int, **others: Any) -> dict[str, int]:
-    return {"E": num_experts}
-
-
-_TABLES = "sorted_token_ids: ids[S], block_ids: ids[B], total_tokens_post_pad: ids[]"
-
-_matmul = define(
-    "grouped_matmul",
-    f"lhs: rows[M,H], rhs: rows[E,H,N], {_TABLES} -> product[P,N]",
-    _matmul_meaning,
-    sizes=_product_sizes,
-    leading_axes=True,
-    transposes={"lhs": _matmul_to_lhs, "rhs": _matmul_to_rhs},
-)
-_activated = define(
-    "grouped_matmul_activated",
-    f"lhs: rows[M,H], rhs: rows[E,H,N], {_TABLES}, row_weights?: weights[P] -> product[P,F]",
-    _activated_meaning,
-    sizes=_product_sizes,
-    leading_axes=True,
-    transposes={operand: _activated_to(operand) for operand in ("lhs", "rhs", "row_weights")},
-    made_of_ops=True,
-)
-# The row weights, with 0 for rows that no slot names: so such a row is 0 even if its weight is NaN.
-_masked = define(
-    "grouped_row_weights",
-    f"row_weights: weights[P], {_TABLES} -> weights[P]",
-    _masked_meaning,
-    transposes={"row_weights": _masked_to_weights},
-)
-_transposed = define(
-    "grouped_matmul_transposed",
-    f"g: rows[P,N], rhs: rows[E,H,N], {_TABLES} -> product[P,H]",
-    _transposed_meaning,
-    leading_axes=True,
-    transposes={"g": _transposed_to_g, "rhs": _transposed_to_rhs},
-)
-_outer = define(
-    "grouped_outer",
-    f"lhs: rows[M,H], g: rows[P,N], {_TABLES} -> rows[E,H,N]",
-    outer_products,
-    sizes=_outer_sizes,
-    leading_axes=True,
-    transposes={"lhs": _outer_to_lhs, "g": _outer_to_g},
-)
+_ARGUMENTS = parse(f"lhs: rows[M,H], rhs: matrices[E,H,N], {TABLES}, row_weights?: weights[P]")

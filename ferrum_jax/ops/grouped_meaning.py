@@ -18,7 +18,9 @@ from ..kernels import lead_axes
 
 def products(
     lhs: jax.Array,
-    rhs: jax.Array,
+    rhs: jax.Array | None,
+    stack: jax.Array | None,
+    layer: jax.Array | None,
     tables: tuple[jax.Array, ...],
     top_k: int,
     dtype: str,
@@ -26,18 +28,24 @@ def products(
     transposed: bool,
 ) -> jax.Array:
     """Each slot's row of lhs times the matrix of its block's expert, or times the transposed matrix."""
-    lead, (num_rows, _) = lead_axes((lhs, 2), (rhs, 3), *_with_ranks(tables)), lhs.shape[-2:]
-    num_pairs, width = num_rows * top_k, rhs.shape[-2 if transposed else -1]
-    if 0 in (num_pairs, *tables[0].shape, *rhs.shape):
+    if stack is None or layer is None:  # the matrices are a stack of one layer
+        assert rhs is not None
+        stack, layer = jnp.expand_dims(rhs, -4), jnp.zeros((1,) * (rhs.ndim - 3), jnp.int32)
+    lead = lead_axes((lhs, 2), (rhs, 3), (stack, 4), (layer, 0), *_with_ranks(tables))
+    num_rows = lhs.shape[-2]
+    num_pairs, width = num_rows * top_k, stack.shape[-2 if transposed else -1]
+    if 0 in (num_pairs, *tables[0].shape, *stack.shape):
         return jnp.zeros((*lead, num_pairs, width), dtype)
-    lhs, rhs = _flat(lhs, lead), _flat(rhs, lead)
-    count, live = _live_blocks(tables, lead, rhs.shape[1])
+    layer = jnp.clip(layer, 0, stack.shape[-4] - 1)
+    lhs, stack, layer = _flat(lhs, lead), _flat(stack, lead), _flat(layer, lead)
+    count, live = _live_blocks(tables, lead, stack.shape[2])
     contract = (((1,), (1 if transposed else 0,)), ((), ()))
 
     def step(i: jax.Array, out: jax.Array) -> jax.Array:
         slice_id, expert, slot = live(i)
         zero = jnp.zeros_like(expert)
-        matrix = lax.dynamic_slice(rhs, (_own_slice(rhs, slice_id), expert, zero, zero), (1, 1, *rhs.shape[2:]))[0, 0]
+        at = _own_slice(stack, slice_id), layer[_own_slice(layer, slice_id)], expert, zero, zero
+        matrix = lax.dynamic_slice(stack, at, (1, 1, 1, *stack.shape[3:]))[0, 0, 0]
         rows = _rows(lhs, slice_id, slot, top_k, num_pairs)
         rows = lax.dot_general(rows, matrix, contract, precision, preferred_element_type="float32")
         row = jnp.where((slot >= 0) & (slot < num_pairs), slot, num_pairs)

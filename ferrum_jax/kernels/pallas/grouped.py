@@ -4,8 +4,10 @@ import functools
 import math
 
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 
+from ..shapes import matrices
 from . import gather_sm90, grouped_sm90, outer_sm90
 from .activations import ACTIVATIONS
 from .grouped_tables import (
@@ -29,8 +31,11 @@ def refuse(call):
     activation = call.params.get("activation")
     if activation and activation not in ACTIVATIONS:
         return f"Mosaic has no function that {activation!r} needs"
-    if activation and call.sizes["N"] % (2 * LINE):
-        return f"gate and up must each have a multiple of {LINE} columns; they have {call.sizes['N'] // 2}"
+    halves = 1 if "U" in call.sizes else 2
+    if activation and call.sizes["N"] % (halves * LINE):
+        return f"gate and up must each have a multiple of {LINE} columns; they have {call.sizes['N'] // halves}"
+    if ("L" in call.sizes or "J" in call.sizes) and (call.sizes["H"] % LINE or call.sizes["N"] % LINE):
+        return f"it would copy a stack whose matrices' widths, H={call.sizes['H']} and N={call.sizes['N']}, {_PADDED}"
     blocks = call.sizes["B"] or 1
     slots = round_up(call.sizes["S"] // blocks, 8) * blocks
     pairs = call.sizes["P"] if "P" in call.sizes else call.sizes["M"] * call.params.get("top_k", 1)
@@ -40,22 +45,42 @@ def refuse(call):
     return None
 
 
+_NONE = None, None, None
+_PADDED = f"are no multiples of {LINE}, because TMA reads lines of so many entries"
+
 # `precision` is that of float32 operands, which are refused. `tile` is for measuring others than the table's.
 
 
-def grouped_matmul(lhs, rhs, *tables, top_k, dtype, packed_rows, precision, tile=None):
-    return _product(lhs, rhs, tables, top_k, jnp.dtype(dtype), tile=tile)
+def grouped_matmul(lhs, rhs, slots, blocks, total, stack, layer, *, top_k, dtype, packed_rows, precision, tile=None):
+    return _product(lhs, (rhs, stack, layer), (slots, blocks, total), top_k, jnp.dtype(dtype), tile=tile)
 
 
 def grouped_matmul_activated(
-    lhs, rhs, slots, blocks, total, row_weights=None, *, top_k, dtype, activation, packed_rows, precision, tile=None
+    lhs,
+    rhs,
+    slots,
+    blocks,
+    total,
+    row_weights,
+    stack,
+    layer,
+    *up,
+    top_k,
+    dtype,
+    activation,
+    packed_rows,
+    precision,
+    tile=None,
 ):
-    tables, dtype = (slots, blocks, total), jnp.dtype(dtype)
-    return _product(lhs, rhs, tables, top_k, dtype, row_weights=row_weights, activation=activation, tile=tile)
+    read, tables, dtype = (rhs, stack, layer), (slots, blocks, total), jnp.dtype(dtype)
+    return _product(lhs, read, tables, top_k, dtype, row_weights=row_weights, up=up, activation=activation, tile=tile)
 
 
-def grouped_matmul_transposed(g, rhs, *tables, dtype, packed_rows, precision, tile=None):
-    return _product(g, rhs, tables, 1, jnp.dtype(dtype), transposed=True, tile=tile)
+def grouped_matmul_transposed(
+    g, rhs, slots, blocks, total, stack, layer, *, top_k, dtype, packed_rows, precision, tile=None
+):
+    read, tables = (rhs, stack, layer), (slots, blocks, total)
+    return _product(g, read, tables, top_k, jnp.dtype(dtype), transposed=True, tile=tile)
 
 
 def grouped_outer(lhs, g, *tables, top_k, num_experts, packed_rows, precision):
@@ -84,17 +109,23 @@ def grouped_outer(lhs, g, *tables, top_k, num_experts, packed_rows, precision):
     return (jnp.reshape(out, (*lead, num_experts, height_16, width_16))[..., :height, :width],)
 
 
-def _product(lhs, rhs, tables, top_k, dtype, *, transposed=False, row_weights=None, activation=None, tile=None):
-    weighted = () if row_weights is None else ((row_weights, 1),)
-    lead = lead_axes((lhs, 2), (rhs, 3), *zip(tables, (1, 1, 0), strict=True), *weighted)
-    num_slices, num_pairs, num_experts = math.prod(lead), lhs.shape[-2] * top_k, rhs.shape[-3]
-    width = rhs.shape[-2 if transposed else -1] // (2 if activation else 1)
+def _product(
+    lhs, read, tables, top_k, dtype, *, transposed=False, row_weights=None, up=_NONE, activation=None, tile=None
+):
+    # `read` and `up` are (rhs, stack, layer).
+    sources = [pair for where in (read, up) for pair in zip(where, (3, 4, 0), strict=True)]
+    lead = lead_axes((lhs, 2), *sources, *zip(tables, (1, 1, 0), strict=True), (row_weights, 1))
+    rhs, first_matrix = _matrices(*read, lead)
+    pair = up[0] is not None or up[1] is not None
+    up_rhs, up_first_matrix = _matrices(*up, lead) if pair else (None, None)
+    shape = (read[0] if read[1] is None else read[1]).shape  # of the matrices before they are padded
+    num_slices, num_pairs, num_experts = math.prod(lead), lhs.shape[-2] * top_k, shape[-3]
+    width = shape[-2 if transposed else -1] // (2 if activation and not pair else 1)
     plain = not (activation or transposed)
     tile = tile or product_tile(ARCHITECTURE, lhs.dtype, num_pairs, num_experts, plain)
     stages, chunk = pipeline(tile, dtype)
 
     lhs, lhs_slice = _rows(lhs, lead)
-    rhs, own_matrices = _matrices(rhs, lead)
     columns = width if activation else rhs.shape[-2 if transposed else -1]
     out_slice = round_up(num_pairs, 8)
 
@@ -123,11 +154,10 @@ def _product(lhs, rhs, tables, top_k, dtype, *, transposed=False, row_weights=No
         activation=ACTIVATIONS[activation] if activation else None,
         lhs_slice=lhs_slice,
         out_slice=out_slice,
-        own_matrices=own_matrices,
     )
     (out,) = launch(
         grouped_sm90.product,
-        *(lhs, gathered, rhs, tiles, num_tiles, first_row, end_row, scattered),
+        *(lhs, gathered, rhs, first_matrix, up_rhs, up_first_matrix, tiles, num_tiles, first_row, end_row, scattered),
         *(jnp.reshape(slots, -1), block_matrix, unnamed, row_weights),
         out=[((num_slices * out_slice, columns), dtype)],
         grid=grid,
@@ -161,10 +191,16 @@ def _rows(x, lead):
     return jnp.reshape(x, (-1, x.shape[-1])), x.shape[-2] if slices > 1 else 0
 
 
-def _matrices(x, lead):
-    """The matrices of all slices as [matrices, rows, columns], and whether each slice has its own."""
+def _matrices(rhs, stack, layer, lead):
+    """The matrices as [matrices, rows, columns], and for each slice the number of its first one; None if that is 0."""
+    x, _, layer, layers = matrices(rhs, stack, layer, lead)
     x, slices = _whole(x, lead, LINE)
-    return jnp.reshape(x, (-1, *x.shape[-2:])), slices > 1
+    slice_id, of_slice = lax.iota(jnp.int32, math.prod(lead)), math.prod(x.shape[len(lead) : -2])
+    first = slice_id * of_slice if slices > 1 else None
+    if layers:
+        layer = jnp.clip(jnp.reshape(layer, -1), 0, layers - 1) * x.shape[-3]
+        first = layer if first is None else first + layer
+    return jnp.reshape(x, (-1, *x.shape[-2:])), first
 
 
 def _whole(x, lead, rows):

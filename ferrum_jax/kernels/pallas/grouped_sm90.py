@@ -41,7 +41,6 @@ class Sizes(NamedTuple):
     activation: Any  # a function of gate and up, or None
     lhs_slice: int  # rows of a slice of lhs; 0 if all slices share them
     out_slice: int  # rows of a slice of the result, padding included
-    own_matrices: bool  # whether each slice has matrices of its own
 
 
 class Product(NamedTuple):
@@ -51,6 +50,9 @@ class Product(NamedTuple):
     lhs: Any  # [rows, H]
     gathered: Any  # [slots, H], the rows of scattered matrices
     rhs: Any  # [matrices, H, N]; [matrices, N, H] if transposed
+    first_matrix: Any  # [slices]: where in rhs each slice's matrices begin; None if all begin at 0
+    up_rhs: Any  # as rhs: with an activation, the matrices of up; or None, and rhs is gate and up
+    up_first_matrix: Any  # as first_matrix
     tiles: Any  # [4, tiles]: see cut_into_tiles
     num_tiles: Any  # [1]
     first_row: Any  # [matrices]
@@ -204,16 +206,27 @@ def copy_rows(block, stage, matrix, first, along):
 def copy_matrix(block, stage, matrix, column, along):
     """Copy a tile's columns of a matrix; with an activation, for each multiplier the gate's and up's."""
     sizes, full = block.sizes, block.full.at[stage]
-    number = matrix if sizes.own_matrices else lax.rem(matrix, jnp.int32(sizes.num_experts))
+    number = place_of(block, matrix, block.first_matrix)
     if not sizes.activation:
         columns = pl.ds(column, sizes.tile.columns)
         at = (columns, along) if sizes.transposed else (along, columns)
         plgpu.copy_gmem_to_smem(block.rhs.at[number, *at], block.matrix_stages.at[stage], full)
         return
-    up, own = block.width, block.own_columns
-    for part, start in enumerate((0, up, own, up + own)):
+    if block.up_rhs is None:
+        up, up_number, up_column = block.rhs, number, block.width
+    else:
+        up, up_number, up_column = block.up_rhs, place_of(block, matrix, block.up_first_matrix), 0
+    own, gate = block.own_columns, (block.rhs, number)
+    parts = (*gate, 0), (up, up_number, up_column), (*gate, own), (up, up_number, up_column + own)
+    for part, (source, number, start) in enumerate(parts):
         columns = pl.ds(pl.multiple_of(column + start, own), own)
-        plgpu.copy_gmem_to_smem(block.rhs.at[number, along, columns], block.matrix_stages.at[stage, part], full)
+        plgpu.copy_gmem_to_smem(source.at[number, along, columns], block.matrix_stages.at[stage, part], full)
+
+
+def place_of(block, matrix, first):
+    """Where the matrix stands among those that are given."""
+    slice_id, expert = split(matrix, block.sizes.num_experts)
+    return expert if first is None else first[slice_id] + expert
 
 
 def clear_share(block):

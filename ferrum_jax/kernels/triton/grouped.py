@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from ..shapes import large, lead_axes, whole
+from ..shapes import large, lead_axes, matrices, whole
 from . import tiles
 from .launch import capability, launch
 
@@ -96,10 +96,22 @@ def zero_unnamed(
 
 
 @triton.jit
+def matrix_number(expert, layer, slice_id, E: tl.constexpr, LAYERS: tl.constexpr, SHARED: tl.constexpr):
+    # Which matrix of the array it is. LAYERS > 0: the array is a stack, and `layer` holds each slice's place in it.
+    number = expert
+    if LAYERS > 0:
+        number += tl.minimum(tl.maximum(tl.load(layer + slice_id), 0), LAYERS - 1).to(tl.int64) * E
+    if not SHARED:
+        number += slice_id * (E * LAYERS if LAYERS > 0 else E)
+    return number
+
+
+@triton.jit
 def grouped(
-    lhs, rhs, slots, blocks, total, owner, row_weights, out,
+    lhs, rhs, layer, up_rhs, up_layer, slots, blocks, total, owner, row_weights, out,
     M: tl.constexpr, H: tl.constexpr, N: tl.constexpr, E: tl.constexpr, S: tl.constexpr, P: tl.constexpr,
     TOP_K: tl.constexpr, BLOCK: tl.constexpr, SHARED_LHS: tl.constexpr, SHARED_RHS: tl.constexpr,
+    LAYERS: tl.constexpr, PAIR: tl.constexpr, SHARED_UP: tl.constexpr, UP_LAYERS: tl.constexpr,
     ACTIVATION: tl.constexpr, WEIGHTED: tl.constexpr, TRANSPOSED: tl.constexpr, SWAPPED: tl.constexpr,
     PRECISION: tl.constexpr, PARTS: tl.constexpr, TILES: tl.constexpr, PROGRAMS: tl.constexpr, GROUP: tl.constexpr,
     TM: tl.constexpr, TN: tl.constexpr, TK: tl.constexpr, ZERO_ROWS: tl.constexpr, ZERO_COLUMNS: tl.constexpr,
@@ -107,8 +119,9 @@ def grouped(
     # Computes out[s] = lhs[s // TOP_K] @ rhs[e]. A program owns TM slots of a block by TN columns and walks along H, TK
     # elements at a time; it gathers rows by the slots' values. GROUP row tiles go side by side through the column
     # tiles, so that programs which run at the same time read few experts and few rows, and these stay in the L2 cache.
-    # SWAPPED: the product is computed transposed. With an ACTIVATION the matrix is 2 N wide, gate before up, and a
-    # program computes both products for its columns. The last programs zero the rows that no slot names.
+    # SWAPPED: the product is computed transposed. With an ACTIVATION a program computes the gate's product and up's for
+    # its columns. The matrix is 2 N wide then, gate before up; or it is a PAIR, and up_rhs has up's. The last programs
+    # zero the rows that no slot names.
     slice_id = tl.program_id(0).to(tl.int64) // PROGRAMS
     program = tl.program_id(0) % PROGRAMS
     slots, blocks = slots + slice_id * S, blocks + slice_id * (S // BLOCK)
@@ -137,12 +150,16 @@ def grouped(
     col = program % (GROUP * columns) // across * TN + tl.arange(0, TN)
     k = tl.arange(0, TK)
     rows = lhs + row[:, None] * H + k[None, :]
-    width: tl.constexpr = 2 * N if ACTIVATION != "" else N
-    matrix = rhs + (expert if SHARED_RHS else expert + slice_id * E) * H * width
+    width: tl.constexpr = 2 * N if ACTIVATION != "" and not PAIR else N
+    matrix = rhs + matrix_number(expert, layer, slice_id, E, LAYERS, SHARED_RHS) * H * width
     if TRANSPOSED:
         matrix += col[None, :].to(tl.int64) * H + k[:, None]
     else:
         matrix += col[None, :] + k[:, None].to(tl.int64) * width
+    up_matrix = matrix + N
+    if PAIR:
+        up_matrix = up_rhs + matrix_number(expert, up_layer, slice_id, E, UP_LAYERS, SHARED_UP) * H * width
+        up_matrix += col[None, :] + k[:, None].to(tl.int64) * width
     step: tl.constexpr = 1 if TRANSPOSED else width
     sums = tl.zeros([TN, TM], tl.float32) if SWAPPED else tl.zeros([TM, TN], tl.float32)
     up = sums
@@ -152,7 +169,7 @@ def grouped(
         b = tl.load(matrix + tl.cast(start, tl.int64) * step, mask=inside[:, None] & (col < N)[None, :], other=0.0)
         sums = dot(b.T, a.T, sums, PRECISION) if SWAPPED else dot(a, b, sums, PRECISION)
         if ACTIVATION != "":
-            at = matrix + N + tl.cast(start, tl.int64) * step
+            at = up_matrix + tl.cast(start, tl.int64) * step
             b = tl.load(at, mask=inside[:, None] & (col < N)[None, :], other=0.0)
             up = dot(b.T, a.T, up, PRECISION) if SWAPPED else dot(a, b, up, PRECISION)
     if ACTIVATION != "":
@@ -212,6 +229,8 @@ def outer(
 
 # ---- wrappers
 
+_NONE = None, None, None
+
 
 def _multipliers(dtype, precision):
     """What multiplies operands of this dtype on the target GPU, as `tiles.Products` says it."""
@@ -237,14 +256,18 @@ def _named_by(slots, blocks, total, lead, num_experts, num_pairs, chosen):
     return owner
 
 
-def _product(lhs, rhs, tables, top_k, dtype, precision, transposed=False, row_weights=None, activation=None):
-    weights = () if row_weights is None else ((row_weights, 1),)
-    lead = lead_axes((lhs, 2), (rhs, 3), *zip(tables, (1, 1, 0), strict=True), *weights)
+def _product(lhs, read, tables, top_k, dtype, precision, transposed=False, row_weights=None, up=_NONE, activation=None):
+    # `read` and `up` are (rhs, stack, layer).
+    sources = [pair for where in (read, up) for pair in zip(where, (3, 4, 0), strict=True)]
+    lead = lead_axes((lhs, 2), *sources, *zip(tables, (1, 1, 0), strict=True), (row_weights, 1))
     slots, blocks, total = (whole(table, lead) for table in tables)
-    (lhs, shared_lhs), (rhs, shared_rhs) = large(lhs, lead), large(rhs, lead)
+    lhs, shared_lhs = large(lhs, lead)
+    rhs, shared_rhs, layer, layers = matrices(*read, lead)
+    pair = up[0] is not None or up[1] is not None
+    up_rhs, shared_up, up_layer, up_layers = matrices(*up, lead) if pair else (None, True, None, 0)
     num_rows, width = lhs.shape[-2:]
-    num_experts, columns = rhs.shape[-3], rhs.shape[-2 if transposed else -1] // (2 if activation else 1)
-    num_pairs, block = num_rows * top_k, slots.shape[-1] // blocks.shape[-1]
+    columns = rhs.shape[-2 if transposed else -1] // (2 if activation and not pair else 1)
+    num_experts, num_pairs, block = rhs.shape[-3], num_rows * top_k, slots.shape[-1] // blocks.shape[-1]
     chosen = tiles.products(lhs.dtype, precision, capability())
     tile = chosen.tile(block)
     tile_columns = tile.columns // 2 if activation else tile.columns
@@ -253,7 +276,9 @@ def _product(lhs, rhs, tables, top_k, dtype, precision, transposed=False, row_we
     programs = row_tiles * triton.cdiv(columns, tile_columns) + triton.cdiv(num_pairs, chosen.zero_rows)
     return launch(
         grouped,
-        *(lhs, rhs, slots, blocks, total),
+        lhs,
+        *(total if x is None else x for x in (rhs, layer, up_rhs, up_layer)),  # a kernel's operand cannot be None
+        *(slots, blocks, total),
         _named_by(slots, blocks, total, lead, num_experts, num_pairs, chosen),
         lhs if row_weights is None else whole(row_weights, lead),
         out=[((*lead, num_pairs, columns), dtype)],
@@ -272,6 +297,10 @@ def _product(lhs, rhs, tables, top_k, dtype, precision, transposed=False, row_we
         WEIGHTED=row_weights is not None,
         SHARED_LHS=shared_lhs,
         SHARED_RHS=shared_rhs,
+        LAYERS=layers,
+        PAIR=pair,
+        SHARED_UP=shared_up,
+        UP_LAYERS=up_layers,
         TRANSPOSED=transposed,
         SWAPPED=tile.rows < chosen.transposed_below,
         PRECISION=_input_precision(chosen),
@@ -291,19 +320,20 @@ def _input_precision(chosen):
     return "tf32" if chosen.multipliers == "tf32" else "ieee"
 
 
-def grouped_matmul(lhs, rhs, *tables, top_k, dtype, packed_rows, precision):
-    return _product(lhs, rhs, tables, top_k, jnp.dtype(dtype), precision)
+def grouped_matmul(lhs, rhs, slots, blocks, total, stack, layer, *, top_k, dtype, packed_rows, precision):
+    return _product(lhs, (rhs, stack, layer), (slots, blocks, total), top_k, jnp.dtype(dtype), precision)
 
 
 def grouped_matmul_activated(
-    lhs, rhs, slots, blocks, total, row_weights=None, *, top_k, dtype, activation, packed_rows, precision
+    lhs, rhs, slots, blocks, total, row_weights, stack, layer, *up, top_k, dtype, activation, packed_rows, precision
 ):
-    made, tables = jnp.dtype(dtype), (slots, blocks, total)
-    return _product(lhs, rhs, tables, top_k, made, precision, row_weights=row_weights, activation=activation)
+    made, tables, read = jnp.dtype(dtype), (slots, blocks, total), (rhs, stack, layer)
+    return _product(lhs, read, tables, top_k, made, precision, row_weights=row_weights, up=up, activation=activation)
 
 
-def grouped_matmul_transposed(g, rhs, *tables, dtype, packed_rows, precision):
-    return _product(g, rhs, tables, 1, jnp.dtype(dtype), precision, transposed=True)
+def grouped_matmul_transposed(g, rhs, slots, blocks, total, stack, layer, *, top_k, dtype, packed_rows, precision):
+    tables, read = (slots, blocks, total), (rhs, stack, layer)
+    return _product(g, read, tables, top_k, jnp.dtype(dtype), precision, transposed=True)
 
 
 def _counting(slots, blocks, total, num_experts):

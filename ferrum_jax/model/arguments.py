@@ -1,0 +1,143 @@
+"""The layer's arguments, checked."""
+
+from typing import Any, NamedTuple
+
+from ..core.signature import Signature, Term, as_bool, as_int, checked, one_of, parse
+from ..core.types import PACKED, PAIR_IDS, LayerOf
+from ..ops.activations import ACTIVATIONS
+from ..ops.grouped_ops import Matrices
+from ..ops.routing import as_pair
+
+FLOWS = (PACKED, PAIR_IDS)
+
+
+class Experts(NamedTuple):
+    """A layer's matrices and biases.
+
+    gate_up, gate_up_bias: one array for gate and up, or one for each. Without biases `gate_up_bias` is empty.
+    interleaved: gate and up alternate in their one array; otherwise they are its halves.
+    transpose_rhs: the matrices are [E, 2F, H] and [E, H, F].
+    """
+
+    gate_up: tuple[Matrices, ...]
+    down: Matrices
+    gate_up_bias: tuple[Any, ...]
+    down_bias: Any
+    interleaved: bool
+    transpose_rhs: bool
+
+    @property
+    def number(self) -> int:
+        return self.down.shape[0]
+
+
+def checked_settings(op: str, activation: Any, flow: Any, block_size: Any) -> Any:
+    """Check the settings that can be checked without arrays. Return the activation as a function."""
+    if not callable(activation) and activation not in list(ACTIVATIONS):  # a list, for values that cannot be hashed
+        choices = ", ".join(map(repr, ACTIVATIONS))
+        raise ValueError(f"{op}: activation must be a function or one of {choices}; got {activation!r}")
+    one_of(op, "flow", flow, (None, *FLOWS))
+    if block_size is not None:
+        as_int(op, "block_size", block_size)
+    return activation if callable(activation) else ACTIVATIONS[activation]
+
+
+def checked_experts(
+    op: str, w_gate_up: Any, w_down: Any, b_gate_up: Any, b_down: Any, interleaved: Any, transpose_rhs: Any
+) -> Experts:
+    """The matrices and biases, each checked against the others."""
+    interleaved = as_bool(op, "interleaved", interleaved)
+    transpose_rhs = as_bool(op, "transpose_rhs", transpose_rhs)
+    gate_up, biases = _parts(op, "w_gate_up", w_gate_up), _parts(op, "b_gate_up", b_gate_up)
+    if biases and len(biases) != len(gate_up):
+        raise TypeError(f"{op}: b_gate_up must be a pair if w_gate_up is one, and only then")
+    if interleaved and len(gate_up) == 2:
+        raise ValueError(f"{op}: interleaved must be False with a pair (w_gate, w_up)")
+    if len({isinstance(part, LayerOf) for part in gate_up}) == 2:
+        raise TypeError(f"{op}: w_gate_up must be a pair of arrays or a pair of LayerOf; got one of each")
+    width, mark = ("G", [""]) if len(gate_up) == 1 else ("F", ["[0]", "[1]"])
+    shape, down_shape = (("E", width, "H"), ("E", "H", "F")) if transpose_rhs else (("E", "H", width), ("E", "F", "H"))
+    terms = [
+        *[Term(f"w_gate_up{i}", "matrices", shape) for i in mark],
+        Term("w_down", "matrices", down_shape),
+        *[Term(f"b_gate_up{i}", "matrices", ("E", width)) for i in mark if biases],
+        Term("b_down", "matrices", ("E", "H"), optional=True),
+    ]
+    arrays = checked(op, Signature(tuple(terms), ()), *gate_up, w_down, *biases, b_down)
+    for term, array in zip(terms, arrays, strict=True):
+        if array is not None and array.ndim != len(term.axes):
+            axes = ", ".join(term.axes).replace("G", "2F")
+            raise ValueError(f"{op}: {term.name} must be [{axes}], without leading axes; got shape {array.shape}")
+    first, down = arrays[0], arrays[len(gate_up)]
+    if not first.shape[0]:
+        raise ValueError(f"{op}: {terms[0].name} must hold at least one expert, E >= 1; got shape {first.shape}")
+    have, need = first.shape[shape.index(width)], (3 - len(gate_up)) * down.shape[down_shape.index("F")]
+    if have != need:
+        raise ValueError(
+            f"{op}: w_gate_up must have {need} entries along axis {shape.index(width)}, 2F of w_down; "
+            f"got shape {first.shape}"
+        )
+    biases = tuple(map(_small, arrays[len(gate_up) + 1 : -1]))
+    return Experts(tuple(arrays[: len(gate_up)]), down, biases, _small(arrays[-1]), interleaved, transpose_rhs)
+
+
+def _parts(op: str, name: str, arrays: Any) -> tuple[Any, ...]:
+    """The arrays of gate and up: one, two, or for None none."""
+    if not isinstance(arrays, tuple | list):
+        return () if arrays is None else (arrays,)
+    if len(arrays) != 2:
+        raise TypeError(f"{op}: {name} must be an array, a LayerOf or a pair of them; got {len(arrays)} entries")
+    return tuple(arrays)
+
+
+def _small(bias: Any) -> Any:
+    """A bias as an array. It is small, so one that stands in a stack is copied."""
+    return bias.copy() if isinstance(bias, LayerOf) else bias
+
+
+def checked_tokens(
+    op: str, experts: Experts, top_k: Any, x: Any, router_logits: Any, router_output: Any, devices: int | None = None
+) -> tuple[Any, ...]:
+    """The tokens and their routing: x, router_logits or None, and (expert_ids, expert_weights) or None.
+
+    devices: over how many devices the experts are spread; `experts` are those of one of them.
+    """
+    if (router_logits is None) == (router_output is None):
+        got = "neither" if router_logits is None else "both"
+        raise ValueError(f"{op}: give one of router_logits (with top_k) and router_output; got {got}")
+    routed = (None, None) if router_output is None else as_pair(op, router_output)
+    x, logits, ids, weights = checked(op, _TOKENS, x, router_logits, *routed)
+    first, axis = experts.gate_up[0], 2 if experts.transpose_rhs else 1
+    name = "w_gate_up" if len(experts.gate_up) == 1 else "w_gate_up[0]"
+    if first.shape[axis] != x.shape[-1]:
+        raise ValueError(
+            f"{op}: {name} must have {x.shape[-1]} entries along axis {axis}, H of x; got shape {first.shape}"
+        )
+    if first.dtype != x.dtype:
+        raise TypeError(f"{op}: {name} must have the dtype of x, {x.dtype}; got {first.dtype}")
+    name, other = ("router_output", ids) if logits is None else ("router_logits", logits)
+    if other.shape[:-1] != x.shape[:-1]:
+        raise ValueError(
+            f"{op}: {name} must have the axes {x.shape[:-1]} of x before its last; got shape {other.shape}"
+        )
+    if ids is None:
+        number = experts.number * (devices or 1)
+        if logits.shape[-1] != number:
+            whose = "" if devices is None else f": {devices} devices times the {experts.number} of each"
+            raise ValueError(
+                f"{op}: router_logits must have {number} entries along axis -1, E of w_gate_up{whose}; "
+                f"got shape {logits.shape}"
+            )
+        if top_k is None:
+            raise TypeError(f"{op}: top_k must be an int with router_logits; got None")
+        return x, logits, None
+    if ids.shape != weights.shape:
+        raise ValueError(
+            f"{op}: router_output must hold ids and weights of one shape; got {ids.shape} and {weights.shape}"
+        )
+    if top_k is not None and as_int(op, "top_k", top_k, 0) != ids.shape[-1]:
+        raise ValueError(f"{op}: top_k must be that of router_output, {ids.shape[-1]}; got {top_k}")
+    return x, None, (ids, weights)
+
+
+_TOKENS = parse("x: rows[T,H], router_logits?: logits[T,E], expert_ids?: ids[T,K], expert_weights?: weights[T,K]")
