@@ -120,7 +120,7 @@ def checked_tokens(
         raise ValueError(
             f"{op}: {name} must have the axes {x.shape[:-1]} of x before its last; got shape {other.shape}"
         )
-    if ids is None:
+    if logits is not None:
         number = experts.number * (devices or 1)
         if logits.shape[-1] != number:
             whose = "" if devices is None else f": {devices} devices times the {experts.number} of each"
