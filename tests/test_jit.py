@@ -1,5 +1,6 @@
 """jit and eager calls: one equation, one compilation a shape, strong types."""
 
+import re
 import time
 
 import jax
@@ -34,6 +35,26 @@ def test_one_equation(case):
     names = [e.primitive.name for e in jax.make_jaxpr(run)(*args).eqns]
     assert [name for name in names if name != "broadcast_in_dim"] == [primitive(case)]  # that of a bias, to its rank
     assert primitive(case) in jax.jit(run).lower(*args).as_text(debug_info=True)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equal_equations_are_lowered_once(case):
+    """Under jit and vmap each of them calls the one function of the program, and XLA's program has no call left."""
+
+    def run(*args):
+        with jax.named_scope("outer"):
+            first = case.results(*args, size=SMALL)
+        return first, case.results(*args, size=SMALL)
+
+    args = case.args(rng(case), SMALL, "float32")
+    for f, given in ((run, args), (jax.vmap(run), jax.tree.map(lambda x: np.stack([x, x]), args))):
+        lowered = jax.jit(f).lower(*given)
+        text = lowered.as_text()
+        assert re.findall(rf"func.func private @({primitive(case)}\w*)\(", text) == [primitive(case)]
+        assert len(re.findall(rf"call @{primitive(case)}\(", text)) == 2
+    compiled = lowered.compile().as_text()
+    assert primitive(case) in compiled  # its instructions still bear the op's name
+    assert not re.search(rf" call\(.*{primitive(case)}", compiled)
 
 
 @pytest.mark.parametrize("name", ["route_topk_softmax", "moe_plan", "moe_combine", "grouped_matmul_activated"])

@@ -120,8 +120,10 @@ def define(
     ad.primitive_jvps[primitive] = functools.partial(_jvp, op)
     if transposes:
         ad.primitive_transposes[primitive] = functools.partial(_transpose, op)
-    mlir.register_lowering(primitive, functools.partial(lowering.lower, op, None))
-    mlir.register_lowering(primitive, functools.partial(lowering.lower, op, "cuda"), platform="cuda")
+    # Not inlined: JAX writes equal equations once into a program, as a function that each of them calls.
+    for platform in (None, "cuda"):
+        rule = functools.partial(lowering.lower, op, platform)
+        mlir.register_lowering(primitive, rule, platform=platform, inline=False)
     return op
 
 
