@@ -121,22 +121,33 @@ def h200s(count):
     return topologies.get_topology_desc("", platform="cuda", topology=topology, target_config=target).devices
 
 
-def whole_program_for_h200(f, *args):
-    """XLA's final program, compiled for an H200 on any host, and the Mosaic kernels in it.
+def memory_for_h200(f, *args):
+    """The bytes of temporary memory of the program that XLA compiles for an H200."""
+    with on_h200(), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", _newer_assembler().name, prepend=os.pathsep)
+        return _lowered_for_h200(f, *args).compile().memory_analysis().temp_size_in_bytes
 
-    For several, where the arguments are ShapeDtypeStructs with shardings of their own.
-    """
+
+def _lowered_for_h200(f, *args):
     there = jax.sharding.SingleDeviceSharding(h200s(1)[0])
 
     def own(x):
         return x.sharding if isinstance(x, jax.ShapeDtypeStruct) else None
 
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own(x) or there), args)
+    return jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",))
+
+
+def whole_program_for_h200(f, *args):
+    """XLA's final program, compiled for an H200 on any host, and the Mosaic kernels in it.
+
+    For several, where the arguments are ShapeDtypeStructs with shardings of their own.
+    """
     with on_h200(), pytest.MonkeyPatch.context() as patch, _written_to_stdout() as log:
         patch.setenv("PATH", _newer_assembler().name, prepend=os.pathsep)
         patch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
         patch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
-        text = jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).compile().as_text()
+        text = _lowered_for_h200(f, *args).compile().as_text()
     found = re.findall(r"(\.visible \.entry (\w+?)_mosaic_gpu_kernel.*?Used (\d+) registers)", log(), re.DOTALL)
     spill, frame = r"(\d+) bytes spill", r"(\d+) bytes stack frame"
     return text, [Kernel(name, int(n), total(spill, part), total(frame, part), part) for part, name, n in found]

@@ -13,6 +13,7 @@ import pytest
 from conftest import KERNELS
 
 import ferrum_jax
+from ferrum_jax.ops.grouped_ops import product
 
 pytestmark = pytest.mark.gpu
 DTYPES = ("float32", "bfloat16")
@@ -241,3 +242,38 @@ def _grouped(x, w, g, plan, choices):
         rows[names] = g[names] @ w[expert].T
         dw[expert] = x[names // choices].T @ g[names]
     return out, rows, dw
+
+
+@pytest.mark.parametrize("pair", [False, True], ids=["one", "pair"])
+@pytest.mark.parametrize("flow", ["packed", "pair_ids"])
+def test_a_layer_of_more_elements_than_32_bits_count(flow, pair, name):
+    """Of a stack of more than 2^31 elements, the last layer: values and gradients of the layer's own array."""
+    layers, experts, k, height, width, tokens = 9, 64, 2, 2048, 2048, 700
+    keys = jax.random.split(jax.random.key(0), 5)
+    stacks = [_layers(key, (layers, experts, height, width)) for key in keys[: 1 + pair]]
+    assert stacks[0].size > 2**31
+    x = jax.random.normal(keys[2], (tokens * (k if flow == "packed" else 1), height), jnp.bfloat16)
+    ids = jax.random.randint(keys[3], (tokens, k), 0, experts, jnp.int32)
+    plan = ferrum_jax.moe_plan(ids, experts, 32, pair_ids=flow == "pair_ids")
+    settings = {"packed_rows": flow == "packed", "precision": "highest", "implementation": name}
+    settings |= {"top_k": 1 if flow == "packed" else k, "dtype": "bfloat16", "activation": "silu" if pair else None}
+
+    def f(x, *matrices):
+        return product(x, matrices[0], *plan.routing, up=matrices[1] if pair else None, **settings)
+
+    def with_gradients(x, owns, place):
+        out, back = jax.vjp(lambda x, *owns: f(x, *map(place, stacks, owns)), x, *owns)
+        return out, back(jnp.sin(out.astype(jnp.float32)).astype(out.dtype))
+
+    owns = [stack[-1] for stack in stacks]
+    got = with_gradients(x, owns, lambda stack, own: ferrum_jax.LayerOf(stack, layers - 1, own))
+    want = with_gradients(x, owns, lambda stack, own: own)
+    assert float(jnp.max(jnp.abs(got[0]))) > 1
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _layers(key, shape):
+    keys = jax.random.split(key, shape[0])
+    return jax.lax.map(lambda key: jax.random.normal(key, shape[1:], jnp.bfloat16) / 32, keys)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import Size, rng
+from compiled import memory_for_h200, needs_pjrt
 from derivatives import check_derivatives
 from jax import export, lax
 from jax.sharding import AxisType, NamedSharding
@@ -305,3 +306,25 @@ def test_named_error(name):
 def test_rows_are_no_matrices():
     with pytest.raises(TypeError, match="lhs"):
         ferrum_jax.grouped_matmul(LayerOf(GATE_UP, 0), GATE_UP[0], ferrum_jax.moe_plan(np.zeros((4, 1), int), 5, 4))
+
+
+@pytest.mark.compiled
+@needs_pjrt
+@pytest.mark.parametrize("form", FORMS)
+def test_an_h200_makes_no_copy_of_matrices(form):
+    """A scan over layers, compiled: its temporary memory is a fraction of one layer's matrices.
+
+    With gradients there is besides the gradient of the layer's slice, before it goes into the stack of gradients.
+    """
+    size, width = Size(64, 16, 2, 256), 256
+    e, h = size.E, size.H
+    shapes = (size.T, h), (size.T, e), (LAYERS, e, h, width), (LAYERS, e, h, width), (LAYERS, e, width, h)
+    args = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    one_layer = 3 * e * h * width * 2
+
+    def model(x, logits, gate, up, down):
+        return jnp.sum(scanned(form, x, logits, gate, up, down, pair=True).astype(jnp.float32))
+
+    assert memory_for_h200(model, *args) < one_layer / 8
+    if form == "own":
+        assert memory_for_h200(jax.grad(model, range(5)), *args) < 1.2 * one_layer
