@@ -43,9 +43,11 @@ def products(
 
     def step(i: jax.Array, out: jax.Array) -> jax.Array:
         slice_id, expert, slot = live(i)
-        zero = jnp.zeros_like(expert)
-        at = _own_slice(stack, slice_id), layer[_own_slice(layer, slice_id)], expert, zero, zero
-        matrix = lax.dynamic_slice(stack, at, (1, 1, 1, *stack.shape[3:]))[0, 0, 0]
+        # Without the barrier, XLA for a CPU may convert all experts' matrices to float32 ahead of the loop. For a GPU
+        # it does not, because a GPU multiplies bfloat16.
+        matrices, expert = lax.optimization_barrier((stack, expert))
+        at = _own_slice(stack, slice_id), layer[_own_slice(layer, slice_id)], expert, *[jnp.zeros_like(expert)] * 2
+        matrix = lax.dynamic_slice(matrices, at, (1, 1, 1, *stack.shape[3:]))[0, 0, 0]
         rows = _rows(lhs, slice_id, slot, top_k, num_pairs)
         rows = lax.dot_general(rows, matrix, contract, precision, preferred_element_type="float32")
         row = jnp.where((slot >= 0) & (slot < num_pairs), slot, num_pairs)
@@ -76,14 +78,26 @@ def outer_products(
     lhs, g = _flat(lhs, lead), _flat(g, lead)
     count, live = _live_blocks(tables, lead, num_experts)
 
-    def step(i: jax.Array, out: jax.Array) -> jax.Array:
+    # The blocks of an expert follow one another, so one sum in float32 serves all experts in turn.
+    def step(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        out, matrix, *last = state
         slice_id, expert, slot = live(i)
         rows, columns = (_rows(x, slice_id, slot, k, num_pairs) for x, k in ((lhs, top_k), (g, 1)))
         term = lax.dot_general(rows, columns, (((0,), (0,)), ((), ())), precision, preferred_element_type="float32")
-        return out.at[slice_id, expert].add(term, mode="promise_in_bounds")
+        matrix = jnp.where((slice_id == last[0]) & (expert == last[1]), matrix, 0) + term
+        own = _bits(matrix.astype(lhs.dtype))[None, None]
+        bits = lax.dynamic_update_slice(_bits(out), own, (slice_id, expert, *[jnp.zeros_like(expert)] * 2))
+        return lax.bitcast_convert_type(bits, lhs.dtype), matrix, slice_id, expert
 
-    out, _ = equally_varying([jnp.zeros((_size(lead), *shape), jnp.float32), lhs])
-    return lax.fori_loop(0, count, step, out).astype(lhs.dtype).reshape(*lead, *shape)
+    none = jnp.int32(-1)
+    start = jnp.zeros((_size(lead), *shape), lhs.dtype), jnp.zeros(shape[1:], jnp.float32), none, none
+    *start, _, _ = equally_varying([*start, lhs, slots])
+    return lax.fori_loop(0, count, step, tuple(start))[0].reshape(*lead, *shape)
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    """The same bits as integers, so that XLA for a CPU writes them as they are. Floats of 16 bits it may convert."""
+    return lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
 
 
 def _with_ranks(tables: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, int], ...]:
