@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..core.sharding import equally_varying
+from ..core.signature import INT32_MAX
 from ..kernels import lead_axes
 
 
@@ -29,22 +30,23 @@ def products(
     lead, (num_rows, _) = lead_axes((lhs, 2), (rhs, 3), *_with_ranks(tables)), lhs.shape[-2:]
     num_pairs, width = num_rows * top_k, rhs.shape[-2 if transposed else -1]
     if 0 in (num_pairs, *tables[0].shape, *rhs.shape):
-        return jnp.zeros((*lead, num_pairs, width), dtype)
+        return lax.full((*lead, num_pairs, width), 0, dtype)
     lhs, rhs = _flat(lhs, lead), _flat(rhs, lead)
-    count, live = _live_blocks(tables, lead, rhs.shape[1])
+    more, live = _live_blocks(tables, lead, rhs.shape[1])
     contract = (((1,), (1 if transposed else 0,)), ((), ()))
 
     def step(i: jax.Array, out: jax.Array) -> jax.Array:
         slice_id, expert, slot = live(i)
-        zero = jnp.zeros_like(expert)
-        matrix = lax.dynamic_slice(rhs, (_own_slice(rhs, slice_id), expert, zero, zero), (1, 1, *rhs.shape[2:]))[0, 0]
-        rows = _rows(lhs, slice_id, slot, top_k, num_pairs)
+        zero = lax.full_like(expert, 0)
+        start = _own_slice(rhs, slice_id), expert, zero, zero
+        matrix = lax.dynamic_slice(rhs, start, (1, 1, *rhs.shape[2:]), allow_negative_indices=False)
+        matrix = matrix.reshape(rhs.shape[2:])
+        rows = _rows(lhs, slice_id, slot, top_k)  # padding takes some row, whose product is dropped
         rows = lax.dot_general(rows, matrix, contract, precision, preferred_element_type="float32")
-        row = jnp.where((slot >= 0) & (slot < num_pairs), slot, num_pairs)
-        return out.at[slice_id, row].set(rows.astype(dtype), mode="drop")
+        return out.at[_own_slice(out, slice_id), slot].set(rows.astype(dtype), mode="drop", wrap_negative_indices=False)
 
-    out, _ = equally_varying([jnp.zeros((_size(lead), num_pairs, width), dtype), lhs])
-    return lax.fori_loop(0, count, step, out).reshape(*lead, num_pairs, width)
+    out = _loop(more, step, lax.full((_size(lead), num_pairs, width), 0, dtype), lhs)
+    return out.reshape(*lead, num_pairs, width)
 
 
 def outer_products(
@@ -64,18 +66,20 @@ def outer_products(
     lead, num_pairs = lead_axes((lhs, 2), (g, 2), *_with_ranks(tables)), g.shape[-2]
     shape = num_experts, lhs.shape[-1], g.shape[-1]
     if 0 in (num_pairs, *slots.shape, *shape):
-        return jnp.zeros((*lead, *shape), lhs.dtype)
+        return lax.full((*lead, *shape), 0, lhs.dtype)
     lhs, g = _flat(lhs, lead), _flat(g, lead)
-    count, live = _live_blocks(tables, lead, num_experts)
+    more, live = _live_blocks(tables, lead, num_experts)
 
     def step(i: jax.Array, out: jax.Array) -> jax.Array:
         slice_id, expert, slot = live(i)
-        rows, columns = (_rows(x, slice_id, slot, k, num_pairs) for x, k in ((lhs, top_k), (g, 1)))
+        named = lax.expand_dims((slot >= 0) & (slot < num_pairs), (1,))
+        # Padding gives zero rows, by selection, so NaN does not leak in.
+        rows, columns = (jnp.where(named, _rows(x, slice_id, slot, k), 0) for x, k in ((lhs, top_k), (g, 1)))
         term = lax.dot_general(rows, columns, (((0,), (0,)), ((), ())), precision, preferred_element_type="float32")
-        return out.at[slice_id, expert].add(term, mode="promise_in_bounds")
+        return out.at[_own_slice(out, slice_id), expert].add(term, mode="promise_in_bounds")
 
-    out, _ = equally_varying([jnp.zeros((_size(lead), *shape), jnp.float32), lhs])
-    return lax.fori_loop(0, count, step, out).astype(lhs.dtype).reshape(*lead, *shape)
+    out = _loop(more, step, lax.full((_size(lead), *shape), 0, jnp.float32), lhs)
+    return out.astype(lhs.dtype).reshape(*lead, *shape)
 
 
 def _with_ranks(tables: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, int], ...]:
@@ -96,30 +100,43 @@ def _flat(x: jax.Array, lead: tuple[int, ...]) -> jax.Array:
 
 def _own_slice(x: jax.Array, slice_id: jax.Array) -> jax.Array:
     """Which slice of x serves this slice of the batch: the only one, if the batch shares x."""
-    return jnp.zeros_like(slice_id) if x.shape[0] == 1 else slice_id
+    return lax.full_like(slice_id, 0) if x.shape[0] == 1 else slice_id
 
 
-def _live_blocks(tables: tuple[jax.Array, ...], lead: tuple[int, ...], num_experts: int) -> tuple[jax.Array, Any]:
-    """The number of live blocks in all slices, and a function from i to the slice, expert and slots of the i-th one."""
-    slots, blocks, total = (jnp.broadcast_to(t, (*lead, *t.shape[len(lead) :])) for t in tables)
-    per_slice = blocks.shape[-1]
-    block_size = slots.shape[-1] // max(per_slice, 1)
-    starts = jnp.arange(per_slice, dtype=jnp.int32) * block_size
-    before = lax.broadcast_in_dim(starts, blocks.shape, (blocks.ndim - 1,)) < total[..., None]
+def _live_blocks(tables: tuple[jax.Array, ...], lead: tuple[int, ...], num_experts: int) -> tuple[Any, Any]:
+    """Two functions of i: whether there is an i-th live block in all slices, and its slice, expert and slots."""
+    slots, blocks, total = (lax.broadcast_in_dim(t, (*lead, *t.shape[len(lead) :]), range(t.ndim)) for t in tables)
+    per_slice, num_blocks = blocks.shape[-1], blocks.size
+    starts = lax.broadcasted_iota(jnp.int32, blocks.shape, blocks.ndim - 1) * (slots.shape[-1] // per_slice)
+    before = starts < lax.expand_dims(total, (total.ndim,))
     is_live = ((blocks >= 0) & (blocks < num_experts) & before).reshape(-1)
-    # Not flatnonzero: XLA's CPU compiler (jaxlib 0.11.2) aborts on it in a module for several platforms.
-    order = jnp.argsort(~is_live, stable=True).astype(jnp.int32)
-    blocks, slots = blocks.reshape(-1), slots.reshape(blocks.size, block_size)
+    number = lax.iota(jnp.int32, num_blocks)
+    # The numbers of the live blocks, then an end mark, once at least. Not flatnonzero: XLA's CPU compiler (jaxlib
+    # 0.11.2) aborts on it in a module for several platforms.
+    number = lax.select(is_live, number, lax.full_like(number, INT32_MAX))
+    order = lax.sort(lax.pad(number, jnp.int32(INT32_MAX), [(0, 1, 0)]))
+    blocks, slots = blocks.reshape(-1), slots.reshape(num_blocks, -1)
+
+    def at(x: jax.Array, i: jax.Array) -> jax.Array:
+        return lax.dynamic_index_in_dim(x, i, keepdims=False, allow_negative_indices=False)
+
+    def more(i: jax.Array) -> jax.Array:
+        return at(order, i) < INT32_MAX
 
     def live(i: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        block = order[i]
-        return block // per_slice, blocks[block], slots[block]
+        block = at(order, i)
+        return lax.div(block, jnp.asarray(per_slice, jnp.int32)), at(blocks, block), at(slots, block)
 
-    return jnp.sum(is_live, dtype=jnp.int32), live
+    return more, live
 
 
-def _rows(x: jax.Array, slice_id: jax.Array, slot: jax.Array, top_k: int, num_pairs: int) -> jax.Array:
-    """The rows of x that a block's slots name. Padding gives zero rows, by selection, so NaN does not leak in."""
-    named = (slot >= 0) & (slot < num_pairs)
-    rows = x.at[_own_slice(x, slice_id), jnp.where(named, slot // top_k, 0)].get(mode="promise_in_bounds")
-    return jnp.where(named[:, None], rows, 0)
+def _loop(more: Any, step: Any, out: jax.Array, like: jax.Array) -> jax.Array:
+    """out, after step(i, out) for each i from 0 on for which there is more. It varies over the mesh axes of `like`."""
+    start = jnp.int32(0), equally_varying([out, like])[0]
+    return lax.while_loop(lambda state: more(state[0]), lambda state: (state[0] + 1, step(*state)), start)[1]
+
+
+def _rows(x: jax.Array, slice_id: jax.Array, slot: jax.Array, top_k: int) -> jax.Array:
+    """The rows of x that a block's slots name, and some row for a slot that names none."""
+    place = _own_slice(x, slice_id), lax.div(slot, jnp.int32(top_k))
+    return x.at[place].get(mode="clip", wrap_negative_indices=False)
