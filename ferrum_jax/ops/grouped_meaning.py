@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..core.sharding import equally_varying
+from ..core.signature import INT32_MAX
 from ..kernels import lead_axes
 
 
@@ -30,15 +31,15 @@ def products(
     """Each slot's row of lhs times the matrix of its block's expert, or times the transposed matrix."""
     if stack is None or layer is None:  # the matrices are a stack of one layer
         assert rhs is not None
-        stack, layer = jnp.expand_dims(rhs, -4), jnp.zeros((1,) * (rhs.ndim - 3), jnp.int32)
+        stack, layer = lax.expand_dims(rhs, (rhs.ndim - 3,)), lax.full((1,) * (rhs.ndim - 3), 0, jnp.int32)
     lead = lead_axes((lhs, 2), (rhs, 3), (stack, 4), (layer, 0), *_with_ranks(tables))
     num_rows = lhs.shape[-2]
     num_pairs, width = num_rows * top_k, stack.shape[-2 if transposed else -1]
     if 0 in (num_pairs, *tables[0].shape, *stack.shape):
-        return jnp.zeros((*lead, num_pairs, width), dtype)
-    layer = jnp.clip(layer, 0, stack.shape[-4] - 1)
+        return lax.full((*lead, num_pairs, width), 0, dtype)
+    layer = lax.clamp(jnp.int32(0), layer, jnp.int32(stack.shape[-4] - 1))
     lhs, stack, layer = _flat(lhs, lead), _flat(stack, lead), _flat(layer, lead)
-    count, live = _live_blocks(tables, lead, stack.shape[2])
+    more, live = _live_blocks(tables, lead, stack.shape[2])
     contract = (((1,), (1 if transposed else 0,)), ((), ()))
 
     def step(i: jax.Array, out: jax.Array) -> jax.Array:
@@ -46,15 +47,16 @@ def products(
         # Without the barrier, XLA for a CPU may convert all experts' matrices to float32 ahead of the loop. For a GPU
         # it does not, because a GPU multiplies bfloat16.
         matrices, expert = lax.optimization_barrier((stack, expert))
-        at = _own_slice(stack, slice_id), layer[_own_slice(layer, slice_id)], expert, *[jnp.zeros_like(expert)] * 2
-        matrix = lax.dynamic_slice(matrices, at, (1, 1, 1, *stack.shape[3:]))[0, 0, 0]
-        rows = _rows(lhs, slice_id, slot, top_k, num_pairs)
+        zero = lax.full_like(expert, 0)
+        start = _own_slice(stack, slice_id), layer[_own_slice(layer, slice_id)], expert, zero, zero
+        matrix = lax.dynamic_slice(matrices, start, (1, 1, 1, *stack.shape[3:]), allow_negative_indices=False)
+        matrix = matrix.reshape(stack.shape[3:])
+        rows = _rows(lhs, slice_id, slot, top_k)  # padding takes some row, whose product is dropped
         rows = lax.dot_general(rows, matrix, contract, precision, preferred_element_type="float32")
-        row = jnp.where((slot >= 0) & (slot < num_pairs), slot, num_pairs)
-        return out.at[slice_id, row].set(rows.astype(dtype), mode="drop")
+        return out.at[_own_slice(out, slice_id), slot].set(rows.astype(dtype), mode="drop", wrap_negative_indices=False)
 
-    out, _ = equally_varying([jnp.zeros((_size(lead), num_pairs, width), dtype), lhs])
-    return lax.fori_loop(0, count, step, out).reshape(*lead, num_pairs, width)
+    out, _ = equally_varying([lax.full((_size(lead), num_pairs, width), 0, dtype), lhs])
+    return _loop(more, step, out).reshape(*lead, num_pairs, width)
 
 
 def outer_products(
@@ -74,25 +76,27 @@ def outer_products(
     lead, num_pairs = lead_axes((lhs, 2), (g, 2), *_with_ranks(tables)), g.shape[-2]
     shape = num_experts, lhs.shape[-1], g.shape[-1]
     if 0 in (num_pairs, *slots.shape, *shape):
-        return jnp.zeros((*lead, *shape), lhs.dtype)
+        return lax.full((*lead, *shape), 0, lhs.dtype)
     lhs, g = _flat(lhs, lead), _flat(g, lead)
-    count, live = _live_blocks(tables, lead, num_experts)
+    more, live = _live_blocks(tables, lead, num_experts)
 
     # The blocks of an expert follow one another, so one sum in float32 serves all experts in turn.
     def step(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         out, matrix, *last = state
         slice_id, expert, slot = live(i)
-        rows, columns = (_rows(x, slice_id, slot, k, num_pairs) for x, k in ((lhs, top_k), (g, 1)))
+        named = lax.expand_dims((slot >= 0) & (slot < num_pairs), (1,))
+        # Padding gives zero rows, by selection, so NaN does not leak in.
+        rows, columns = (jnp.where(named, _rows(x, slice_id, slot, k), 0) for x, k in ((lhs, top_k), (g, 1)))
         term = lax.dot_general(rows, columns, (((0,), (0,)), ((), ())), precision, preferred_element_type="float32")
         matrix = jnp.where((slice_id == last[0]) & (expert == last[1]), matrix, 0) + term
         own = _bits(matrix.astype(lhs.dtype))[None, None]
-        bits = lax.dynamic_update_slice(_bits(out), own, (slice_id, expert, *[jnp.zeros_like(expert)] * 2))
+        bits = lax.dynamic_update_slice(_bits(out), own, (slice_id, expert, *[lax.full_like(expert, 0)] * 2))
         return lax.bitcast_convert_type(bits, lhs.dtype), matrix, slice_id, expert
 
     none = jnp.int32(-1)
-    start = jnp.zeros((_size(lead), *shape), lhs.dtype), jnp.zeros(shape[1:], jnp.float32), none, none
+    start = lax.full((_size(lead), *shape), 0, lhs.dtype), lax.full(shape[1:], 0, jnp.float32), none, none
     *start, _, _ = equally_varying([*start, lhs, slots])
-    return lax.fori_loop(0, count, step, tuple(start))[0].reshape(*lead, *shape)
+    return _loop(more, step, tuple(start))[0].reshape(*lead, *shape)
 
 
 def _bits(x: jax.Array) -> jax.Array:
@@ -118,30 +122,47 @@ def _flat(x: jax.Array, lead: tuple[int, ...]) -> jax.Array:
 
 def _own_slice(x: jax.Array, slice_id: jax.Array) -> jax.Array:
     """Which slice of x serves this slice of the batch: the only one, if the batch shares x."""
-    return jnp.zeros_like(slice_id) if x.shape[0] == 1 else slice_id
+    return lax.full_like(slice_id, 0) if x.shape[0] == 1 else slice_id
 
 
-def _live_blocks(tables: tuple[jax.Array, ...], lead: tuple[int, ...], num_experts: int) -> tuple[jax.Array, Any]:
-    """The number of live blocks in all slices, and a function from i to the slice, expert and slots of the i-th one."""
-    slots, blocks, total = (jnp.broadcast_to(t, (*lead, *t.shape[len(lead) :])) for t in tables)
-    per_slice = blocks.shape[-1]
-    block_size = slots.shape[-1] // max(per_slice, 1)
-    starts = jnp.arange(per_slice, dtype=jnp.int32) * block_size
-    before = lax.broadcast_in_dim(starts, blocks.shape, (blocks.ndim - 1,)) < total[..., None]
+def _live_blocks(tables: tuple[jax.Array, ...], lead: tuple[int, ...], num_experts: int) -> tuple[Any, Any]:
+    """Two functions of i: whether there is an i-th live block in all slices, and its slice, expert and slots."""
+    slots, blocks, total = (lax.broadcast_in_dim(t, (*lead, *t.shape[len(lead) :]), range(t.ndim)) for t in tables)
+    per_slice, num_blocks = blocks.shape[-1], blocks.size
+    starts = lax.broadcasted_iota(jnp.int32, blocks.shape, blocks.ndim - 1) * (slots.shape[-1] // per_slice)
+    before = starts < lax.expand_dims(total, (total.ndim,))
     is_live = ((blocks >= 0) & (blocks < num_experts) & before).reshape(-1)
-    # Not flatnonzero: XLA's CPU compiler (jaxlib 0.11.2) aborts on it in a module for several platforms.
-    order = jnp.argsort(~is_live, stable=True).astype(jnp.int32)
-    blocks, slots = blocks.reshape(-1), slots.reshape(blocks.size, block_size)
+    number = lax.iota(jnp.int32, num_blocks)
+    # The numbers of the live blocks, then an end mark, once at least. Not flatnonzero: XLA's CPU compiler (jaxlib
+    # 0.11.2) aborts on it in a module for several platforms.
+    number = lax.select(is_live, number, lax.full_like(number, INT32_MAX))
+    order = lax.sort(lax.pad(number, jnp.int32(INT32_MAX), [(0, 1, 0)]))
+    blocks, slots = blocks.reshape(-1), slots.reshape(num_blocks, -1)
+
+    def at(x: jax.Array, i: jax.Array) -> jax.Array:
+        return lax.dynamic_index_in_dim(x, i, keepdims=False, allow_negative_indices=False)
+
+    def more(i: jax.Array) -> jax.Array:
+        return at(order, i) < INT32_MAX
 
     def live(i: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        block = order[i]
-        return block // per_slice, blocks[block], slots[block]
+        block = at(order, i)
+        return lax.div(block, jnp.asarray(per_slice, jnp.int32)), at(blocks, block), at(slots, block)
 
-    return jnp.sum(is_live, dtype=jnp.int32), live
+    return more, live
 
 
-def _rows(x: jax.Array, slice_id: jax.Array, slot: jax.Array, top_k: int, num_pairs: int) -> jax.Array:
-    """The rows of x that a block's slots name. Padding gives zero rows, by selection, so NaN does not leak in."""
-    named = (slot >= 0) & (slot < num_pairs)
-    rows = x.at[_own_slice(x, slice_id), jnp.where(named, slot // top_k, 0)].get(mode="promise_in_bounds")
-    return jnp.where(named[:, None], rows, 0)
+def _loop(more: Any, step: Any, state: Any) -> Any:
+    """The state after step(i, state) for each i from 0 on for which there is more."""
+
+    def next_step(counted: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+        i, state = counted
+        return i + 1, step(i, state)
+
+    return lax.while_loop(lambda counted: more(counted[0]), next_step, (jnp.int32(0), state))[1]
+
+
+def _rows(x: jax.Array, slice_id: jax.Array, slot: jax.Array, top_k: int) -> jax.Array:
+    """The rows of x that a block's slots name, and some row for a slot that names none."""
+    place = _own_slice(x, slice_id), lax.div(slot, jnp.int32(top_k))
+    return x.at[place].get(mode="clip", wrap_negative_indices=False)
