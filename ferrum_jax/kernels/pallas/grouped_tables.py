@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .tiles import COMPARED, PART, UNIT, WINDOW
+from .tiles import COMPARED, PART, WINDOW
 
 NO_EXPERT, PAST_END = -1, -2  # stand for the matrix of a block that has none
 
@@ -104,16 +104,17 @@ def row_ranges(slots, block_matrix, num_slices, num_experts, num_pairs, top_k):
     return *ranges, jnp.reshape(scattered, -1)
 
 
-def cut_into_tiles(first_row, end_row, most, num_tiles):
-    """Cut each matrix's rows into as few tiles of at most `most` rows as possible, of even heights.
+def cut_into_tiles(first_row, end_row, tile, num_tiles):
+    """Cut each matrix's rows into as few tiles of at most `tile.rows` rows as possible, of even heights.
 
     Returns the tiles as int32[4, num_tiles], and how many there are. The rows of that array are a tile's matrix, its
     first row, its height, and its group * (WINDOW + 1) + the group's size. A group is at most WINDOW consecutive tiles
     of one matrix, named by the number of its first tile: a block makes them side by side, column by column.
     """
     first_row = first_row // 8 * 8
-    units = jnp.maximum(end_row - first_row + UNIT - 1, 0) // UNIT
-    counts = (units + most // UNIT - 1) // (most // UNIT)
+    unit, most = tile.unit, tile.rows // tile.unit
+    units = jnp.maximum(end_row - first_row + unit - 1, 0) // unit
+    counts = (units + most - 1) // most
     ends = _cumulative_sum(counts)
     number = lax.iota(jnp.int32, num_tiles)
     by_halves = "scan" if ends.size * num_tiles > COMPARED else "compare_all"
@@ -125,8 +126,8 @@ def cut_into_tiles(first_row, end_row, most, num_tiles):
     in_group = j // WINDOW * WINDOW
     # Tables that break the rules may need more tiles than there is room for: the last ones are left out.
     size = jnp.minimum(jnp.minimum(ends[matrix], num_tiles) - begin - in_group, WINDOW)
-    first = first_row[matrix] + UNIT * (j * usual + jnp.minimum(j, longer))
-    height = UNIT * jnp.where(j < longer, usual + 1, usual)
+    first = first_row[matrix] + unit * (j * usual + jnp.minimum(j, longer))
+    height = unit * jnp.where(j < longer, usual + 1, usual)
     group = (begin + in_group) * (WINDOW + 1) + size
     return jnp.stack([matrix, first, height, group]), jnp.minimum(ends[-1:], num_tiles)
 
@@ -139,13 +140,13 @@ def _cumulative_sum(counts):
     return jnp.sum(jnp.where(before, counts[None, :], 0), axis=1, dtype=jnp.int32)
 
 
-def most_tiles(num_rows, num_matrices, most):
+def most_tiles(num_rows, num_matrices, tile):
     """As many tiles as a table that keeps the rules can need.
 
     A matrix's rows are read from up to 7 rows early, its last unit may hold a single row, and its last tile a single
     unit.
     """
-    return (num_rows + num_matrices * (7 + UNIT - 1 + most - UNIT)) // most + 1
+    return (num_rows + num_matrices * (7 + tile.unit - 1 + tile.rows - tile.unit)) // tile.rows + 1
 
 
 def unnamed_rows(slots, block_matrix, num_slices, num_pairs, padded, length):
