@@ -324,18 +324,16 @@ def store_tile(block, matrix, column, first, sums):
     target = Target(matrix, begin, end, scattered, offset, column, first)
 
     # Which registers hold a chunk must be known when it is compiled. What follows is one piece of code for all chunks.
-    stage = [
-        functools.partial(
-            stage_rows, block, target, start, [x[:, start : min(start + sizes.chunk, size)] for x in sums]
-        )
-        for start in range(0, size, sizes.chunk)
-    ]
+    def stage_from(start):
+        stage_rows(block, target, start, [x[:, start : min(start + sizes.chunk, size)] for x in sums])
+
+    stage = [functools.partial(stage_from, start) for start in range(0, size, sizes.chunk)]
 
     def store_chunk(n):
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         lax.switch(n, stage)
-        rows = jnp.minimum(sizes.chunk, size - n * sizes.chunk)
-        for_each(lax.div(rows, jnp.int32(8)), functools.partial(store_eight, block, target, n * sizes.chunk))
+        eights = jnp.minimum(sizes.chunk // 8, size // 8 - n * (sizes.chunk // 8))
+        for_each(eights, functools.partial(store_eight, block, target, n * sizes.chunk))
 
     for_each(len(stage), store_chunk)
 

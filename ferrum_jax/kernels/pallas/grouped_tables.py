@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from .launch import split
 from .tiles import COMPARED, PART, WINDOW
 
 NO_EXPERT, PAST_END = -1, -2  # stand for the matrix of a block that has none
@@ -111,22 +112,25 @@ def cut_into_tiles(first_row, end_row, tile, num_tiles):
     first row, its height, and its group * (WINDOW + 1) + the group's size. A group is at most WINDOW consecutive tiles
     of one matrix, named by the number of its first tile: a block makes them side by side, column by column.
     """
-    first_row = first_row // 8 * 8
     unit, most = tile.unit, tile.rows // tile.unit
-    units = jnp.maximum(end_row - first_row + unit - 1, 0) // unit
-    counts = (units + most - 1) // most
+    first_row = first_row & -8
+    units, _ = split(jnp.maximum(end_row - first_row + unit - 1, 0), unit)
+    counts, _ = split(units + most - 1, most)
     ends = _cumulative_sum(counts)
     number = lax.iota(jnp.int32, num_tiles)
     by_halves = "scan" if ends.size * num_tiles > COMPARED else "compare_all"
     matrix = jnp.searchsorted(ends, number, side="right", method=by_halves).astype(jnp.int32)
     matrix = jnp.minimum(matrix, ends.size - 1)
-    count, begin = jnp.maximum(counts[matrix], 1), ends[matrix] - counts[matrix]
+    usual, longer = split(units, jnp.maximum(counts, 1))
+    # One gather: a program of many layers is compiled as long as it has many instructions.
+    facts = jnp.stack([first_row, usual, longer, ends - counts, ends], 1)[matrix]
+    first_row, usual, longer, begin, end = (lax.squeeze(x, (1,)) for x in lax.split(facts, [1] * 5, 1))
     # Of a matrix's tiles, number j, the first `longer` ones are a unit higher than the others.
-    j, usual, longer = number - begin, units[matrix] // count, units[matrix] % count
-    in_group = j // WINDOW * WINDOW
+    j = number - begin
+    in_group = j & -WINDOW
     # Tables that break the rules may need more tiles than there is room for: the last ones are left out.
-    size = jnp.minimum(jnp.minimum(ends[matrix], num_tiles) - begin - in_group, WINDOW)
-    first = first_row[matrix] + unit * (j * usual + jnp.minimum(j, longer))
+    size = jnp.minimum(jnp.minimum(end, num_tiles) - begin - in_group, WINDOW)
+    first = first_row + unit * (j * usual + jnp.minimum(j, longer))
     height = unit * jnp.where(j < longer, usual + 1, usual)
     group = (begin + in_group) * (WINDOW + 1) + size
     return jnp.stack([matrix, first, height, group]), jnp.minimum(ends[-1:], num_tiles)
@@ -155,7 +159,7 @@ def unnamed_rows(slots, block_matrix, num_slices, num_pairs, padded, length):
     A slice of the result has `padded` rows. Zeros fill the array up to a multiple of `length`.
     """
     eights = num_slices * padded // 8
-    slices = lax.broadcasted_iota(jnp.int32, slots.shape, 0) // (block_matrix.size // num_slices)
+    slices, _ = split(lax.broadcasted_iota(jnp.int32, slots.shape, 0), block_matrix.size // num_slices)
     named = _names_a_row(slots, block_matrix, num_pairs)
     at = jnp.reshape(jnp.where(named, slices * padded + slots, eights * 8), (-1,))
     if eights * at.size <= COMPARED:
@@ -169,7 +173,8 @@ def unnamed_rows(slots, block_matrix, num_slices, num_pairs, padded, length):
         named = jnp.zeros(eights * 8, jnp.int32).at[at].set(1, mode="drop", unique_indices=True)
         named = jnp.reshape(named, (eights, 8))
         bits = jnp.sum(named << lax.broadcasted_iota(jnp.int32, named.shape, 1), axis=1, dtype=jnp.int32)
-    there = jnp.clip(num_pairs - 8 * (lax.iota(jnp.int32, eights) % (padded // 8)), 0, 8)
+    _, eight = split(lax.iota(jnp.int32, eights), padded // 8)
+    there = jnp.clip(num_pairs - 8 * eight, 0, 8)
     return jnp.pad(((1 << there) - 1) & ~bits, (0, round_up(eights, length) - eights))
 
 
