@@ -238,8 +238,8 @@ def test_runs_are_told_from_other_slots():
     assert grouped_tables.runs(slots, jnp.full(8, -1, jnp.int32), 9)[0].tolist() == [0] * 8
 
 
-@pytest.mark.parametrize("most", [16, 32, 144])
-def test_tiles_hold_each_row_once_and_experts_stay_together(most):
+@pytest.mark.parametrize(("most", "unit"), [(16, 16), (32, 16), (144, 16), (160, 32)])
+def test_tiles_hold_each_row_once_and_experts_stay_together(most, unit):
     r = rng("tiles")
     rows_of = r.integers(0, 2000, size=14) * r.integers(0, 2, size=14)
     rows_of[0], rows_of[1], rows_of[-1] = 0, most, 1
@@ -247,8 +247,8 @@ def test_tiles_hold_each_row_once_and_experts_stay_together(most):
     low = high - rows_of
     low[rows_of == 0] = high[rows_of == 0] = 0
     across = 3
-    low, high = jnp.int32(low), jnp.int32(high)
-    table, count = grouped_tables.cut_into_tiles(low, high, most, grouped_tables.most_tiles(int(high[-1]), 14, most))
+    low, high, tile = jnp.int32(low), jnp.int32(high), tiles.Tile(most, 256, 64, False, unit)
+    table, count = grouped_tables.cut_into_tiles(low, high, tile, grouped_tables.most_tiles(int(high[-1]), 14, tile))
     at = np.arange(count[0] * across)
     begin, size = np.divmod(np.asarray(table)[3, at // across], tiles.WINDOW + 1)
     column, number = np.divmod(at - begin * across, size)
@@ -263,11 +263,11 @@ def test_tiles_hold_each_row_once_and_experts_stay_together(most):
         covered = [row for t in np.flatnonzero(mine) for row in range(first[t], first[t] + height[t])]
         assert covered == list(range(covered[0], covered[-1] + 1))
         assert covered[0] == low[e] // 8 * 8
-        assert high[e] <= covered[-1] + 1 < high[e] + tiles.UNIT
+        assert high[e] <= covered[-1] + 1 < high[e] + unit
         assert (first[mine] % 8 == 0).all()
-        assert (height[mine] % tiles.UNIT == 0).all()
+        assert (height[mine] % unit == 0).all()
         assert max(height[mine]) <= most
-        assert max(height[mine]) - min(height[mine]) <= tiles.UNIT
+        assert max(height[mine]) - min(height[mine]) <= unit
         assert mine.sum() == -(-len(covered) // most)
         most_tiles = max(most_tiles, mine.sum())
         for c in range(1, across):
@@ -278,7 +278,8 @@ def test_tiles_hold_each_row_once_and_experts_stay_together(most):
 
 def test_tiles_of_tables_that_break_the_rules_stay_inside():
     """Every expert claims every row: more tiles than there is room for."""
-    (_, _, _, order), count = grouped_tables.cut_into_tiles(jnp.zeros(5, jnp.int32), jnp.full(5, 100, jnp.int32), 16, 9)
+    low, high, tile = jnp.zeros(5, jnp.int32), jnp.full(5, 100, jnp.int32), tiles.Tile(16, 256, 64, False, 16)
+    (_, _, _, order), count = grouped_tables.cut_into_tiles(low, high, tile, 9)
     begin, size = np.divmod(np.asarray(order), tiles.WINDOW + 1)
     assert count.tolist() == [9]
     assert (size > 0).all()

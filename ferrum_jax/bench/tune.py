@@ -23,8 +23,11 @@ from ..kernels.pallas import grouped
 from ..kernels.pallas.tiles import Tile
 
 CANDIDATES = [
-    Tile(rows=rows, columns=256, step=64, dealt=dealt)
-    for rows, dealt in itertools.product((32, 64, 96, 128, 144, 160), (False, True))
+    Tile(rows=rows, columns=256, step=64, dealt=dealt, unit=unit)
+    for (rows, unit), dealt in itertools.product(
+        [(rows, unit) for rows in (32, 64, 96, 128, 144, 160) for unit in (16, 32, 48) if rows % unit == 0],
+        (False, True),
+    )
 ]
 
 

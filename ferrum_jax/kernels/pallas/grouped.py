@@ -133,8 +133,8 @@ def _product(
     first_row, end_row, scattered = row_ranges(slots, block_matrix, num_slices, num_experts, num_pairs, top_k)
     gathered = _gathered(slots, block_matrix, scattered, num_experts, num_pairs, lhs, lhs_slice, top_k)
     num_matrices = num_slices * min(num_experts, num_pairs)  # that can have rows
-    room = most_tiles(max(num_slices * num_pairs, slots.size), num_matrices, tile.rows)
-    tiles, num_tiles = cut_into_tiles(first_row, end_row, tile.rows, room)
+    room = most_tiles(max(num_slices * num_pairs, slots.size), num_matrices, tile)
+    tiles, num_tiles = cut_into_tiles(first_row, end_row, tile, room)
     across = pl.cdiv(columns, tile.columns // (2 if activation else 1))
     grid = room * across if tile.dealt else PROGRAMS
     unnamed = unnamed_rows(slots, block_matrix, num_slices, num_pairs, out_slice, min(grid, PROGRAMS) * 128)

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .launch import for_each, loop, put, split, store_row, tiled
-from .tiles import PROGRAMS, UNIT, WINDOW, Tile
+from .tiles import PROGRAMS, WINDOW, Tile
 
 FEEDER = 2  # the warpgroup; those below it multiply
 
@@ -271,7 +271,8 @@ def make_tile(block, columns, i, step):
     """Multiply a tile and store it. There is code for each height that a tile can have."""
     own = block.own_columns
     matrix, column, first, height = tile_at(block, i)
-    for size in range(UNIT, block.sizes.tile.rows + 1, UNIT):
+    unit = block.sizes.tile.unit
+    for size in range(unit, block.sizes.tile.rows + 1, unit):
 
         @pl.when(height == size)
         def make_tile_of_this_height(size=size):
@@ -285,14 +286,16 @@ def make_tile(block, columns, i, step):
 def multiply(block, columns, step, *sums):
     """Add up a tile's steps. A stage is given back when the wgmma of the next one is under way."""
     steps = block.sizes.steps
-    add_step(block, columns, step, sums)
 
     def add_next(k):
-        add_step(block, columns, step + k + 1, sums)
+        add_step(block, columns, step + k, sums)
         plgpu.wgmma_wait(len(sums))
-        plgpu.barrier_arrive(block.empty.at[stage_of(block, step + k)])
 
-    for_each(steps - 1, add_next)
+        @pl.when(k > 0)
+        def give_back_the_one_before():
+            plgpu.barrier_arrive(block.empty.at[stage_of(block, step + k - 1)])
+
+    for_each(steps, add_next)
     plgpu.wgmma_wait(0)
     plgpu.barrier_arrive(block.empty.at[stage_of(block, step + steps - 1)])
     # An activation and weights want float32. Otherwise 16 bits hold the result, in fewer registers.
@@ -332,11 +335,20 @@ def store_tile(block, matrix, column, first, sums):
     begin, end, scattered = block.first_row[matrix], block.end_row[matrix], block.scattered[matrix] != 0
     offset = lax.div(matrix, jnp.int32(sizes.num_experts)) * sizes.out_slice
     target = Target(matrix, begin, end, scattered, offset, column, first)
-    for start in range(0, size, sizes.chunk):
-        rows = min(sizes.chunk, size - start)
+
+    # Which registers hold a chunk must be known when it is compiled. What follows is one piece of code for all chunks.
+    def stage_from(start):
+        stage_rows(block, target, start, [x[:, start : min(start + sizes.chunk, size)] for x in sums])
+
+    stage = [functools.partial(stage_from, start) for start in range(0, size, sizes.chunk)]
+
+    def store_chunk(n):
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        stage_rows(block, target, start, [x[:, start : start + rows] for x in sums])
-        for_each(rows // 8, functools.partial(store_eight, block, target, start))
+        lax.switch(n, stage)
+        eights = jnp.minimum(sizes.chunk // 8, size // 8 - n * (sizes.chunk // 8))
+        for_each(eights, functools.partial(store_eight, block, target, n * sizes.chunk))
+
+    for_each(len(stage), store_chunk)
 
 
 def stage_rows(block, target, start, sums):
@@ -375,15 +387,16 @@ def store_eight(block, target, start, eight):
         layout = eight_rows_layout(block.own_columns, block.out.dtype)
         put(block.eight_rows.at[block.warpgroup], plgpu.load(staged, layout=layout, optimized=False))
         plgpu.commit_smem()
-        for_each(8, functools.partial(store_named_row, block, target, row))
+        # The bounds are not known when it is compiled, so the compiler cannot unroll the loop, whose code is long.
+        skipped = jnp.maximum(target.begin - row, 0)
+        for_each(jnp.minimum(target.end - row, 8) - skipped, lambda j: store_named_row(block, target, row, skipped + j))
 
 
 def store_named_row(block, target, row, j):
-    """Store one of eight rows, if it is the matrix's and names a row of the result."""
-    inside = (row + j >= target.begin) & (row + j < target.end)
-    at = jnp.where(inside & target.scattered, lax.div(row + j, jnp.int32(block.sizes.block_slots)), 0)
-    inside &= ~target.scattered | (block.block_matrix[at] == target.matrix)
-    name = jnp.where(target.scattered, block.slots[jnp.where(inside & target.scattered, row + j, 0)], row + j)
+    """Store row j of eight, one of the matrix's, if it names a row of the result."""
+    at = jnp.where(target.scattered, lax.div(row + j, jnp.int32(block.sizes.block_slots)), 0)
+    inside = ~target.scattered | (block.block_matrix[at] == target.matrix)
+    name = jnp.where(target.scattered, block.slots[jnp.where(target.scattered, row + j, 0)], row + j)
 
     @pl.when(inside & (name >= 0) & (name < block.sizes.num_pairs))
     def store():

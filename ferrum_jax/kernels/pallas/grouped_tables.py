@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .tiles import COMPARED, PART, UNIT, WINDOW
+from .launch import split
+from .tiles import COMPARED, PART, WINDOW
 
 NO_EXPERT, PAST_END = -1, -2  # stand for the matrix of a block that has none
 
@@ -104,29 +105,33 @@ def row_ranges(slots, block_matrix, num_slices, num_experts, num_pairs, top_k):
     return *ranges, jnp.reshape(scattered, -1)
 
 
-def cut_into_tiles(first_row, end_row, most, num_tiles):
-    """Cut each matrix's rows into as few tiles of at most `most` rows as possible, of even heights.
+def cut_into_tiles(first_row, end_row, tile, num_tiles):
+    """Cut each matrix's rows into as few tiles of at most `tile.rows` rows as possible, of even heights.
 
     Returns the tiles as int32[4, num_tiles], and how many there are. The rows of that array are a tile's matrix, its
     first row, its height, and its group * (WINDOW + 1) + the group's size. A group is at most WINDOW consecutive tiles
     of one matrix, named by the number of its first tile: a block makes them side by side, column by column.
     """
-    first_row = first_row // 8 * 8
-    units = jnp.maximum(end_row - first_row + UNIT - 1, 0) // UNIT
-    counts = (units + most // UNIT - 1) // (most // UNIT)
+    unit, most = tile.unit, tile.rows // tile.unit
+    first_row = first_row & -8
+    units, _ = split(jnp.maximum(end_row - first_row + unit - 1, 0), unit)
+    counts, _ = split(units + most - 1, most)
     ends = _cumulative_sum(counts)
     number = lax.iota(jnp.int32, num_tiles)
     by_halves = "scan" if ends.size * num_tiles > COMPARED else "compare_all"
     matrix = jnp.searchsorted(ends, number, side="right", method=by_halves).astype(jnp.int32)
     matrix = jnp.minimum(matrix, ends.size - 1)
-    count, begin = jnp.maximum(counts[matrix], 1), ends[matrix] - counts[matrix]
+    usual, longer = split(units, jnp.maximum(counts, 1))
+    # One gather: a program of many layers is compiled as long as it has many instructions.
+    facts = jnp.stack([first_row, usual, longer, ends - counts, ends], 1)[matrix]
+    first_row, usual, longer, begin, end = (lax.squeeze(x, (1,)) for x in lax.split(facts, [1] * 5, 1))
     # Of a matrix's tiles, number j, the first `longer` ones are a unit higher than the others.
-    j, usual, longer = number - begin, units[matrix] // count, units[matrix] % count
-    in_group = j // WINDOW * WINDOW
+    j = number - begin
+    in_group = j & -WINDOW
     # Tables that break the rules may need more tiles than there is room for: the last ones are left out.
-    size = jnp.minimum(jnp.minimum(ends[matrix], num_tiles) - begin - in_group, WINDOW)
-    first = first_row[matrix] + UNIT * (j * usual + jnp.minimum(j, longer))
-    height = UNIT * jnp.where(j < longer, usual + 1, usual)
+    size = jnp.minimum(jnp.minimum(end, num_tiles) - begin - in_group, WINDOW)
+    first = first_row + unit * (j * usual + jnp.minimum(j, longer))
+    height = unit * jnp.where(j < longer, usual + 1, usual)
     group = (begin + in_group) * (WINDOW + 1) + size
     return jnp.stack([matrix, first, height, group]), jnp.minimum(ends[-1:], num_tiles)
 
@@ -139,13 +144,13 @@ def _cumulative_sum(counts):
     return jnp.sum(jnp.where(before, counts[None, :], 0), axis=1, dtype=jnp.int32)
 
 
-def most_tiles(num_rows, num_matrices, most):
+def most_tiles(num_rows, num_matrices, tile):
     """As many tiles as a table that keeps the rules can need.
 
     A matrix's rows are read from up to 7 rows early, its last unit may hold a single row, and its last tile a single
     unit.
     """
-    return (num_rows + num_matrices * (7 + UNIT - 1 + most - UNIT)) // most + 1
+    return (num_rows + num_matrices * (7 + tile.unit - 1 + tile.rows - tile.unit)) // tile.rows + 1
 
 
 def unnamed_rows(slots, block_matrix, num_slices, num_pairs, padded, length):
@@ -154,7 +159,7 @@ def unnamed_rows(slots, block_matrix, num_slices, num_pairs, padded, length):
     A slice of the result has `padded` rows. Zeros fill the array up to a multiple of `length`.
     """
     eights = num_slices * padded // 8
-    slices = lax.broadcasted_iota(jnp.int32, slots.shape, 0) // (block_matrix.size // num_slices)
+    slices, _ = split(lax.broadcasted_iota(jnp.int32, slots.shape, 0), block_matrix.size // num_slices)
     named = _names_a_row(slots, block_matrix, num_pairs)
     at = jnp.reshape(jnp.where(named, slices * padded + slots, eights * 8), (-1,))
     if eights * at.size <= COMPARED:
@@ -168,7 +173,8 @@ def unnamed_rows(slots, block_matrix, num_slices, num_pairs, padded, length):
         named = jnp.zeros(eights * 8, jnp.int32).at[at].set(1, mode="drop", unique_indices=True)
         named = jnp.reshape(named, (eights, 8))
         bits = jnp.sum(named << lax.broadcasted_iota(jnp.int32, named.shape, 1), axis=1, dtype=jnp.int32)
-    there = jnp.clip(num_pairs - 8 * (lax.iota(jnp.int32, eights) % (padded // 8)), 0, 8)
+    _, eight = split(lax.iota(jnp.int32, eights), padded // 8)
+    there = jnp.clip(num_pairs - 8 * eight, 0, 8)
     return jnp.pad(((1 << there) - 1) & ~bits, (0, round_up(eights, length) - eights))
 
 

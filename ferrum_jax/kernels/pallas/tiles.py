@@ -15,7 +15,6 @@ PROGRAMS = 132  # blocks that stay for the whole launch: one for each multiproce
 SHARED = 227 * 1024  # bytes of shared memory that a block has on Hopper
 LINE = 64  # 16-bit elements of a line of shared memory
 SWIZZLE = 128  # bytes of a line of shared memory, the longest that wgmma reads
-UNIT = 16  # heights of tiles are multiples of this many rows; the kernel has code for each height
 WINDOW = 32  # most tiles of one matrix that are made side by side, so that they share what they read of the matrix
 PART = 160  # most slots of the parts that a table's block is cut into: a thread block gathers one part
 STAGES = 6  # most stages of a product
@@ -33,17 +32,18 @@ class Tile:
     a pause, but the shares are never quite even.
     """
 
-    rows: int  # at most; the tiles of an expert have even heights, multiples of UNIT
+    rows: int  # at most; the tiles of an expert have even heights
     columns: int  # half of them for each of the two multiplying warpgroups
     step: int  # of the inner length, in a stage of shared memory
     dealt: bool
+    unit: int  # heights are multiples of this many rows; the kernel has code for each height, and is compiled as long
 
 
 _HOPPER_16_BITS = {
-    16: Tile(rows=32, columns=256, step=64, dealt=False),
-    80: Tile(rows=96, columns=256, step=64, dealt=False),
-    640: Tile(rows=144, columns=256, step=64, dealt=True),
-    math.inf: Tile(rows=160, columns=256, step=64, dealt=False),
+    16: Tile(rows=32, columns=256, step=64, dealt=False, unit=16),
+    80: Tile(rows=96, columns=256, step=64, dealt=False, unit=32),
+    640: Tile(rows=144, columns=256, step=64, dealt=True, unit=16),
+    math.inf: Tile(rows=160, columns=256, step=64, dealt=False, unit=32),
 }
 
 # (architecture, dtype) -> the most rows that an expert has on average -> the product's tile. bfloat16 was timed.
