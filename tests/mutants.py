@@ -201,30 +201,31 @@ MUTANTS = (
     Mutant(
         "a bias weighs, where it should only choose",
         "ops/routing.py",
-        "return ids, weigh(x, ids, Weighing(",
-        "return ids, weigh(x if bias is None else x + bias, ids, Weighing(",
+        'chosen = x.at[ids].get(mode="promise_in_bounds"',
+        'x = x if bias is None else x + bias; chosen = x.at[ids].get(mode="promise_in_bounds"',
         "test_routing.py::test_a_bias_chooses_and_does_not_weigh",
     ),
     # ---- tables
     Mutant(
         "an expert's rows begin where they end",
         "ops/tables.py",
-        ".at[key + 1].add(1)[:-1]",
-        ".at[key].add(1)[:-1]",
+        "return lax.pad(ends, jnp.int32(0), [(1, 0, 0)])",
+        "return lax.pad(ends, ends[-1], [(0, 1, 0)])",
         values(f"moe_build_pairs_by_token-int32-{FULL}"),
     ),
     Mutant(
         "the owner of a block is that of the next",
         "ops/tables.py",
-        "owner = jnp.cumsum(jnp.zeros(num_blocks + 1, jnp.int32).at[end].add(1), dtype=jnp.int32)[:-1]",
-        "owner = jnp.cumsum(jnp.zeros(num_blocks + 1, jnp.int32).at[end].add(1), dtype=jnp.int32)[1:]",
+        "first = slots[::block_size]",
+        "first = jnp.roll(slots[::block_size], -1)",
         values(f"moe_align_block_size-int32-{FULL}"),
     ),
     Mutant(
         "the sort of pairs is not stable",
         "ops/tables.py",
-        "order = lax.sort(key << bits | entry) & ((1 << bits) - 1)",
-        "order = ids.size - 1 - lax.sort(key << bits | (ids.size - 1 - entry)) & ((1 << bits) - 1)",
+        "return words >> bits, words & ((1 << bits) - 1), counts",
+        "words = lax.sort(key << bits | (ids.size - 1 - entry)); "
+        "return words >> bits, ids.size - 1 - words & ((1 << bits) - 1), counts",
         values(f"moe_build_pairs_by_token-int32-{FULL}"),
     ),
     Mutant(

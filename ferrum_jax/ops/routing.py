@@ -221,7 +221,8 @@ def route_meaning(
 ) -> tuple[jax.Array, jax.Array]:
     x = logits.astype(jnp.float32)
     ids = select(x, bias, scoring, Selection(top_k, num_groups, group_top_k, group_score))
-    return ids, weigh(x, ids, Weighing(scoring, norm_topk_prob, scale, zero_sum))
+    chosen = x.at[ids].get(mode="promise_in_bounds", wrap_negative_indices=False)
+    return ids, weigh(x, chosen, Weighing(scoring, norm_topk_prob, scale, zero_sum))
 
 
 def route_jvp(
@@ -247,7 +248,10 @@ def route_jvp(
 def _weigh_meaning(
     logits: jax.Array, ids: jax.Array, *, scoring: str, norm_topk_prob: bool, scale: float, zero_sum: str
 ) -> jax.Array:
-    return weigh(logits, ids, Weighing(scoring, norm_topk_prob, scale, zero_sum))
+    x = logits.astype(jnp.float32)
+    chosen = x.at[ids].get(mode="fill", fill_value=-jnp.inf, wrap_negative_indices=False)
+    weights = weigh(x, chosen, Weighing(scoring, norm_topk_prob, scale, zero_sum))
+    return jnp.where((ids >= 0) & (ids < x.size), weights, 0)
 
 
 def _weigh_jvp(

@@ -160,12 +160,10 @@ def _finite(largest: jax.Array) -> jax.Array:
     return jnp.where(largest == -jnp.inf, 0, largest)
 
 
-def weigh(logits: jax.Array, ids: jax.Array, weighing: Weighing) -> jax.Array:
-    """The weights of the experts `ids` of one token; an id outside [0, E) is no expert."""
+def weigh(logits: jax.Array, chosen: jax.Array, weighing: Weighing) -> jax.Array:
+    """The weights of one token's chosen experts, whose float32 logits are `chosen`, -inf for what is no expert."""
     scoring, norm_topk_prob, scale, zero_sum = weighing
     x = logits.astype(jnp.float32)
-    live = (ids >= 0) & (ids < x.shape[0])
-    chosen = x.at[ids].get(mode="fill", fill_value=-jnp.inf, wrap_negative_indices=False)
     exponent, factor = _parts(chosen, scoring)
     # Take all terms relative to the largest one: then their sum is 0 only if each of them is exactly 0.
     largest = exponent if norm_topk_prob else x if scoring == "softmax" else jnp.zeros_like(x)
@@ -177,12 +175,12 @@ def weigh(logits: jax.Array, ids: jax.Array, weighing: Weighing) -> jax.Array:
             total += jnp.sum(jnp.exp(x - base + _LOG_EPS)) if scoring == "softmax" else jnp.exp(_LOG_EPS - base)
     else:
         total = jnp.sum(jnp.exp(x - base)) if scoring == "softmax" else jnp.float32(1)
-    otherwise = 1 / ids.shape[0] if norm_topk_prob and zero_sum == "uniform" else 0
-    weights = jnp.where(total == 0, otherwise, weights / total)
     if scoring == "softmax":
-        # Ask for NaN and +inf explicitly: on a CPU, XLA's maximum of a row that holds NaN is not always NaN.
-        weights = jnp.where(jnp.all(x < jnp.inf), weights, jnp.nan)
-    weights = jnp.where(live, weights, 0)
+        # Ask for NaN and +inf explicitly: on a CPU, XLA's maximum of a row that holds NaN is not always NaN. Ask by a
+        # sum of floats, because XLA's CPU compiler takes longer over other reductions.
+        total += jnp.sum(lax.select(x < jnp.inf, lax.full_like(x, 0), lax.full_like(x, jnp.nan)))
+    otherwise = 1 / chosen.shape[0] if norm_topk_prob and zero_sum == "uniform" else 0
+    weights = jnp.where(total == 0, otherwise, weights / total)
     return weights if scale == 1 else weights * jnp.float32(scale)
 
 

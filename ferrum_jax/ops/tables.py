@@ -309,12 +309,15 @@ def _pairs_meaning(expert_ids: jax.Array, *, num_experts: int) -> tuple[jax.Arra
 def _aligned_meaning(
     expert_ids: jax.Array, *, num_experts: int, block_size: int, pair_ids: bool
 ) -> tuple[jax.Array, ...]:
-    return _fill_blocks(*counting_sort(expert_ids.reshape(-1), num_experts), block_size, pair_ids)
+    ids = expert_ids.reshape(-1)
+    return _fill_blocks(ids, *_sorted(ids, num_experts), block_size, pair_ids)[1:]
 
 
 def plan_meaning(expert_ids: jax.Array, *, num_experts: int, block_size: int, pair_ids: bool) -> tuple[jax.Array, ...]:
-    order, offsets = counting_sort(expert_ids.reshape(-1), num_experts)
-    return *_token_pairs(expert_ids, order, offsets), *_fill_blocks(order, offsets, block_size, pair_ids)
+    ids = expert_ids.reshape(-1)
+    key, order, counts = _sorted(ids, num_experts)
+    offsets, *aligned = _fill_blocks(ids, key, order, counts, block_size, pair_ids)
+    return *_token_pairs(expert_ids, order, offsets), *aligned
 
 
 def counting_sort(ids: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
@@ -322,44 +325,55 @@ def counting_sort(ids: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
 
     The sort is stable. Entries outside [0, count) come last.
     """
-    entry = jnp.arange(ids.size, dtype=jnp.int32)
-    key = jnp.where((ids >= 0) & (ids < count), ids, count)
-    bits = ids.size.bit_length()
-    if (count + 1) << bits <= INT32_MAX:
-        # Key and entry share one integer, because XLA sorts single words much faster than pairs of words.
-        order = lax.sort(key << bits | entry) & ((1 << bits) - 1)
-    else:
-        order = lax.sort((key, entry), num_keys=1, is_stable=True)[1]
+    _, order, counts = _sorted(ids, count)
+    return order, _offsets(lax.cumsum(counts))
+
+
+def _sorted(ids: jax.Array, count: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(ids[order], order, how often each of [0, count) occurs). An id outside [0, count) becomes count."""
+    entry = lax.iota(jnp.int32, ids.size)
+    key = lax.select((ids >= 0) & (ids < count), ids, lax.full_like(ids, count))
     # Count by a scatter. A binary search of the sorted keys would be unrolled into all its users, and XLA would compile
     # for minutes.
-    return order, jnp.cumsum(jnp.zeros(count + 2, jnp.int32).at[key + 1].add(1)[:-1], dtype=jnp.int32)
+    counts = lax.full((count,), 0, jnp.int32).at[ids].add(1, mode="drop", wrap_negative_indices=False)
+    bits = ids.size.bit_length()
+    if (count + 1) << bits > INT32_MAX:
+        return *lax.sort((key, entry), num_keys=1, is_stable=True), counts
+    # Key and entry share one integer, because XLA sorts single words much faster than pairs of words.
+    words = lax.sort(key << bits | entry)
+    return words >> bits, words & ((1 << bits) - 1), counts
+
+
+def _offsets(ends: jax.Array) -> jax.Array:
+    return lax.pad(ends, jnp.int32(0), [(1, 0, 0)])
 
 
 def _token_pairs(expert_ids: jax.Array, order: jax.Array, offsets: jax.Array) -> tuple[jax.Array, ...]:
     num_tokens, top_k = expert_ids.shape
-    row = jnp.arange(order.size, dtype=jnp.int32)
+    row = lax.iota(jnp.int32, order.size)
     live = row < offsets[-1]
-    pairs = jnp.zeros_like(row).at[order].set(jnp.where(live, row, -1), unique_indices=True, mode="promise_in_bounds")
+    pairs = lax.full_like(row, 0).at[order].set(jnp.where(live, row, -1), unique_indices=True, mode="promise_in_bounds")
     return pairs.reshape(expert_ids.shape), jnp.where(live, order // max(top_k, 1), num_tokens), offsets
 
 
-def _fill_blocks(order: jax.Array, offsets: jax.Array, block_size: int, pair_ids: bool) -> tuple[jax.Array, ...]:
-    num_pairs, num_experts = order.size, offsets.size - 1
-    num_blocks = aligned_rows(num_pairs, num_experts, block_size) // block_size
-    counts = jnp.diff(offsets)
-    blocks = -(-counts // block_size)
-    end = jnp.cumsum(blocks, dtype=jnp.int32)
-    block = jnp.arange(num_blocks, dtype=jnp.int32)
-    # A block's owner is the number of experts whose blocks end at or before it.
-    owner = jnp.cumsum(jnp.zeros(num_blocks + 1, jnp.int32).at[end].add(1), dtype=jnp.int32)[:-1]
-    live = block < end[-1]
-    first = (end - blocks).at[owner].get(mode="clip")
-    position = ((block - first) * block_size)[:, None] + jnp.arange(block_size, dtype=jnp.int32)[None]
-    row = offsets.at[owner].get(mode="clip")[:, None] + position
-    filled = live[:, None] & (position < counts.at[owner].get(mode="clip")[:, None])
-    value = order.at[row].get(mode="clip") if pair_ids and num_pairs else row
-    slots = jnp.where(filled, value, num_pairs).reshape(-1)
-    return slots, jnp.where(live, owner, -1), end[-1] * block_size
+def _fill_blocks(
+    ids: jax.Array, key: jax.Array, order: jax.Array, counts: jax.Array, block_size: int, pair_ids: bool
+) -> tuple[jax.Array, ...]:
+    """The offsets of packed rows, then the block-aligned table. key, order and counts: `_sorted` of ids."""
+    num_pairs, num_experts = ids.size, counts.size
+    num_slots = aligned_rows(num_pairs, num_experts, block_size)
+    row = lax.iota(jnp.int32, num_pairs)
+    padded = lax.div(counts + (block_size - 1), jnp.int32(block_size)) * block_size
+    # One sum over both, because XLA's CPU compiler takes long over each.
+    end, padded_end = lax.cumsum(lax.concatenate([counts[None], padded[None]], 0), axis=1)
+    shift = (padded_end - padded) - (end - counts)  # from an expert's first packed row to its first slot
+    slot = row + shift.at[key].get(mode="clip", wrap_negative_indices=False)
+    slot = lax.select(key < num_experts, slot, lax.full_like(slot, num_slots))
+    slots = lax.full((num_slots,), num_pairs, jnp.int32)
+    slots = slots.at[slot].set(order if pair_ids else row, mode="drop", wrap_negative_indices=False)
+    first = slots[::block_size]  # the first slot of a live block is never padding
+    owner = (ids if pair_ids else key).at[first].get(mode="fill", fill_value=-1, wrap_negative_indices=False)
+    return _offsets(end), slots, owner, padded_end[-1]
 
 
 def _owner_meaning(packed_token_idx: jax.Array, offsets: jax.Array) -> jax.Array:
