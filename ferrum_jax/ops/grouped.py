@@ -122,7 +122,7 @@ def grouped_matmul(
         row_weights,
         top_k=top_k,
         activation=activation,
-        dtype=_dtype(op, preferred_element_type, lhs.dtype),
+        dtype=as_dtype(op, preferred_element_type, lhs.dtype),
         packed_rows=routing.kind == PACKED,
         precision=as_precision(op, precision, lhs.dtype),
         implementation=implementation,
@@ -146,16 +146,15 @@ def product(
 ) -> jax.Array:
     """`grouped_matmul` of checked arguments. packed_rows: each expert's rows stand side by side in lhs."""
     operands = lhs, rhs, sorted_token_ids, block_ids, total
-    settings: dict[str, Any] = {
-        "top_k": top_k,
-        "dtype": dtype,
-        "packed_rows": packed_rows,
-        "precision": precision,
-        "implementation": implementation,
-    }
+    how = {"packed_rows": packed_rows, "precision": precision, "implementation": implementation}
     if activation is None and row_weights is None:
-        return _matmul.bind(*operands, **settings)
-    return _activated.bind(*operands, row_weights, activation=activation, **settings)
+        return _matmul.bind(*operands, top_k=top_k, dtype=dtype, **how)
+    return _activated.bind(*operands, row_weights, top_k=top_k, activation=activation, dtype=dtype, **how)
+
+
+def product_transposed(g: jax.Array, rhs: jax.Array, *tables: jax.Array, **settings: Any) -> jax.Array:
+    """g[s] @ rhs[e].T for the slots s of expert e's blocks. The settings are `product`'s of one row a slot."""
+    return _transposed.bind(g, rhs, *tables, **settings)
 
 
 def _checked_routing(op: str, routing: MoeRouting | MoePlan, lhs: jax.Array, rhs: jax.Array, top_k: Any) -> int:
@@ -178,7 +177,7 @@ def _checked_routing(op: str, routing: MoeRouting | MoePlan, lhs: jax.Array, rhs
     return rows_per_row(op, routing, lhs.shape[-2], top_k)
 
 
-def _dtype(op: str, preferred: Any, default: Any) -> str:
+def as_dtype(op: str, preferred: Any, default: Any) -> str:
     try:
         dtype = jnp.dtype(default if preferred is None else preferred)
     except TypeError as error:

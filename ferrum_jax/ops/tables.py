@@ -39,6 +39,14 @@ def max_aligned_rows(num_pairs: int, num_experts: int, block_size: int) -> int:
     return aligned_rows(num_pairs, as_int(op, "num_experts", num_experts), as_int(op, "block_size", block_size))
 
 
+def usual_block_size(num_pairs: int, num_experts: int, op: str = "moe_mlp") -> int:
+    """The power of two in [16, 128] that holds the rows of an average expert. `op` is the name in an error."""
+    if not isinstance(num_pairs, int):
+        as_int(op, "T*K", num_pairs)  # a symbolic number of pairs is an error
+    average = -(-num_pairs // num_experts)
+    return min(max(1 << (average - 1).bit_length() if average else 0, 16), 128)
+
+
 def aligned_rows(num_pairs: int, num_experts: int, block_size: int) -> int:
     """`max_aligned_rows` of checked sizes. Only num_pairs is checked here: it may be symbolic, which is an error."""
     if not isinstance(num_pairs, int):
@@ -309,12 +317,14 @@ def _pairs_meaning(expert_ids: jax.Array, *, num_experts: int) -> tuple[jax.Arra
 def _aligned_meaning(
     expert_ids: jax.Array, *, num_experts: int, block_size: int, pair_ids: bool
 ) -> tuple[jax.Array, ...]:
-    return _fill_blocks(*counting_sort(expert_ids.reshape(-1), num_experts), block_size, pair_ids)
+    order, offsets = counting_sort(expert_ids.reshape(-1), num_experts)
+    return fill_blocks(offsets, order.size, block_size, order if pair_ids else None)
 
 
 def plan_meaning(expert_ids: jax.Array, *, num_experts: int, block_size: int, pair_ids: bool) -> tuple[jax.Array, ...]:
     order, offsets = counting_sort(expert_ids.reshape(-1), num_experts)
-    return *_token_pairs(expert_ids, order, offsets), *_fill_blocks(order, offsets, block_size, pair_ids)
+    blocks = fill_blocks(offsets, order.size, block_size, order if pair_ids else None)
+    return *_token_pairs(expert_ids, order, offsets), *blocks
 
 
 def counting_sort(ids: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
@@ -343,9 +353,11 @@ def _token_pairs(expert_ids: jax.Array, order: jax.Array, offsets: jax.Array) ->
     return pairs.reshape(expert_ids.shape), jnp.where(live, order // max(top_k, 1), num_tokens), offsets
 
 
-def _fill_blocks(order: jax.Array, offsets: jax.Array, block_size: int, pair_ids: bool) -> tuple[jax.Array, ...]:
-    num_pairs, num_experts = order.size, offsets.size - 1
-    num_blocks = aligned_rows(num_pairs, num_experts, block_size) // block_size
+def fill_blocks(
+    offsets: jax.Array, num_pairs: int, block_size: int, order: jax.Array | None
+) -> tuple[jax.Array, ...]:
+    """The aligned table of experts whose rows begin and end at `offsets`. Slots hold rows, or `order`'s entries."""
+    num_blocks = aligned_rows(num_pairs, offsets.size - 1, block_size) // block_size
     counts = jnp.diff(offsets)
     blocks = -(-counts // block_size)
     end = jnp.cumsum(blocks, dtype=jnp.int32)
@@ -357,7 +369,7 @@ def _fill_blocks(order: jax.Array, offsets: jax.Array, block_size: int, pair_ids
     position = ((block - first) * block_size)[:, None] + jnp.arange(block_size, dtype=jnp.int32)[None]
     row = offsets.at[owner].get(mode="clip")[:, None] + position
     filled = live[:, None] & (position < counts.at[owner].get(mode="clip")[:, None])
-    value = order.at[row].get(mode="clip") if pair_ids and num_pairs else row
+    value = row if order is None or not num_pairs else order.at[row].get(mode="clip")
     slots = jnp.where(filled, value, num_pairs).reshape(-1)
     return slots, jnp.where(live, owner, -1), end[-1] * block_size
 
