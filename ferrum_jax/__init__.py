@@ -16,6 +16,7 @@ from .ops.capacity import limit_capacity
 from .ops.combine import moe_combine, moe_dispatch
 from .ops.grouped import grouped_matmul
 from .ops.losses import expert_counts, load_balancing_loss, router_z_loss, update_routing_bias
+from .ops.ragged import ragged_dot
 from .ops.route_plan import moe_route_plan
 from .ops.routing import route_topk, route_topk_softmax
 from .ops.tables import (
@@ -53,6 +54,7 @@ __all__ = [
     "moe_plan",
     "moe_route_plan",
     "pack_gate_up",
+    "ragged_dot",
     "route_topk",
     "route_topk_into_host",
     "route_topk_softmax",

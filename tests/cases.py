@@ -13,7 +13,7 @@ import oracle
 import pytest
 
 import ferrum_jax
-from ferrum_jax.ops import combine
+from ferrum_jax.ops import combine, ragged
 
 
 class Size(NamedTuple):
@@ -64,7 +64,7 @@ class Case(NamedTuple):
 
     def has_kernel(self, backend):
         op = self.name.partition("-")[0].replace("route_topk_softmax", "route_topk")
-        op = op.replace("moe_align_block_size_pair_ids", "moe_align_block_size")
+        op = op.replace("moe_align_block_size_pair_ids", "moe_align_block_size").replace("ragged_dot", "align_groups")
         return any(op == row.op for row in ferrum_jax.kernels.KERNELS if row.backend == backend)
 
     def float_results(self, *args, **kwargs):
@@ -222,6 +222,41 @@ def grouped_matmul(lhs, rhs, *tables, top_k=1, implementation=None, **kwargs):
     return ferrum_jax.grouped_matmul(lhs, rhs, routing, top_k=top_k, implementation=implementation, **kwargs)
 
 
+def group_sizes(r, size, others=0):
+    """Sizes of E groups and of `others`. Some are 0, some negative, and often they add up to more than the rows."""
+    groups = size.E + others
+    sizes = r.multinomial(size.T * size.K, np.full(groups, 1 / groups)).astype(np.int32)
+    sizes[r.random(groups) < 0.2] = -3
+    sizes[-1] += r.choice([0, 2, 2**31 - 1 - size.T * size.K])
+    return sizes
+
+
+def groups_args(r, size, dtype=None):
+    return group_sizes(r, size, 3), np.array(r.integers(-1, 5), np.int32)
+
+
+def ragged_args(r, size, dtype, offset=False, transposed=False):
+    """Rows without a matrix hold NaN, and so do the matrices of groups without rows."""
+    sizes, *offset = groups_args(r, size) if offset else (group_sizes(r, size),)
+    lhs, rhs = rows(r, (size.T * size.K, size.H), dtype), rows(r, (size.E, size.H, size.H % 13 + 3), dtype)
+    owner = oracle.group_of_row(sizes, *(offset or [0]), num_rows=len(lhs), num_groups=size.E)
+    lhs[owner < 0] = np.nan
+    rhs[~np.isin(np.arange(size.E), owner)] = np.nan
+    return lhs, np.ascontiguousarray(rhs.swapaxes(1, 2)) if transposed else rhs, sizes, *offset
+
+
+def ragged_dot(name, offset=False, transposed=False):
+    def call(lhs, rhs, sizes, *offset, size, implementation):
+        given = {"group_offset": offset[0]} if offset else {}
+        given |= {"transpose_rhs": transposed, "implementation": implementation}
+        return ferrum_jax.ragged_dot(lhs, rhs, sizes, **given)
+
+    def meaning(lhs, rhs, *groups, size):
+        return oracle.ragged_dot(lhs, rhs.swapaxes(1, 2) if transposed else rhs, *groups)
+
+    return Case(name, call, meaning, functools.partial(ragged_args, offset=offset, transposed=transposed), (0, 1))
+
+
 CASES = (
     Case(
         "route_topk_softmax",
@@ -355,6 +390,26 @@ CASES = (
         (0, 1, 2),
         (3, 4, 5),
     ),
+    Case(
+        "align_groups",
+        lambda sizes, offset, size, implementation: tuple(
+            ragged.align_groups(
+                sizes,
+                offset,
+                num_rows=size.T * size.K,
+                num_groups=size.E,
+                block_size=size.block,
+                implementation=implementation,
+            )
+        ),
+        lambda sizes, offset, size: oracle.align_groups(
+            sizes, offset, num_rows=size.T * size.K, num_groups=size.E, block_size=size.block
+        ),
+        groups_args,
+    ),
+    ragged_dot("ragged_dot"),
+    ragged_dot("ragged_dot-offset", offset=True),
+    ragged_dot("ragged_dot-transposed", transposed=True),
 )
 FLOAT_CASES = tuple(case for case in CASES if case.floats)
 
@@ -367,6 +422,8 @@ VARIANTS = {
     "moe_align_block_size_pair_ids",
     "moe_plan-pair_ids",
     "grouped_matmul",
+    "ragged_dot",
+    "ragged_dot-transposed",
 }
 
 

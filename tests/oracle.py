@@ -342,6 +342,53 @@ def grouped_matmul(lhs, rhs, *tables, top_k):
     return (Sum(out, size, lhs.shape[1]),)
 
 
+def group_of_row(group_sizes, group_offset, *, num_rows, num_groups):
+    """The matrix of each row, its group counted from the offset; -1 for a row without one."""
+    rows = []
+    for group, size in enumerate(np.asarray(group_sizes).tolist()):
+        matrix = group - int(group_offset)
+        rows += [matrix if 0 <= matrix < num_groups else -1] * min(max(size, 0), num_rows - len(rows))
+    return np.array(rows + [-1] * (num_rows - len(rows)), np.int64)
+
+
+def align_groups(group_sizes, group_offset=0, *, num_rows, num_groups, block_size):
+    owner = group_of_row(group_sizes, group_offset, num_rows=num_rows, num_groups=num_groups)
+    busy = min(num_groups, num_rows)
+    num_blocks = busy + (num_rows - busy) // block_size
+    slots, blocks = [], []
+    for group in sorted(set(owner[owner >= 0].tolist())):
+        rows = np.flatnonzero(owner == group).tolist()
+        slots += rows + [num_rows] * (-len(rows) % block_size)
+        blocks += [group] * -(-len(rows) // block_size)
+    total = len(slots)
+    slots += [num_rows] * (num_blocks * block_size - total)
+    blocks += [-1] * (num_blocks - len(blocks))
+    return Sum(np.array(slots, np.int64)), Sum(np.array(blocks, np.int64)), Sum(np.array(total))
+
+
+def ragged_dot(lhs, rhs, group_sizes, group_offset=0):
+    owner = group_of_row(group_sizes, group_offset, num_rows=len(lhs), num_groups=len(rhs))
+    out, size = np.zeros((len(lhs), rhs.shape[2])), np.zeros((len(lhs), rhs.shape[2]))
+    for row, group in enumerate(owner):
+        if group >= 0:
+            out[row] = f64(lhs[row]) @ f64(rhs[group])
+            size[row] = np.abs(f64(lhs[row])) @ np.abs(f64(rhs[group]))
+    return (Sum(out, size, lhs.shape[1]),)
+
+
+def ragged_dot_grads(lhs, rhs, group_sizes, group_offset=0, *, g):
+    """Cotangents of lhs and of rhs for the cotangent g of the result."""
+    owner = group_of_row(group_sizes, group_offset, num_rows=len(lhs), num_groups=len(rhs))
+    dlhs, lhs_size, drhs, rhs_size = (np.zeros(x.shape) for x in (lhs, lhs, rhs, rhs))
+    for row, group in enumerate(owner):
+        if group >= 0:
+            x, matrix, ct = f64(lhs[row]), f64(rhs[group]), f64(g[row])
+            dlhs[row], lhs_size[row] = matrix @ ct, np.abs(matrix) @ np.abs(ct)
+            drhs[group] += np.outer(x, ct)
+            rhs_size[group] += np.abs(np.outer(x, ct))
+    return Sum(dlhs, lhs_size, rhs.shape[2]), Sum(drhs, rhs_size, len(g))
+
+
 def sigmoid(x):
     return 0.5 * (1 + np.tanh(x / 2))
 

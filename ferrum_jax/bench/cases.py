@@ -15,7 +15,7 @@ from jax import lax
 
 import ferrum_jax
 
-from ..model.layer import usual_block_size
+from ..ops.tables import usual_block_size
 from . import today
 
 Function = Callable[..., Any]

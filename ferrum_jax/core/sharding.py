@@ -79,6 +79,16 @@ def tokens_of(x: Array, whole: bool = False) -> Array:
     return x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
+def whole_along(x: Array, axes: Sequence[str]) -> Array:
+    """Replicate x over these axes of its Explicit mesh. Other mesh axes shard it as before."""
+    sharding = jax.typeof(x).sharding
+    names = [entry if isinstance(entry, tuple) else (entry,) for entry in sharding.spec]
+    if not any([name in axes for entry in names for name in entry]):
+        return x
+    kept = [tuple([name for name in entry if name not in (None, *axes)]) or None for entry in names]
+    return jax.sharding.reshard(x, sharding.update(spec=PartitionSpec(*kept)))
+
+
 def sharded_like(out: Array, x: Any) -> Array:
     """Shard the leading axes of a layer's result as those of its input x, so that what follows stays divided too.
 

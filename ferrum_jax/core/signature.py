@@ -52,6 +52,7 @@ KINDS = {
     "logits": Kind(_is_row, "be float16, bfloat16 or float32"),
     "weights": Kind(_is_float, "be floating point", "float32"),
     "ids": Kind(_is_integer, "hold integers", "int32"),
+    "counts": Kind(_is_integer, "hold integers", "int32"),
 }
 
 
@@ -222,15 +223,16 @@ def _as_kind(op: str, term: Term, kind: Kind, arg: Any) -> jax.Array:
     """One argument as an array of its kind's dtype."""
     try:
         array = arg if isinstance(arg, jax.Array) else np.asarray(arg)
-        if term.kind == "ids" and isinstance(array, np.ndarray) and np.issubdtype(array.dtype, np.integer):
-            array = _narrow(array, np)  # in NumPy, because JAX would cut 64 bits down to 32 first
+        narrow = {"ids": _narrow, "counts": _limit}.get(term.kind)
+        if narrow and isinstance(array, np.ndarray) and np.issubdtype(array.dtype, np.integer):
+            array = narrow(array, np)  # in NumPy, because JAX would cut 64 bits down to 32 first
         array = array if isinstance(array, jax.Array) else jnp.asarray(array)
     except (TypeError, ValueError, OverflowError) as error:
         raise TypeError(f"{op}: {term.name} must be an array, {term}; got {type(arg).__name__}: {error}") from error
     if not kind.accepts(array.dtype):
         raise TypeError(f"{op}: {term.name} must {kind.dtypes}; got {array.dtype}")
-    if term.kind == "ids":
-        return _narrow(array, jnp)
+    if narrow:
+        return narrow(array, jnp)
     return array.astype(kind.used_in) if kind.used_in else array
 
 
@@ -243,6 +245,12 @@ def _narrow(ids: Any, xp: Any) -> Any:
         return ids.astype(xp.int32)
     fits = (ids >= 0) & (ids <= xp.asarray(INT32_MAX, ids.dtype))
     return xp.where(fits, ids.astype(xp.int32), xp.int32(-1))
+
+
+def _limit(counts: Any, xp: Any) -> Any:
+    """Counts as int32. A value that int32 cannot hold becomes the nearest one that it can."""
+    info = jnp.iinfo(counts.dtype)
+    return xp.clip(counts, max(info.min, -INT32_MAX), min(info.max, INT32_MAX)).astype(xp.int32)
 
 
 def sizes_of(terms: Sequence[Term], arrays: Sequence[Any]) -> dict[str, Any]:

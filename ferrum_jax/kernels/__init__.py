@@ -46,7 +46,7 @@ _SM70_ON = Architectures("a Volta GPU or a newer one", least=70)
 _SM90_ON = Architectures("a Hopper GPU or a newer one", least=90)
 _WGMMA = Architectures("wgmma, of Hopper GPUs alone", only=(90,))
 
-_TABLES = "moe_build_pairs_by_token", "moe_align_block_size", "moe_plan"
+_TABLES = "moe_build_pairs_by_token", "moe_align_block_size", "moe_plan", "align_groups"
 _COMBINE = (
     "moe_dispatch",
     "moe_collect",

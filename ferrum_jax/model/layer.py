@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from ..core.sharding import sharded_like, tokens_of
-from ..core.signature import as_int, one_of
+from ..core.signature import one_of
 from ..core.types import PACKED, PAIR_IDS, RouterOutput
 from ..kernels import IMPLEMENTATIONS
 from ..ops import tables
@@ -115,7 +115,7 @@ def moe_mlp(
         ids, weights = route_topk_softmax(logits, top_k, norm_topk_prob=norm_topk_prob, implementation=implementation)
     ids, weights = checkpoint_name((ids, weights), "moe_router")
     flow = _usual_flow(x, ids) if flow is None or not ids.shape[-1] else flow
-    block_size = usual_block_size(ids.size, num_experts) if block_size is None else block_size
+    block_size = tables.usual_block_size(ids.size, num_experts) if block_size is None else block_size
     precision = as_precision(_OP, precision, x.dtype)
     plan, expert_of_row = None, ids.reshape(-1)
     if flow == PACKED:
@@ -217,11 +217,3 @@ def _usual_flow(x: jax.Array, ids: jax.Array) -> str:
 
 def _f32(x: jax.Array) -> jax.Array:
     return x.astype(jnp.float32)
-
-
-def usual_block_size(num_pairs: int, num_experts: int) -> int:
-    """The power of two in [16, 128] that holds the rows of an average expert."""
-    if not isinstance(num_pairs, int):
-        as_int(_OP, "T*K", num_pairs)  # a symbolic number of pairs is an error
-    average = -(-num_pairs // num_experts)
-    return min(max(1 << (average - 1).bit_length() if average else 0, 16), 128)

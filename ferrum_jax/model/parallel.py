@@ -22,7 +22,7 @@ from ..ops.combine import moe_combine, moe_dispatch
 from ..ops.grouped import as_precision
 from ..ops.grouped_ops import Matrices
 from ..ops.routing import route_topk_softmax
-from ..ops.tables import moe_build_pairs_by_token
+from ..ops.tables import moe_build_pairs_by_token, usual_block_size
 from . import layer
 from .arguments import checked_experts, checked_tokens
 from .exchange import ExchangeSizes, bounds_of, exchange_sizes, experts_of_rows, packed_rows_of, slotted_rows_of
@@ -144,7 +144,7 @@ def moe_mlp(
     x, ids, weights = (tokens_of(a, whole=True) for a in (x, ids, weights))
     x, ids, weights, _ = equally_varying([x, ids, weights, lax.axis_index(axis_name)])
     if block_size is None:
-        block_size = layer.usual_block_size(ids.size, experts)
+        block_size = usual_block_size(ids.size, experts)
 
     def local(rows: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
         return layer.moe_mlp(

@@ -114,7 +114,7 @@ def grouped_matmul(
         row_weights,
         top_k=top_k,
         activation=activation,
-        dtype=_dtype(op, preferred_element_type, lhs.dtype),
+        dtype=as_dtype(op, preferred_element_type, lhs.dtype),
         packed_rows=routing.kind == PACKED,
         precision=as_precision(op, precision, lhs.dtype),
         implementation=implementation,
@@ -141,7 +141,7 @@ def _checked_routing(op: str, routing: MoeRouting | MoePlan, lhs: jax.Array, rhs
     return rows_per_row(op, routing, lhs.shape[-2], top_k)
 
 
-def _dtype(op: str, preferred: Any, default: Any) -> str:
+def as_dtype(op: str, preferred: Any, default: Any) -> str:
     try:
         dtype = jnp.dtype(default if preferred is None else preferred)
     except TypeError as error:

@@ -39,6 +39,14 @@ def max_aligned_rows(num_pairs: int, num_experts: int, block_size: int) -> int:
     return aligned_rows(num_pairs, as_int(op, "num_experts", num_experts), as_int(op, "block_size", block_size))
 
 
+def usual_block_size(num_pairs: int, num_experts: int, op: str = "moe_mlp") -> int:
+    """The power of two in [16, 128] that holds the rows of an average expert. `op` is the name in an error."""
+    if not isinstance(num_pairs, int):
+        as_int(op, "T*K", num_pairs)  # a symbolic number of pairs is an error
+    average = -(-num_pairs // num_experts)
+    return min(max(1 << (average - 1).bit_length() if average else 0, 16), 128)
+
+
 def aligned_rows(num_pairs: int, num_experts: int, block_size: int) -> int:
     """`max_aligned_rows` of checked sizes. Only num_pairs is checked here: it may be symbolic, which is an error."""
     if not isinstance(num_pairs, int):

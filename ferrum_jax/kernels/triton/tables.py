@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
+from ..shapes import lead_axes, whole
 from . import tiles
 from .launch import capability, launch
 
@@ -65,6 +66,26 @@ def fill(table, start, end, value, step, FILL: tl.constexpr):
     while start < end:
         entry = start + tl.arange(0, FILL)
         tl.store(table + entry, tl.full([FILL], value, tl.int32), mask=entry < end)
+        start += step
+
+
+@triton.jit
+def fill_blocks(
+    slots, blocks, start, end, step, first, first_row, total, first_slot, used,
+    P: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr, BITS: tl.constexpr, FILL: tl.constexpr,
+    PAIR_IDS: tl.constexpr,
+):  # fmt: skip
+    # Writes the slots of BINS experts, from expert `first` on, in order: the blocks' owners, padding, and packed rows,
+    # which ascend. The slots end before `end`. A program writes FILL of them, then those that lie `step` further on.
+    while start < end:
+        inside = start + tl.arange(0, FILL) < end
+        slot = tl.minimum(start + tl.arange(0, FILL), end - 1).to(tl.int32)
+        owner = owners(first_slot + used, slot, BINS // 2, BITS)
+        behind = slot - tl.gather(first_slot, owner, 0)
+        filled = behind < tl.gather(total, owner, 0)
+        value = tl.where(filled, tl.gather(first_row, owner, 0) + behind, P)
+        tl.store(slots + slot, value, mask=inside & ~(filled & PAIR_IDS))
+        tl.store(blocks + slot // BLOCK, first + owner, mask=inside & (slot % BLOCK == 0))
         start += step
 
 
@@ -136,19 +157,12 @@ def place_tile(
             at += RANKED
 
         if ALIGNED:
-            # Write slots in order, found by their experts: the blocks' owners, padding, and packed rows, which ascend.
-            ahead, last_slot = live_slots + program * FILL, live_slots + tl.sum(used, 0)
-            while ahead < last_slot:
-                inside = ahead + tl.arange(0, FILL) < last_slot
-                slot = tl.minimum(ahead + tl.arange(0, FILL), last_slot - 1).to(tl.int32)
-                owner = owners(first_slot + used, slot, BINS // 2, BITS)
-                behind = slot - tl.gather(first_slot, owner, 0)
-                filled = behind < tl.gather(total, owner, 0)
-                value = tl.where(filled, tl.gather(first_row, owner, 0) + behind, P)
-                tl.store(slots + slot, value, mask=inside & ~(filled & PAIR_IDS))
-                tl.store(blocks + slot // BLOCK, first + owner, mask=inside & (slot % BLOCK == 0))
-                ahead += TILES * FILL
-            live_slots += tl.sum(used, 0)
+            last_slot = live_slots + tl.sum(used, 0)
+            fill_blocks(
+                slots, blocks, live_slots + program * FILL, last_slot, TILES * FILL, first, first_row, total,
+                first_slot, used, P, BLOCK, BINS, BITS, FILL, PAIR_IDS,
+            )  # fmt: skip
+            live_slots = last_slot
         live_rows += tl.sum(total, 0)
 
     ahead, step = program * FILL, TILES * FILL
@@ -178,9 +192,51 @@ def place(
     )  # fmt: skip
 
 
+@triton.jit
+def place_groups(
+    sizes, offset, slots, blocks, padded,
+    M: tl.constexpr, GROUPS: tl.constexpr, HELD: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr,
+    TILES: tl.constexpr, BINS: tl.constexpr, FILL: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    # The aligned table of rows that stand by group, for HELD groups from the offset on. Each of a slice's TILES
+    # programs adds up all groups' sizes, BINS at a time, and writes its share of the slots.
+    slice_id, program = tl.program_id(0).to(tl.int64) // TILES, tl.program_id(0) % TILES
+    sizes += slice_id * GROUPS
+    slots += slice_id * S
+    blocks += slice_id * (S // BLOCK)
+    begin = tl.minimum(tl.maximum(tl.load(offset + slice_id), -HELD), GROUPS)  # so that nothing below overflows
+    rows, live_slots = tl.zeros([], tl.int64), tl.zeros([], tl.int32)
+    for first in range(0, GROUPS, BINS):
+        group = first + tl.arange(0, BINS)
+        size = tl.maximum(tl.load(sizes + group, mask=group < GROUPS, other=0), 0).to(tl.int64)
+        ends = rows + tl.cumsum(size, 0)
+        first_row = tl.minimum(ends - size, M).to(tl.int32)
+        held = (group >= begin) & (group - begin < HELD)
+        total = tl.where(held, tl.minimum(ends, M).to(tl.int32) - first_row, 0)
+        used = tl.where(total > 0, (total - 1) // BLOCK + 1, 0) * BLOCK
+        first_slot = live_slots + tl.cumsum(used, 0) - used
+        last_slot = live_slots + tl.sum(used, 0)
+        fill_blocks(
+            slots, blocks, live_slots + program * FILL, last_slot, TILES * FILL, first - begin, first_row, total,
+            first_slot, used, M, BLOCK, BINS, BITS, FILL, False,
+        )  # fmt: skip
+        live_slots = last_slot
+        rows += tl.sum(size, 0)
+    fill(slots, live_slots + program * FILL, S, M, TILES * FILL, FILL)
+    fill(blocks, live_slots // BLOCK + program * FILL, S // BLOCK, -1, TILES * FILL, FILL)
+    if program == 0:
+        tl.store(padded + slice_id, live_slots)
+
+
 def chosen_tiles():
     """How the tables are divided on the target GPU."""
     return tiles.first(tiles.COUNTING, capability())
+
+
+def aligned_rows(num_pairs, num_experts, block_size):
+    """The slots of an aligned table: see `max_aligned_rows`."""
+    busy = min(num_experts, num_pairs)
+    return (busy + (num_pairs - busy) // block_size) * block_size
 
 
 def sizes(num_tokens, top_k, num_experts, block_size, aligned, one_launch=False):
@@ -189,8 +245,7 @@ def sizes(num_tokens, top_k, num_experts, block_size, aligned, one_launch=False)
     one_launch: there is no other launch, however many pairs there are.
     """
     chosen, num_pairs = chosen_tiles(), num_tokens * top_k
-    busy = min(num_experts, num_pairs)
-    slots = (busy + (num_pairs - busy) // block_size) * block_size
+    slots = aligned_rows(num_pairs, num_experts, block_size)
     bins = min(chosen.bins, max(16, triton.next_power_of_2(num_experts)))
     counted = not one_launch and num_pairs * num_experts > chosen.one_launch
     pairs_of_tile = triton.next_power_of_2(triton.cdiv(num_pairs, chosen.programs))
@@ -288,3 +343,29 @@ def moe_align_block_size(expert_ids, *, num_experts, block_size, pair_ids):
 
 def moe_plan(expert_ids, *, num_experts, block_size, pair_ids):
     return _tables(expert_ids, num_experts, block_size, pair_ids, pairs=True, aligned=True)
+
+
+def align_groups(group_sizes, group_offset, *, num_rows, num_groups, block_size):
+    lead = lead_axes((group_sizes, 1), (group_offset, 0))
+    chosen, groups = chosen_tiles(), group_sizes.shape[-1]
+    slots = aligned_rows(num_rows, num_groups, block_size)
+    bins = min(chosen.bins, max(16, triton.next_power_of_2(groups)))
+    # Two tiles at least, as in `sizes`.
+    num_tiles = max(min(triton.cdiv(slots, chosen.filled), chosen.filling), 2)
+    return launch(
+        place_groups,
+        whole(group_sizes, lead),
+        whole(group_offset, lead),
+        out=[((*lead, slots), jnp.int32), ((*lead, slots // block_size), jnp.int32), (lead, jnp.int32)],
+        grid=math.prod(lead) * num_tiles,
+        num_warps=chosen.warps if bins <= chosen.wide else chosen.wide_warps,
+        M=num_rows,
+        GROUPS=groups,
+        HELD=num_groups,
+        S=slots,
+        BLOCK=block_size,
+        TILES=num_tiles,
+        BINS=bins,
+        FILL=chosen.filled,
+        BITS=bins.bit_length() - 1,
+    )

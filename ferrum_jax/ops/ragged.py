@@ -1,0 +1,194 @@
+"""`ragged_dot`: the grouped product of rows that already stand by group, as `jax.lax.ragged_dot` takes them."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from ..core.primitive import define
+from ..core.sharding import whole_along
+from ..core.signature import as_bool, as_int, checked, one_of
+from ..kernels import IMPLEMENTATIONS
+from .grouped import as_dtype, as_precision
+from .grouped_ops import Matrices, product
+from .tables import aligned_rows, usual_block_size
+
+_OP = "ragged_dot"  # the name in errors
+
+
+def ragged_dot(
+    lhs: jax.Array,
+    rhs: Matrices,
+    group_sizes: jax.Array,
+    *,
+    group_offset: jax.Array | int | None = None,
+    transpose_rhs: bool = False,
+    preferred_element_type: Any = None,
+    precision: str | lax.Precision | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Multiply each row by its group's matrix: `jax.lax.ragged_dot`, with an offset as in megablox' gmm.
+
+    The first group_sizes[0] rows of lhs are group 0's, the next group_sizes[1] are group 1's, and so on. Rows past the
+    last group are 0 in the result. With a `group_offset` o, rhs holds the matrices of groups o to o + G - 1 only: the
+    rows of all other groups are 0 in the result.
+
+    The work is that of the rows that have a matrix. Products are added in float32. Rows without a matrix and matrices
+    of groups without rows are never read, in the result and in every gradient, so they may hold NaN. The gradients of
+    both are 0. Every operand may be mapped by vmap, alone or with others.
+
+    In a mesh with Explicit axes that shard the rows of lhs, each device multiplies its own rows, of whichever groups
+    they are. The matrices and the sizes are then the same on all of these devices, and are gathered if they are not;
+    the gradient of the matrices is added up over the devices.
+
+    Args:
+      lhs: [..., M, H] float16, bfloat16 or float32, rows by group.
+      rhs: [..., G, H, N] of lhs's dtype, G >= 1. A leading axis of size 1 is shared by the batch, not copied. Or a
+        `LayerOf` of [G, H, N], which serves the whole batch.
+      group_sizes: [..., G] of any integer dtype; with a `group_offset` [..., A], the sizes of all groups, A >= G. A
+        negative size counts as 0. Sizes that add up to more than M are cut off at M.
+      group_offset: [...] of any integer dtype, without leading axes a scalar. It may be out of range: there are no
+        groups before the first and after the last. None: rhs holds all groups.
+      transpose_rhs: rhs is [..., G, N, H], and each row is multiplied by the transposed matrix.
+      preferred_element_type: the result's dtype, float16, bfloat16 or float32; default: lhs's.
+      precision: of float32 operands, in this product and its gradients, as in `grouped_matmul`.
+      implementation: None (see `which`), "xla" or "triton", of the table and the product; Pallas has no kernel of
+        tables, and None takes its products where they were measured faster.
+
+    Returns:
+      [..., M, N]. Rows without a matrix are 0.
+
+    Raises:
+      TypeError: an argument of another dtype, a `transpose_rhs` that is no bool.
+      ValueError: ranks or shapes that do not fit, no groups, sizes of fewer groups than rhs holds, or without an offset
+        of more, M past int32, an unknown `precision` or `implementation`.
+      NotImplementedError: the implementation asked for cannot run here; the message says why.
+
+    The offset is that of https://github.com/jax-ml/jax, jax/experimental/pallas/ops/tpu/megablox.
+
+    >>> import jax.numpy as jnp
+    >>> x, w = jnp.array([[1.0], [2.0], [3.0]]), jnp.array([[[10.0]], [[20.0]]])
+    >>> ragged_dot(x, w, jnp.array([2, 1])).tolist()
+    [[10.0], [20.0], [60.0]]
+    >>> ragged_dot(x, w, jnp.array([1, 1, 1]), group_offset=1).tolist()
+    [[0.0], [20.0], [60.0]]
+    """
+    one_of(_OP, "implementation", implementation, (None, *IMPLEMENTATIONS))
+    transposed = as_bool(_OP, "transpose_rhs", transpose_rhs)
+    matrices, groups = "G,N,H" if transposed else "G,H,N", "G" if group_offset is None else "A"
+    arguments = f"lhs: rows[M,H], rhs: matrices[{matrices}], group_sizes: counts[{groups}], group_offset?: counts[]"
+    lhs, rhs, group_sizes, group_offset = checked(_OP, arguments, lhs, rhs, group_sizes, group_offset)
+    as_int(_OP, "M", lhs.shape[-2], 0)  # a symbolic number of rows is an error: a table's length depends on it
+    held = rhs.shape[-3]
+    if not held:
+        raise ValueError(f"{_OP}: rhs must hold at least one group, G >= 1; got shape {rhs.shape}")
+    if group_sizes.shape[-1] < held:
+        raise ValueError(
+            f"{_OP}: group_sizes must have the sizes of all groups, at least the {held} of rhs; "
+            f"got shape {group_sizes.shape}"
+        )
+    run = functools.partial(
+        _product,
+        transpose_rhs=transposed,
+        dtype=as_dtype(_OP, preferred_element_type, lhs.dtype),
+        precision=as_precision(_OP, precision, lhs.dtype),
+        implementation=implementation,
+    )
+    if group_offset is None:
+        group_offset = jnp.zeros((1,) * (lhs.ndim - 2), jnp.int32)
+    axes = jax.typeof(lhs).sharding.spec[-2]
+    if axes:
+        run = functools.partial(_on_shards, axes, run)
+    return run(lhs, rhs, group_sizes, group_offset)
+
+
+def _product(
+    lhs: jax.Array,
+    rhs: Matrices,
+    group_sizes: jax.Array,
+    group_offset: jax.Array,
+    *,
+    implementation: str | None,
+    **settings: Any,
+) -> jax.Array:
+    num_rows = lhs.shape[-2]
+    tables = align_groups.bind(
+        group_sizes,
+        group_offset,
+        num_rows=num_rows,
+        num_groups=rhs.shape[-3],
+        block_size=usual_block_size(num_rows, group_sizes.shape[-1]),
+        implementation=implementation,
+    )
+    settings |= {"top_k": 1, "activation": None, "packed_rows": True, "implementation": implementation}
+    return product(lhs, rhs, *tables, **settings)
+
+
+def _on_shards(names: str | tuple[str, ...], run: Any, lhs: jax.Array, *others: Any) -> jax.Array:
+    """`run` where these mesh axes shard lhs's rows: on each shard, with its overlap with every group."""
+    axes, all_rows = (names,) if isinstance(names, str) else names, lhs.shape[-2]
+
+    def on_shard(lhs: jax.Array, rhs: Matrices, group_sizes: jax.Array, group_offset: jax.Array) -> jax.Array:
+        num_rows = lhs.shape[-2]
+        offsets = _group_offsets(group_sizes, all_rows) - lax.axis_index(axes) * num_rows
+        return run(lhs, rhs, jnp.diff(jnp.clip(offsets, 0, num_rows)), group_offset)
+
+    rows, whole = PartitionSpec(*[None] * (lhs.ndim - 2), names, None), PartitionSpec()
+    on_shards = jax.shard_map(
+        jax.checkpoint(on_shard),  # else JAX cannot lower its gradient inside another shard_map
+        mesh=jax.typeof(lhs).sharding.mesh,
+        in_specs=(rows, whole, whole, whole),
+        out_specs=rows,
+        axis_names=set(axes),
+    )
+    others = jax.tree.map(functools.partial(whole_along, axes=axes), others)
+    return on_shards(lhs, *others)
+
+
+def _group_offsets(group_sizes: jax.Array, num_rows: int) -> jax.Array:
+    """Where each group's rows begin in [0, num_rows], and where the last ones end: [..., G] -> [..., G+1]."""
+    sizes = jnp.clip(group_sizes, 0, num_rows).astype(jnp.uint32)
+    # Sums past 2^32 wrap. They come after a sum past num_rows, which the maximum keeps.
+    ends = lax.cummax(jnp.cumsum(sizes, axis=-1, dtype=jnp.uint32), axis=sizes.ndim - 1)
+    ends = jnp.minimum(ends, num_rows).astype(jnp.int32)
+    return jnp.concatenate([jnp.zeros_like(ends[..., :1]), ends], axis=-1)
+
+
+def _groups_meaning(
+    group_sizes: jax.Array, group_offset: jax.Array, *, num_rows: int, num_groups: int, block_size: int
+) -> tuple[jax.Array, ...]:
+    # The offset is clipped before it is added to, so that nothing overflows.
+    first = jnp.clip(group_offset, -num_groups, group_sizes.size)
+    held = jnp.clip(first + jnp.arange(num_groups + 1, dtype=jnp.int32), 0, group_sizes.size)
+    offsets = _group_offsets(group_sizes, num_rows).at[held].get(mode="promise_in_bounds")
+    counts = jnp.diff(offsets)
+    blocks = -(-counts // block_size)
+    end = jnp.cumsum(blocks, dtype=jnp.int32)
+    block = jnp.arange(aligned_rows(num_rows, num_groups, block_size) // block_size, dtype=jnp.int32)
+    # A block's owner is the number of groups whose blocks end at or before it.
+    owner = jnp.cumsum(jnp.zeros(block.size + 1, jnp.int32).at[end].add(1), dtype=jnp.int32)[:-1]
+    live = block < end[-1]
+    first = (end - blocks).at[owner].get(mode="clip")
+    position = ((block - first) * block_size)[:, None] + jnp.arange(block_size, dtype=jnp.int32)[None]
+    row = offsets.at[owner].get(mode="clip")[:, None] + position
+    filled = live[:, None] & (position < counts.at[owner].get(mode="clip")[:, None])
+    slots = jnp.where(filled, row, num_rows).reshape(-1)
+    return slots, jnp.where(live, owner, -1), end[-1] * block_size
+
+
+def _group_table_sizes(sizes: dict[str, int], num_rows: int, num_groups: int, block_size: int) -> dict[str, int]:
+    slots = aligned_rows(num_rows, num_groups, block_size)
+    return {"S": slots, "B": slots // block_size}
+
+
+# The block-aligned table of rows that stand by group, for `num_groups` groups from `group_offset` on. Slots hold these
+# groups' rows, and `num_rows` in padding. A block's expert is its group, counted from the offset.
+align_groups = define(
+    "align_groups",
+    "group_sizes: counts[G], group_offset: counts[] -> ids[S], ids[B], ids[]",
+    _groups_meaning,
+    sizes=_group_table_sizes,
+)
