@@ -346,7 +346,8 @@ def _sorted(ids: jax.Array, count: int) -> tuple[jax.Array, jax.Array, jax.Array
     counts = lax.full((count,), 0, jnp.int32).at[ids].add(1, mode="drop", wrap_negative_indices=False)
     bits = ids.size.bit_length()
     if (count + 1) << bits > INT32_MAX:
-        return *lax.sort((key, entry), num_keys=1, is_stable=True), counts
+        key, order = lax.sort((key, entry), num_keys=1, is_stable=True)
+        return key, order, counts
     # Key and entry share one integer, because XLA sorts single words much faster than pairs of words.
     words = lax.sort(key << bits | entry)
     return words >> bits, words & ((1 << bits) - 1), counts
