@@ -32,20 +32,18 @@ def products(
     if 0 in (num_pairs, *tables[0].shape, *rhs.shape):
         return lax.full((*lead, num_pairs, width), 0, dtype)
     lhs, rhs = _flat(lhs, lead), _flat(rhs, lead)
-    more, live = _live_blocks(tables, lead, rhs.shape[1])
+    more, live = _live_blocks(tables, lead, rhs.shape[-3])
     contract = (((1,), (1 if transposed else 0,)), ((), ()))
 
     def step(i: jax.Array, out: jax.Array) -> jax.Array:
         slice_id, expert, slot = live(i)
-        zero = lax.full_like(expert, 0)
-        start = _own_slice(rhs, slice_id), expert, zero, zero
-        matrix = lax.dynamic_slice(rhs, start, (1, 1, *rhs.shape[2:]), allow_negative_indices=False)
-        matrix = matrix.reshape(rhs.shape[2:])
+        matrix, _ = _matrix(rhs, slice_id, expert)
         rows = _rows(lhs, slice_id, slot, top_k)  # padding takes some row, whose product is dropped
         rows = lax.dot_general(rows, matrix, contract, precision, preferred_element_type="float32")
-        return out.at[_own_slice(out, slice_id), slot].set(rows.astype(dtype), mode="drop", wrap_negative_indices=False)
+        place = *_own_slice(out, 2, slice_id), slot
+        return out.at[place].set(rows.astype(dtype), mode="drop", wrap_negative_indices=False)
 
-    out = _loop(more, step, lax.full((_size(lead), num_pairs, width), 0, dtype), lhs)
+    out = _loop(more, step, _zeros(lead, (num_pairs, width), dtype), lhs)
     return out.reshape(*lead, num_pairs, width)
 
 
@@ -76,9 +74,11 @@ def outer_products(
         # Padding gives zero rows, by selection, so NaN does not leak in.
         rows, columns = (jnp.where(named, _rows(x, slice_id, slot, k), 0) for x, k in ((lhs, top_k), (g, 1)))
         term = lax.dot_general(rows, columns, (((0,), (0,)), ((), ())), precision, preferred_element_type="float32")
-        return out.at[_own_slice(out, slice_id), expert].add(term, mode="promise_in_bounds")
+        old, at = _matrix(out, slice_id, expert)
+        new = lax.expand_dims(old + term, range(out.ndim - 2))
+        return lax.dynamic_update_slice(out, new, at, allow_negative_indices=False)
 
-    out = _loop(more, step, lax.full((_size(lead), *shape), 0, jnp.float32), lhs)
+    out = _loop(more, step, _zeros(lead, shape, jnp.float32), lhs)
     return out.astype(lhs.dtype).reshape(*lead, *shape)
 
 
@@ -91,16 +91,29 @@ def _size(lead: tuple[int, ...]) -> int:
 
 
 def _flat(x: jax.Array, lead: tuple[int, ...]) -> jax.Array:
-    """Merge the leading axes to one, of size 1 if the whole batch shares x, which is then not copied."""
+    """Merge the leading axes to one; to none if the whole batch shares x, which is then not copied."""
     own, trailing = x.shape[: len(lead)], x.shape[len(lead) :]
     if _size(own) == 1:
-        return x.reshape(1, *trailing)
+        return x.reshape(trailing)
     return jnp.broadcast_to(x, (*lead, *trailing)).reshape(_size(lead), *trailing)
 
 
-def _own_slice(x: jax.Array, slice_id: jax.Array) -> jax.Array:
-    """Which slice of x serves this slice of the batch: the only one, if the batch shares x."""
-    return lax.full_like(slice_id, 0) if x.shape[0] == 1 else slice_id
+def _zeros(lead: tuple[int, ...], trailing: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Zeros with the axes that `_flat` makes of these."""
+    return lax.full((*([] if _size(lead) == 1 else [_size(lead)]), *trailing), 0, dtype)
+
+
+def _own_slice(x: jax.Array, rank: int, slice_id: jax.Array) -> tuple[jax.Array, ...]:
+    """Where in x this slice of the batch stands: nothing to say if the batch shares x, which then has `rank` axes."""
+    return () if x.ndim == rank else (slice_id,)
+
+
+def _matrix(x: jax.Array, slice_id: jax.Array, expert: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """An expert's matrix for this slice of the batch, and where it starts in x."""
+    zero, shape = lax.full_like(expert, 0), x.shape[-2:]
+    start = *_own_slice(x, 3, slice_id), expert, zero, zero
+    matrix = lax.dynamic_slice(x, start, (1,) * (x.ndim - 2) + shape, allow_negative_indices=False)
+    return matrix.reshape(shape), start
 
 
 def _live_blocks(tables: tuple[jax.Array, ...], lead: tuple[int, ...], num_experts: int) -> tuple[Any, Any]:
@@ -138,5 +151,5 @@ def _loop(more: Any, step: Any, out: jax.Array, like: jax.Array) -> jax.Array:
 
 def _rows(x: jax.Array, slice_id: jax.Array, slot: jax.Array, top_k: int) -> jax.Array:
     """The rows of x that a block's slots name, and some row for a slot that names none."""
-    place = _own_slice(x, slice_id), lax.div(slot, jnp.int32(top_k))
+    place = *_own_slice(x, 2, slice_id), lax.div(slot, jnp.int32(top_k))
     return x.at[place].get(mode="clip", wrap_negative_indices=False)
