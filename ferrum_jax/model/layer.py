@@ -151,7 +151,8 @@ def moe_mlp(
     if plan:
         out = combine_op.bind(rows, plan.pairs_by_token, weights, unique_rows=True, implementation=implementation)
     else:
-        weights = jnp.where((ids >= 0) & (ids < num_experts), weights, 0)
+        if routed:  # else every id is one of an expert
+            weights = jnp.where((ids >= 0) & (ids < num_experts), weights, 0)
         out = weighted_sum_op.bind(rows.reshape(*ids.shape, x.shape[-1]), weights, implementation=implementation)
     return sharded_like(out.reshape(x_type.shape), x_type)
 

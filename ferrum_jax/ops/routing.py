@@ -220,8 +220,7 @@ def route_meaning(
     zero_sum: str,
 ) -> tuple[jax.Array, jax.Array]:
     x = logits.astype(jnp.float32)
-    ids = select(x, bias, scoring, Selection(top_k, num_groups, group_top_k, group_score))
-    chosen = x.at[ids].get(mode="promise_in_bounds", wrap_negative_indices=False)
+    ids, chosen = select(x, bias, scoring, Selection(top_k, num_groups, group_top_k, group_score))
     return ids, weigh(x, chosen, Weighing(scoring, norm_topk_prob, scale, zero_sum))
 
 

@@ -103,29 +103,32 @@ def checked_settings(
 # ---- the selection
 
 
-def select(x: jax.Array, bias: jax.Array | None, scoring: str, selection: Selection) -> jax.Array:
-    """The ids of one token's experts, best first, by its float32 logits and the bias."""
+def select(x: jax.Array, bias: jax.Array | None, scoring: str, selection: Selection) -> tuple[jax.Array, jax.Array]:
+    """The ids of one token's experts, best first, by its float32 logits and the bias; and the logits of these."""
     top_k, num_groups, group_top_k, group_score = selection
     if bias is None and num_groups is None:
-        return lax.top_k(rankable(x), top_k)[1].astype(jnp.int32)
+        chosen, ids = lax.top_k(rankable(x), top_k)
+        return ids, chosen
     scores = _score(x, scoring) if bias is None else _score(x, scoring) + bias
     if num_groups is None or group_top_k is None:
-        return lax.top_k(rankable(scores), top_k)[1].astype(jnp.int32)
-    # Choose among the kept groups alone, set side by side in the order of their experts' ids. Masking the other groups
-    # would not do: a masked expert ranks above a NaN.
-    groups = scores.reshape(num_groups, -1)
-    best = lax.top_k(rankable(groups), 2 if group_score == "top2_sum" else 1)[0]
-    kept = jnp.sort(lax.top_k(rankable(jnp.sum(best, axis=1)), group_top_k)[1])
-    place = lax.top_k(rankable(groups[kept].reshape(-1)), top_k)[1]
-    size = groups.shape[1]
-    return (kept[place // size] * size + place % size).astype(jnp.int32)
+        ids = lax.top_k(rankable(scores), top_k)[1]
+    else:
+        # Choose among the kept groups alone, set side by side in the order of their experts' ids. Masking the other
+        # groups would not do: a masked expert ranks above a NaN.
+        groups = scores.reshape(num_groups, -1)
+        best = lax.top_k(rankable(groups), 2 if group_score == "top2_sum" else 1)[0]
+        kept = jnp.sort(lax.top_k(rankable(jnp.sum(best, axis=1)), group_top_k)[1])
+        place = lax.top_k(rankable(groups[kept].reshape(-1)), top_k)[1]
+        size = groups.shape[1]
+        ids = (kept[place // size] * size + place % size).astype(jnp.int32)
+    return ids, x.at[ids].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
 def rankable(x: jax.Array) -> jax.Array:
     """Floats that lax.top_k, which compares bits, ranks as `route_topk` promises: -0 as +0, every NaN below -inf."""
     bits = lax.bitcast_convert_type(x, jnp.int32)
-    bits = jnp.where(bits == jnp.int32(-(2**31)), 0, bits)
-    bits = jnp.where((bits & 0x7FFFFFFF) > 0x7F800000, -1, bits)
+    bits = lax.select(bits == jnp.int32(-(2**31)), lax.full_like(bits, 0), bits)
+    bits = lax.select((bits & 0x7FFFFFFF) > 0x7F800000, lax.full_like(bits, -1), bits)
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
@@ -157,7 +160,7 @@ def _parts(x: jax.Array, scoring: str) -> tuple[jax.Array, jax.Array]:
 
 
 def _finite(largest: jax.Array) -> jax.Array:
-    return jnp.where(largest == -jnp.inf, 0, largest)
+    return lax.select(largest == -jnp.inf, lax.full_like(largest, 0), largest)
 
 
 def weigh(logits: jax.Array, chosen: jax.Array, weighing: Weighing) -> jax.Array:
