@@ -111,9 +111,9 @@ MUTANTS = (
     ),
     Mutant(
         "a token's gradient adds its choices in 16 bits",
-        "ops/grouped.py",
-        "return jnp.sum(by_token, axis=-2, dtype=jnp.float32).astype(lhs.dtype)",
-        "return sum(jnp.moveaxis(by_token, -2, 0))",
+        "ops/grouped_ops.py",
+        "return jnp.sum(by_row, axis=-2, dtype=jnp.float32).astype(rows.dtype)",
+        "return sum(jnp.moveaxis(by_row, -2, 0))",
         f"test_grouped.py::test_values_and_gradients_with_garbage[xla-{MANY}-True-float16]",
     ),
     # ---- masks and bounds
@@ -155,11 +155,11 @@ MUTANTS = (
     ),
     Mutant(
         "the rows of a token's choices are taken for those of K tokens",
-        "ops/grouped.py",
-        "by_token = rows.reshape(*rows.shape[:-2], lhs.shape[-2], top_k, rows.shape[-1])\n"
-        "    return jnp.sum(by_token, axis=-2,",
-        "by_token = rows.reshape(*rows.shape[:-2], top_k, lhs.shape[-2], rows.shape[-1])\n"
-        "    return jnp.sum(by_token, axis=-3,",
+        "ops/grouped_ops.py",
+        "by_row = out.reshape(*out.shape[:-2], rows.shape[-2], top_k, out.shape[-1])\n"
+        "    return jnp.sum(by_row, axis=-2,",
+        "by_row = out.reshape(*out.shape[:-2], top_k, rows.shape[-2], out.shape[-1])\n"
+        "    return jnp.sum(by_row, axis=-3,",
         f"test_grouped.py::test_values_and_gradients_with_garbage[xla-{WIDE}-True-float32]",
     ),
     Mutant(
@@ -168,6 +168,34 @@ MUTANTS = (
         "return jnp.where(constant, 0, weights * (change - mean))",
         "return jnp.where(constant, 0, weights * change)",
         "test_grad.py::test_routing_gradient_is_the_softmax_gradient[xla]",
+    ),
+    Mutant(
+        "a layer below 0 is counted from the end",
+        "ops/grouped_meaning.py",
+        "layer = lax.clamp(jnp.int32(0), layer, jnp.int32(stack.shape[-4] - 1))",
+        "layer = layer % stack.shape[-4]",
+        "test_layer_of.py::test_a_layer_outside_is_clamped[xla--1-0]",
+    ),
+    Mutant(
+        "a derivative of a layer's product leaves its own slice out",
+        "ops/grouped_ops.py",
+        "terms.append(op.bind(rows_tangent, rhs, *tables, stack, layer, **params))",
+        "terms.append(op.bind(rows_tangent, None if stack is not None else rhs, *tables, stack, layer, **params))",
+        "test_layer_of.py::test_second_derivatives_by_the_slice",
+    ),
+    Mutant(
+        "a layer's slice is read from its own array",
+        "ops/grouped_ops.py",
+        "return products(lhs, rhs, stack, layer,",
+        "return products(lhs, rhs, None if rhs is not None else stack, layer,",
+        "test_layer_of.py::test_only_the_layers_own_experts_with_rows_are_read",
+    ),
+    Mutant(
+        "interleaved gate and up are taken for halves",
+        "model/layer.py",
+        "elif interleaved:",
+        "elif not interleaved:",
+        "test_forms.py::test_equals_the_usual_form[interleaved-biased]",
     ),
     Mutant(
         "all slices of a batch take the first one's matrices",
@@ -180,14 +208,14 @@ MUTANTS = (
     Mutant(
         "of equal logits the last is chosen",
         "ops/scoring.py",
-        "return lax.top_k(rankable(x), top_k)[1].astype(jnp.int32)",
-        "return x.size - 1 - lax.top_k(rankable(x[::-1]), top_k)[1].astype(jnp.int32)",
+        "chosen, ids = lax.top_k(rankable(x), top_k)\n",
+        "chosen, ids = lax.top_k(rankable(x[::-1]), top_k); ids = x.size - 1 - ids\n",
         values(f"route_topk_softmax-float32-{FULL}"),
     ),
     Mutant(
         "-0 ranks below +0",
         "ops/scoring.py",
-        "bits = jnp.where(bits == jnp.int32(-(2**31)), 0, bits)",
+        "bits = lax.select(bits == jnp.int32(-(2**31)), lax.full_like(bits, 0), bits)",
         "bits = bits + 0",
         values(f"route_topk_softmax-float32-{FULL}"),
     ),
@@ -200,9 +228,9 @@ MUTANTS = (
     ),
     Mutant(
         "a bias weighs, where it should only choose",
-        "ops/routing.py",
-        'chosen = x.at[ids].get(mode="promise_in_bounds"',
-        'x = x if bias is None else x + bias; chosen = x.at[ids].get(mode="promise_in_bounds"',
+        "ops/scoring.py",
+        "return ids, x.at[ids].get(",
+        "return ids, (x if bias is None else x + bias).at[ids].get(",
         "test_routing.py::test_a_bias_chooses_and_does_not_weigh",
     ),
     # ---- tables
@@ -238,7 +266,7 @@ MUTANTS = (
     # ---- roundings
     Mutant(
         "bfloat16 products are not rounded before their activation",
-        "ops/grouped.py",
+        "ops/grouped_ops.py",
         'return "bfloat16" if dtype == "bfloat16" else "float32"',
         'return "float32"',
         "test_mlp.py::test_sixteen_bits_before_the_activation",
