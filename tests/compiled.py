@@ -133,7 +133,7 @@ def whole_program_for_h200(f, *args):
 
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own(x) or there), args)
     with on_h200(), pytest.MonkeyPatch.context() as patch, _written_to_stdout() as log:
-        patch.setenv("PATH", _newer_assembler().name, prepend=os.pathsep)
+        patch.setenv("PATH", newer_assembler().name, prepend=os.pathsep)
         patch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
         patch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
         text = jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).compile().as_text()
@@ -143,7 +143,7 @@ def whole_program_for_h200(f, *args):
 
 
 @functools.cache
-def _newer_assembler():
+def newer_assembler():
     """A folder in which `ptxas` is the newer one of Triton's package: XLA's own does not know all PTX of Triton's.
 
     It lasts as long as the process: XLA looks for ptxas once.
