@@ -144,7 +144,7 @@ def whole_program_for_h200(f, *args):
     For several, where the arguments are ShapeDtypeStructs with shardings of their own.
     """
     with on_h200(), pytest.MonkeyPatch.context() as patch, _written_to_stdout() as log:
-        patch.setenv("PATH", _newer_assembler().name, prepend=os.pathsep)
+        patch.setenv("PATH", newer_assembler().name, prepend=os.pathsep)
         patch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
         patch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
         text = _lowered_for_h200(f, *args).compile().as_text()
@@ -154,7 +154,7 @@ def whole_program_for_h200(f, *args):
 
 
 @functools.cache
-def _newer_assembler():
+def newer_assembler():
     """A folder in which `ptxas` is the newer one of Triton's package: XLA's own does not know all PTX of Triton's.
 
     It lasts as long as the process: XLA looks for ptxas once.

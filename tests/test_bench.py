@@ -1,6 +1,7 @@
 """`python -m ferrum_jax bench`, at sizes that take no time."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from ferrum_jax.bench import cases, report, timing
 TINY = cases.Shape("mixtral", 6, 8, 2, 4, 3, jnp.float32)
 ROW = {
     *("op", "model", "T", "E", "K", "H", "F", "dtype", "block_size", "bytes", "flops", "floor_us"),
-    *("way", "ours", "us", "launches", "method", "error"),
+    *("way", "ours", "us", "launches", "method", "error", "lowering_seconds"),
 }
 PEAK = {"bytes_per_s": 1e10, "flops_per_s": 1e11}
 
@@ -43,6 +44,7 @@ def test_every_way_of_every_op_agrees_and_is_timed(op):
         assert set(row) == ROW
         assert row["error"] is None
         assert row["us"] > 0
+        assert row["lowering_seconds"] > 0
         assert row["floor_us"] == pytest.approx(max(row["bytes"] / 1e10, row["flops"] / 1e11) * 1e6)
         assert 0 < row["floor_us"] < 1e3
 
@@ -119,6 +121,7 @@ def test_table_json_and_picture(tmp_path, capsys):
     lines = [line.split() for line in out.splitlines() if line.startswith("moe_")]
     assert len(lines) == 2 * 2 * 2
     assert max(map(len, out.splitlines())) <= 120
+    assert len(re.findall(r"^lowering_seconds: xla \d+\.\d\d, ", out, re.MULTILINE)) == 2 * 2
     found = json.loads(saved.read_text())
     assert {"device", "platform", "date", "versions", "bytes_per_s", "flops_per_s", "rows"} == set(found)
     assert found["platform"] == "cpu"

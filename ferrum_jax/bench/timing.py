@@ -169,12 +169,20 @@ def _attempt(function: Function, *args: Any) -> Any:
         return error
 
 
-def _compiled(functions: Iterable[Function], args: tuple[Any, ...], chain: bool) -> list[Any]:
-    """Each function compiled for these arguments, or the exception that came of it. XLA compiles them side by side."""
+def _compiled(functions: Iterable[Function], args: tuple[Any, ...], chain: bool) -> list[tuple[Any, float]]:
+    """Each function compiled for these arguments, or the exception that came of it, and the seconds it was lowered in.
+
+    XLA compiles them side by side.
+    """
     options = GRAPHS if chain and jax.default_backend() == "gpu" else {}
-    lowered = [_attempt(jax.jit(function).lower, *args) for function in functions]
+    lowered, seconds = [], []
+    for function in functions:
+        start = time.perf_counter()
+        lowered.append(_attempt(jax.jit(function).lower, *args))
+        seconds.append(time.perf_counter() - start)
     with ThreadPoolExecutor() as pool:
-        return list(pool.map(lambda x: x if isinstance(x, Exception) else _attempt(x.compile, options), lowered))
+        programs = pool.map(lambda x: x if isinstance(x, Exception) else _attempt(x.compile, options), lowered)
+        return list(zip(programs, seconds, strict=True))
 
 
 def rows(name: str, s: Shape, peak: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -195,10 +203,11 @@ def rows(name: str, s: Shape, peak: Mapping[str, Any]) -> Iterator[dict[str, Any
     for function in rivals.values():  # one after the other: to tune ragged_dot, XLA takes half of a GPU's memory
         programs += _compiled([function], sets[0], work.steps > 0)
     want = None
-    for way, program in zip((*ours, *rivals), programs, strict=True):
+    for way, (program, seconds) in zip((*ours, *rivals), programs, strict=True):
         if isinstance(program, NotImplementedError):
             continue  # there is no such kernel
         row = known | {"way": way, "ours": way in ours, "us": None, "launches": None, "method": None}
+        row |= {"lowering_seconds": seconds}
         try:
             if isinstance(program, Exception):
                 raise program
