@@ -93,7 +93,9 @@ def test_explicit_mesh(case):
         for results in [under, *([f(*placed)] if axis == 0 else [])]:
             for got, w in zip(results, want, strict=True):
                 # A sum along a sharded axis adds in another order.
-                np.testing.assert_allclose(got, w, rtol=1e-6, atol=1e-6 if case.name.startswith(("grouped", "ragged")) else 0)
+                np.testing.assert_allclose(
+                    got, w, rtol=1e-6, atol=1e-6 if case.name.startswith(("grouped", "ragged")) else 0
+                )
 
 
 def test_explicit_mesh_propagates_shardings():

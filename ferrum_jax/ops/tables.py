@@ -353,9 +353,7 @@ def _token_pairs(expert_ids: jax.Array, order: jax.Array, offsets: jax.Array) ->
     return pairs.reshape(expert_ids.shape), jnp.where(live, order // max(top_k, 1), num_tokens), offsets
 
 
-def fill_blocks(
-    offsets: jax.Array, num_pairs: int, block_size: int, order: jax.Array | None
-) -> tuple[jax.Array, ...]:
+def fill_blocks(offsets: jax.Array, num_pairs: int, block_size: int, order: jax.Array | None) -> tuple[jax.Array, ...]:
     """The aligned table of experts whose rows begin and end at `offsets`. Slots hold rows, or `order`'s entries."""
     num_blocks = aligned_rows(num_pairs, offsets.size - 1, block_size) // block_size
     counts = jnp.diff(offsets)
