@@ -64,7 +64,7 @@ class Case(NamedTuple):
 
     def has_kernel(self, backend):
         op = self.name.partition("-")[0].replace("route_topk_softmax", "route_topk")
-        op = op.replace("moe_align_block_size_pair_ids", "moe_align_block_size").replace("ragged_dot", "align_groups")
+        op = op.replace("moe_align_block_size_pair_ids", "moe_align_block_size").replace("ragged_dot", "grouped_matmul")
         return any(op == row.op for row in ferrum_jax.kernels.KERNELS if row.backend == backend)
 
     def float_results(self, *args, **kwargs):

@@ -63,7 +63,7 @@ def refused(item):
         return False
     half = params.get("dtype") in ("float16", "bfloat16")
     if "case" in params:
-        return params["case"].name.startswith("grouped") and not half
+        return params["case"].name.startswith(("grouped", "ragged")) and not half
     return item.get_closest_marker("tables") is not None and not half
 
 

@@ -263,6 +263,34 @@ MUTANTS = (
         "return ids.astype(xp.int32)",
         "test_values.py::test_numpy_ids_of_64_bits_do_not_wrap_without_x64",
     ),
+    Mutant(
+        "group sizes of 64 bits wrap",
+        "core/signature.py",
+        "return xp.clip(counts, max(info.min, -INT32_MAX), min(info.max, INT32_MAX)).astype(xp.int32)",
+        "return counts.astype(xp.int32)",
+        "test_ragged.py::test_types_and_precision",
+    ),
+    Mutant(
+        "sums of group sizes wrap",
+        "ops/ragged.py",
+        "ends = lax.cummax(jnp.cumsum(sizes, axis=-1, dtype=jnp.uint32), axis=sizes.ndim - 1)",
+        "ends = jnp.cumsum(sizes, axis=-1, dtype=jnp.uint32)",
+        "test_ragged.py::test_group_sizes_that_add_up_past_2_to_the_32",
+    ),
+    Mutant(
+        "an offset near int32's end wraps",
+        "ops/ragged.py",
+        "first = jnp.clip(group_offset, -num_groups, group_sizes.size)",
+        "first = group_offset",
+        "test_ragged.py::test_the_table_of_any_offset[xla]",
+    ),
+    Mutant(
+        "each device counts its rows from the first device's",
+        "ops/ragged.py",
+        "lax.axis_index(axes) * num_rows",
+        "0 * lax.axis_index(axes)",
+        "test_ragged.py::test_rows_divided_in_an_explicit_mesh[False-one axis]",
+    ),
     # ---- roundings
     Mutant(
         "bfloat16 products are not rounded before their activation",
@@ -380,6 +408,13 @@ MUTANTS = (
         "(HALF >> bit) - 1, 0) <= position,",
         "(HALF >> bit) - 1, 0) < position,",
         values(f"moe_align_block_size-int32-{FULL}", INTERPRETED),
+    ),
+    Mutant(
+        "Triton's group table has rows of groups behind those held",
+        "kernels/triton/tables.py",
+        "held = (group >= begin) & (group - begin < HELD)",
+        "held = group >= begin",
+        "test_ragged.py::test_the_kernel_equals_xla[5]",
     ),
     # ---- Pallas' kernels, in its interpreter
     Mutant(

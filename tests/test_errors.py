@@ -184,6 +184,67 @@ MISUSES = {
         TypeError,
         ["grouped_matmul:", "row_weights", "int32"],
     ),
+    # ragged_dot
+    "ragged rank": (fj.ragged_dot, [f32(4), f32(3, 4, 5), i32(3)], ValueError, ["ragged_dot: lhs", "[..., M, H]"]),
+    "ragged rhs": (fj.ragged_dot, [f32(6, 4), f32(4, 5), i32(3)], ValueError, ["rhs", "[..., G, H, N]", "(4, 5)"]),
+    "ragged H": (fj.ragged_dot, [f32(6, 4), f32(3, 5, 4), i32(3)], ValueError, ["rhs", "H = 4", "(3, 5, 4)"]),
+    "ragged, transposed H": (
+        lambda *a: fj.ragged_dot(*a, transpose_rhs=True),
+        [f32(6, 4), f32(3, 4, 5), i32(3)],
+        ValueError,
+        ["rhs", "[..., G, N, H]", "H = 4", "(3, 4, 5)"],
+    ),
+    "ragged dtype": (
+        fj.ragged_dot,
+        [f32(6, 4), of("bfloat16", 3, 4, 5), i32(3)],
+        TypeError,
+        ["rhs", "lhs", "bfloat16"],
+    ),
+    "sizes' rank": (fj.ragged_dot, [f32(6, 4), f32(3, 4, 5), i32()], ValueError, ["group_sizes", "[..., G]", "()"]),
+    "sizes' dtype": (
+        fj.ragged_dot,
+        [f32(6, 4), f32(3, 4, 5), f32(3)],
+        TypeError,
+        ["group_sizes", "integers", "float32"],
+    ),
+    "more sizes": (fj.ragged_dot, [f32(6, 4), f32(3, 4, 5), i32(4)], ValueError, ["group_sizes", "G = 3", "(4,)"]),
+    "fewer sizes": (
+        lambda *a: fj.ragged_dot(*a, group_offset=1),
+        [f32(6, 4), f32(3, 4, 5), i32(2)],
+        ValueError,
+        ["group_sizes", "all groups", "at least the 3 of rhs", "(2,)"],
+    ),
+    "no groups": (fj.ragged_dot, [f32(6, 4), f32(0, 4, 5), i32(0)], ValueError, ["rhs", "G >= 1", "(0, 4, 5)"]),
+    "offset's rank": (
+        lambda x, w, s, o: fj.ragged_dot(x, w, s, group_offset=o),
+        [f32(6, 4), f32(3, 4, 5), i32(4), i32(1)],
+        ValueError,
+        ["group_offset", "leading axes", "(1,)"],
+    ),
+    "offset's dtype": (
+        lambda *a: fj.ragged_dot(*a, group_offset=0.5),
+        [f32(6, 4), f32(3, 4, 5), i32(4)],
+        TypeError,
+        ["group_offset", "integers", "float"],
+    ),
+    "ragged implementation": (
+        lambda *a: fj.ragged_dot(*a, implementation="cuda"),
+        [f32(6, 4), f32(3, 4, 5), i32(3)],
+        ValueError,
+        ["ragged_dot: implementation", "'triton'", "'cuda'"],
+    ),
+    "ragged precision": (
+        lambda *a: fj.ragged_dot(*a, precision="tf32"),
+        [f32(6, 4), f32(3, 4, 5), i32(3)],
+        ValueError,
+        ["ragged_dot: precision", "'tensorfloat32'", "'tf32'"],
+    ),
+    "ragged type": (
+        lambda *a: fj.ragged_dot(*a, preferred_element_type="int32"),
+        [f32(6, 4), f32(3, 4, 5), i32(3)],
+        TypeError,
+        ["ragged_dot: preferred_element_type", "int32"],
+    ),
     "slots rank": (fj.weighted_sum_batched, [f32(3, 2), f32(3, 2)], ValueError, ["slots", "[..., T, K, H]"]),
 }
 
@@ -248,6 +309,7 @@ FLAGS = {
     "moe_route_plan: pair_ids": lambda v: fj.moe_route_plan(X, 1, 2, pair_ids=v),
     "moe_plan: pair_ids": lambda v: fj.moe_plan(IDS, 4, 2, pair_ids=v),
     "moe_combine: unique_rows": lambda v: fj.moe_combine(X, IDS, np.ones((3, 2)), unique_rows=v),
+    "ragged_dot: transpose_rhs": lambda v: fj.ragged_dot(X, np.ones((2, 4, 4), "f4"), [1, 1], transpose_rhs=v),
     "check_routing: pair_ids": lambda v: fj.check_routing(PAIRS, 4, pair_ids=v),
     "parallel.moe_mlp: return_dropped": lambda v: over_devices(top_k=1, return_dropped=v),
 }

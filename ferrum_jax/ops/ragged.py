@@ -55,8 +55,8 @@ def ragged_dot(
       transpose_rhs: rhs is [..., G, N, H], and each row is multiplied by the transposed matrix.
       preferred_element_type: the result's dtype, float16, bfloat16 or float32; default: lhs's.
       precision: of float32 operands, in this product and its gradients, as in `grouped_matmul`.
-      implementation: None (see `which`), "xla" or "triton", of the table and the product; Pallas has no kernel of
-        tables, and None takes its products where they were measured faster.
+      implementation: None (see `which`), "xla", "triton" or "pallas", of the product and of the table that it reads;
+        with "pallas", which has no kernel of tables, the table is made as with None.
 
     Returns:
       [..., M, N]. Rows without a matrix are 0.
@@ -121,13 +121,13 @@ def _product(
         num_rows=num_rows,
         num_groups=rhs.shape[-3],
         block_size=usual_block_size(num_rows, group_sizes.shape[-1]),
-        implementation=implementation,
+        implementation=None if implementation == "pallas" else implementation,
     )
     settings |= {"top_k": 1, "activation": None, "packed_rows": True, "implementation": implementation}
     return product(lhs, rhs, *tables, **settings)
 
 
-def _on_shards(names: str | tuple[str, ...], run: Any, lhs: jax.Array, *others: Any) -> jax.Array:
+def _on_shards(names: str | tuple[str, ...], run: Any, lhs: jax.Array, rhs: Matrices, *groups: jax.Array) -> jax.Array:
     """`run` where these mesh axes shard lhs's rows: on each shard, with its overlap with every group."""
     axes, all_rows = (names,) if isinstance(names, str) else names, lhs.shape[-2]
 
@@ -136,16 +136,17 @@ def _on_shards(names: str | tuple[str, ...], run: Any, lhs: jax.Array, *others: 
         offsets = _group_offsets(group_sizes, all_rows) - lax.axis_index(axes) * num_rows
         return run(lhs, rhs, jnp.diff(jnp.clip(offsets, 0, num_rows)), group_offset)
 
+    mesh = jax.typeof(lhs).sharding.mesh
     rows, whole = PartitionSpec(*[None] * (lhs.ndim - 2), names, None), PartitionSpec()
     on_shards = jax.shard_map(
         jax.checkpoint(on_shard),  # else JAX cannot lower its gradient inside another shard_map
-        mesh=jax.typeof(lhs).sharding.mesh,
+        mesh=mesh,
         in_specs=(rows, whole, whole, whole),
         out_specs=rows,
         axis_names=set(axes),
     )
-    others = jax.tree.map(functools.partial(whole_along, axes=axes), others)
-    return on_shards(lhs, *others)
+    rhs = jax.tree.map(functools.partial(whole_along, axes=axes), rhs)
+    return on_shards(lhs, rhs, *[whole_along(x, mesh.axis_names) for x in groups])
 
 
 def _group_offsets(group_sizes: jax.Array, num_rows: int) -> jax.Array:
