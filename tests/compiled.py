@@ -124,7 +124,7 @@ def h200s(count):
 def memory_for_h200(f, *args):
     """The bytes of temporary memory of the program that XLA compiles for an H200."""
     with on_h200(), pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PATH", _newer_assembler().name, prepend=os.pathsep)
+        patch.setenv("PATH", newer_assembler().name, prepend=os.pathsep)
         return _lowered_for_h200(f, *args).compile().memory_analysis().temp_size_in_bytes
 
 

@@ -97,12 +97,11 @@ def ragged_dot(
         precision=as_precision(_OP, precision, lhs.dtype),
         implementation=implementation,
     )
+    groups: tuple[Any, Any] = group_sizes, group_offset
     if group_offset is None:
-        group_offset = jnp.zeros((1,) * (lhs.ndim - 2), jnp.int32)
+        groups = group_sizes, jnp.zeros((1,) * (lhs.ndim - 2), jnp.int32)
     axes = jax.typeof(lhs).sharding.spec[-2]
-    if axes:
-        run = functools.partial(_on_shards, axes, run)
-    return run(lhs, rhs, group_sizes, group_offset)
+    return _on_shards(axes, run, lhs, rhs, *groups) if axes else run(lhs, rhs, *groups)
 
 
 def _product(
@@ -127,7 +126,7 @@ def _product(
     return product(lhs, rhs, *tables, **settings)
 
 
-def _on_shards(names: str | tuple[str, ...], run: Any, lhs: jax.Array, rhs: Matrices, *groups: jax.Array) -> jax.Array:
+def _on_shards(names: str | tuple[str, ...], run: Any, lhs: jax.Array, rhs: Matrices, *groups: Any) -> jax.Array:
     """`run` where these mesh axes shard lhs's rows: on each shard, with its overlap with every group."""
     axes, all_rows = (names,) if isinstance(names, str) else names, lhs.shape[-2]
 
