@@ -97,11 +97,11 @@ def ragged_dot(
         precision=as_precision(_OP, precision, lhs.dtype),
         implementation=implementation,
     )
-    groups: tuple[Any, Any] = group_sizes, group_offset
+    sizes: tuple[Any, Any] = group_sizes, group_offset
     if group_offset is None:
-        groups = group_sizes, jnp.zeros((1,) * (lhs.ndim - 2), jnp.int32)
+        sizes = group_sizes, jnp.zeros((1,) * (lhs.ndim - 2), jnp.int32)
     axes = jax.typeof(lhs).sharding.spec[-2]
-    return _on_shards(axes, run, lhs, rhs, *groups) if axes else run(lhs, rhs, *groups)
+    return _on_shards(axes, run, lhs, rhs, *sizes) if axes else run(lhs, rhs, *sizes)
 
 
 def _product(
