@@ -1,6 +1,7 @@
 """ferrum_jax.nnx against NumPy, under Flax's transformations, in meshes, through checkpoints."""
 
 import dataclasses
+import functools
 import warnings
 
 import jax
@@ -17,9 +18,9 @@ from test_mlp import beyond_float16
 from test_package import run
 
 import ferrum_jax
-from ferrum_jax import checkpoint, presets
+from ferrum_jax import LayerOf, checkpoint, presets
 from ferrum_jax.checkpoint import MoEParams
-from ferrum_jax.nnx import ExpertCounts, LoadBalancingLoss, MoE, RouterZLoss, ScoreBias
+from ferrum_jax.nnx import ExpertCounts, LoadBalancingLoss, MoE, RouterZLoss, ScoreBias, scan_layers
 
 T, H, F, E = 6, 8, 3, 8
 SMALL = {  # every kind of setting that the presets have, at a small size
@@ -535,3 +536,53 @@ def test_a_masked_token_that_holds_nan_harms_no_gradient(name):
     got, want = gradient(module, clean.at[0].set(jnp.nan)), gradient(module, clean)
     jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(got), nnx.to_pure_dict(want))
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(got))
+
+
+class Block(nnx.Module):
+    """A layer of a model: a norm, the experts and dropout, whose stream changes at each call."""
+
+    def __init__(self, rngs, **settings):
+        self.norm = nnx.RMSNorm(16, rngs=rngs)
+        self.moe = MoE(16, 4, num_experts=6, top_k=2, expert_bias=True, rngs=rngs, **settings)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.dropout(self.moe(self.norm(x))).astype(x.dtype)
+
+
+@pytest.mark.parametrize("settings", [{}, {"dtype": jnp.bfloat16}], ids=["float32", "cast to bfloat16"])
+def test_scan_layers_equals_nnx_scan(settings):
+    """Values, gradients, what the layers sow, and the streams of dropout; in place, where nothing is cast."""
+    blocks = nnx.vmap(functools.partial(Block, **settings))(nnx.Rngs(0).split(3))
+    x = jax.random.normal(jax.random.key(1), (5, 16))
+    seen = []
+
+    def sown(block, x):
+        seen.append(type(block.moe.w_gate_up.get_value()))
+        x, balance = nnx.capture(block, LoadBalancingLoss)(x)
+        return x, optax.tree.sum(balance)
+
+    def ours(blocks, x):
+        return scan_layers(nnx.remat(sown), blocks, x)
+
+    def theirs(blocks, x):
+        return nnx.scan(lambda x, block: sown(block, x), in_axes=(nnx.Carry, 0), out_axes=(nnx.Carry, 0))(x, blocks)
+
+    results = []
+    for scan in (ours, theirs):
+        model = nnx.clone(blocks)
+
+        def loss(model, x, scan=scan):
+            y, balance = scan(model, x)
+            return jnp.sum(jnp.sin(y.astype(jnp.float32))) + jnp.sum(balance)
+
+        found = nnx.jit(nnx.value_and_grad(loss))(model, x)
+        results.append(jax.tree.leaves((found, nnx.state(model, nnx.RngCount))))
+    assert LayerOf in seen
+    for got, want in zip(*results, strict=True):
+        np.testing.assert_allclose(got, want, rtol=2e-2 if settings else 1e-4, atol=1e-4)
+
+
+def test_scan_layers_of_no_variables():
+    with pytest.raises(ValueError, match="scan_layers: blocks must have variables"):
+        scan_layers(lambda block, x: (x, None), nnx.Dict(), jnp.ones(3))
