@@ -384,6 +384,11 @@ WORKLOADS: Mapping[str, Workload] = {
         bytes=lambda s: (s.P * (2 * s.H + 2 * s.F) + (s.used + s.E) * s.H * 2 * s.F) * s.item,
         flops=lambda s: 4 * s.P * s.H * 2 * s.F,
     ),
+    "ragged_dot": _GROUPED._replace(
+        ours=lambda s, name: (
+            lambda x, w, plan: ferrum_jax.ragged_dot(x, w, jnp.diff(plan.expert_offsets), implementation=name)
+        )
+    ),
     "moe_mlp": _LAYER,
     "moe_mlp.train": _gradient((0, 1, 2, 3), lambda s: (s.T, s.H), _LAYER)._replace(
         bytes=lambda s: (4 * s.T * s.H + (s.used + s.E) * 3 * s.H * s.F) * s.item,

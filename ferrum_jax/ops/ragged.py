@@ -80,7 +80,7 @@ def ragged_dot(
     transposed = as_bool(_OP, "transpose_rhs", transpose_rhs)
     matrices, groups = "G,N,H" if transposed else "G,H,N", "G" if group_offset is None else "A"
     arguments = f"lhs: rows[M,H], rhs: matrices[{matrices}], group_sizes: counts[{groups}], group_offset?: counts[]"
-    lhs, rhs, group_sizes, group_offset = checked(_OP, arguments, lhs, rhs, group_sizes, group_offset)
+    lhs, rhs, group_sizes, offset = checked(_OP, arguments, lhs, rhs, group_sizes, group_offset)
     as_int(_OP, "M", lhs.shape[-2], 0)  # a symbolic number of rows is an error: a table's length depends on it
     held = rhs.shape[-3]
     if not held:
@@ -97,11 +97,12 @@ def ragged_dot(
         precision=as_precision(_OP, precision, lhs.dtype),
         implementation=implementation,
     )
-    sizes: tuple[Any, Any] = group_sizes, group_offset
-    if group_offset is None:
-        sizes = group_sizes, jnp.zeros((1,) * (lhs.ndim - 2), jnp.int32)
+    if offset is None:
+        offset = jnp.zeros((1,) * (lhs.ndim - 2), jnp.int32)
     axes = jax.typeof(lhs).sharding.spec[-2]
-    return _on_shards(axes, run, lhs, rhs, *sizes) if axes else run(lhs, rhs, *sizes)
+    if axes:
+        run = functools.partial(_on_shards, axes, run)
+    return run(lhs, rhs, group_sizes, offset)
 
 
 def _product(
