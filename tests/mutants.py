@@ -216,8 +216,8 @@ MUTANTS = (
     Mutant(
         "the owner of a block is that of the next",
         "ops/tables.py",
-        "owner = jnp.cumsum(jnp.zeros(num_blocks + 1, jnp.int32).at[end].add(1), dtype=jnp.int32)[:-1]",
-        "owner = jnp.cumsum(jnp.zeros(num_blocks + 1, jnp.int32).at[end].add(1), dtype=jnp.int32)[1:]",
+        "owner = lax.cumsum(jnp.zeros(num_blocks + 1, jnp.int32).at[end].add(1))[:-1]",
+        "owner = lax.cumsum(jnp.zeros(num_blocks + 1, jnp.int32).at[end].add(1))[1:]",
         values(f"moe_align_block_size-int32-{FULL}"),
     ),
     Mutant(

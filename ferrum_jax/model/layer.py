@@ -70,10 +70,10 @@ def moe_mlp(
       b_gate_up, b_down: [E, 2F] and [E, H] of x's dtype.
       flow: "packed": dispatch copies the tokens into expert order, and combine adds up the results. "pair_ids": the
         products read the tokens themselves, and write rows in pair order. None: "pair_ids" if x has at most 32 MiB, so
-        that the L2 cache holds it; to read its rows once per tile then costs less than to copy them K times. Else
-        "packed".
+        that the L2 cache holds it; to read its rows once per tile then costs less than to copy them K times. Else, and
+        for a symbolic number of tokens, "packed".
       block_size: rows in a block of one expert. None: the power of two in [16, 128] that holds P/E rows, those of an
-        average expert, so that most experts' matrices are read once.
+        average expert, so that most experts' matrices are read once; 64 for a symbolic number of tokens.
       precision: of float32 products with the matrices and of their gradients, as in `grouped_matmul`: "tensorfloat32"
         allows TF32. None: what `jax.default_matmul_precision` says, and full float32 if that is not set.
       implementation: None, "xla" or "triton", of each op; Pallas has no kernel of tables, and None takes its products
@@ -170,9 +170,9 @@ def _plus(rows: jax.Array, bias: jax.Array | None) -> jax.Array:
 
 
 def usual_block_size(num_pairs: int, num_experts: int) -> int:
-    """The power of two in [16, 128] that holds the rows of an average expert."""
+    """The power of two in [16, 128] that holds the rows of an average expert; 64 if their number is symbolic."""
     if not isinstance(num_pairs, int):
-        as_int(_OP, "T*K", num_pairs)  # a symbolic number of pairs is an error
+        return 64
     average = -(-num_pairs // num_experts)
     return min(max(1 << (average - 1).bit_length() if average else 0, 16), 128)
 

@@ -122,7 +122,7 @@ def _live_blocks(tables: tuple[jax.Array, ...], lead: tuple[int, ...], num_exper
     starts = jnp.arange(per_slice, dtype=jnp.int32) * block_size
     before = lax.broadcast_in_dim(starts, blocks.shape, (blocks.ndim - 1,)) < total[..., None]
     is_live = ((blocks >= 0) & (blocks < num_experts) & before).reshape(-1)
-    # Not flatnonzero: XLA's CPU compiler (jaxlib 0.11.2) aborts on it in a module for several platforms.
+    # Not flatnonzero: it calls jnp.cumsum, which tables.py says why not to call.
     order = jnp.argsort(~is_live, stable=True).astype(jnp.int32)
     blocks, slots = blocks.reshape(-1), slots.reshape(blocks.size, block_size)
 

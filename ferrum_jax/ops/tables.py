@@ -6,9 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import min_dim
 
 from ..core.primitive import define
-from ..core.signature import INT32_MAX, as_bool, as_int, checked, one_of
+from ..core.signature import INT32_MAX, as_bool, as_int, as_size, checked, one_of
 from ..core.types import PACKED, PAIR_IDS, MoePlan, MoeRouting, TokenPairs
 from ..kernels import IMPLEMENTATIONS
 
@@ -20,7 +21,7 @@ def max_aligned_rows(num_pairs: int, num_experts: int, block_size: int) -> int:
     rows open at most (P - m) // block_size more.
 
     Args:
-      num_pairs: P = T * K, >= 0.
+      num_pairs: P = T * K, >= 0. With a symbolic size of `jax.export`, so is the result.
       num_experts: E, >= 1.
       block_size: rows in a block, >= 1.
 
@@ -35,17 +36,15 @@ def max_aligned_rows(num_pairs: int, num_experts: int, block_size: int) -> int:
     2176
     """
     op = "max_aligned_rows"
-    num_pairs = as_int(op, "num_pairs", num_pairs, 0)
+    num_pairs = as_size(op, "num_pairs", num_pairs, 0)
     return aligned_rows(num_pairs, as_int(op, "num_experts", num_experts), as_int(op, "block_size", block_size))
 
 
 def aligned_rows(num_pairs: int, num_experts: int, block_size: int) -> int:
-    """`max_aligned_rows` of checked sizes. Only num_pairs is checked here: it may be symbolic, which is an error."""
-    if not isinstance(num_pairs, int):
-        as_int("max_aligned_rows", "num_pairs", num_pairs)
-    busy = min(num_experts, num_pairs)
+    """`max_aligned_rows` of checked sizes."""
+    busy = min_dim(num_experts, num_pairs)
     rows = (busy + (num_pairs - busy) // block_size) * block_size
-    if rows > INT32_MAX:
+    if isinstance(rows, int) and rows > INT32_MAX:
         raise ValueError(
             f"max_aligned_rows: {num_pairs} pairs, {num_experts} experts and block_size {block_size} make {rows} "
             f"aligned rows; int32 ids allow {INT32_MAX}"
@@ -267,7 +266,8 @@ def rows_per_row(op: str, routing: MoeRouting | MoePlan, rows: Any, top_k: int |
         allowed = " or ".join(map(str, possible))
         raise ValueError(f"{op}: top_k must be {allowed} with a routing of {of}; got {top_k}")
     candidates = possible if top_k is None else (top_k,)
-    fits = [k for k in candidates if _fits(routing, rows * k)]
+    answers = [(k, _fits(routing, rows * k)) for k in candidates]
+    fits = [k for k, answer in answers if answer] or [k for k, answer in answers if answer is None]
     if not fits:
         wanted = " or ".join([f"{rows * k} rows of the result (top_k={k})" for k in candidates])
         raise ValueError(f"{op}: routing is of another number of pairs: lhs has {rows} rows, which make {wanted}")
@@ -279,20 +279,25 @@ def rows_per_row(op: str, routing: MoeRouting | MoePlan, rows: Any, top_k: int |
     return fits[0]
 
 
-def _fits(routing: MoeRouting | MoePlan, num_pairs: Any) -> bool:
-    """Whether this may be a table of `num_pairs` pairs.
+def _fits(routing: MoeRouting | MoePlan, num_pairs: Any) -> bool | None:
+    """Whether this may be a table of `num_pairs` pairs; None if the table's facts or symbolic sizes do not tell.
 
     A plan has an array of P entries. A MoeRouting has only arrays of S entries, and S must be that of `num_pairs`.
     """
     if isinstance(routing, MoePlan):
         return jnp.shape(routing.packed_token_idx)[-1] == num_pairs
-    slots = jnp.shape(routing.sorted_token_ids)[-1]
-    if None in (routing.num_experts, routing.block_size) or not (isinstance(num_pairs, int) and isinstance(slots, int)):
-        return True
-    return slots == aligned_rows(num_pairs, routing.num_experts, routing.block_size)  # type: ignore[arg-type]
+    if routing.num_experts is None or routing.block_size is None:
+        return None
+    slots, wanted = (
+        jnp.shape(routing.sorted_token_ids)[-1],
+        aligned_rows(num_pairs, routing.num_experts, routing.block_size),
+    )
+    known = isinstance(slots, int) and isinstance(wanted, int)
+    return slots == wanted or (False if known else None)
 
 
-# ---- meanings
+# ---- meanings. They call lax.cumsum, because jnp.cumsum is jitted. Into a module for several platforms JAX writes a
+# jitted function only once, as one of them computes it, and XLA for a CPU aborts on a GPU's cumsum.
 
 
 def table_sizes(sizes: dict[str, int], num_experts: int, block_size: int = 1, pair_ids: bool = False) -> dict[str, int]:
@@ -324,15 +329,15 @@ def counting_sort(ids: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     """
     entry = jnp.arange(ids.size, dtype=jnp.int32)
     key = jnp.where((ids >= 0) & (ids < count), ids, count)
-    bits = ids.size.bit_length()
-    if (count + 1) << bits <= INT32_MAX:
+    bits = ids.size.bit_length() if isinstance(ids.size, int) else None
+    if bits is not None and (count + 1) << bits <= INT32_MAX:
         # Key and entry share one integer, because XLA sorts single words much faster than pairs of words.
         order = lax.sort(key << bits | entry) & ((1 << bits) - 1)
     else:
         order = lax.sort((key, entry), num_keys=1, is_stable=True)[1]
     # Count by a scatter. A binary search of the sorted keys would be unrolled into all its users, and XLA would compile
     # for minutes.
-    return order, jnp.cumsum(jnp.zeros(count + 2, jnp.int32).at[key + 1].add(1)[:-1], dtype=jnp.int32)
+    return order, lax.cumsum(jnp.zeros(count + 1, jnp.int32).at[key + 1].add(1, mode="drop"))
 
 
 def _token_pairs(expert_ids: jax.Array, order: jax.Array, offsets: jax.Array) -> tuple[jax.Array, ...]:
@@ -348,10 +353,10 @@ def _fill_blocks(order: jax.Array, offsets: jax.Array, block_size: int, pair_ids
     num_blocks = aligned_rows(num_pairs, num_experts, block_size) // block_size
     counts = jnp.diff(offsets)
     blocks = -(-counts // block_size)
-    end = jnp.cumsum(blocks, dtype=jnp.int32)
+    end = lax.cumsum(blocks)
     block = jnp.arange(num_blocks, dtype=jnp.int32)
     # A block's owner is the number of experts whose blocks end at or before it.
-    owner = jnp.cumsum(jnp.zeros(num_blocks + 1, jnp.int32).at[end].add(1), dtype=jnp.int32)[:-1]
+    owner = lax.cumsum(jnp.zeros(num_blocks + 1, jnp.int32).at[end].add(1))[:-1]
     live = block < end[-1]
     first = (end - blocks).at[owner].get(mode="clip")
     position = ((block - first) * block_size)[:, None] + jnp.arange(block_size, dtype=jnp.int32)[None]
@@ -365,7 +370,7 @@ def _fill_blocks(order: jax.Array, offsets: jax.Array, block_size: int, pair_ids
 def _owner_meaning(packed_token_idx: jax.Array, offsets: jax.Array) -> jax.Array:
     # A row's owner is the number of experts whose rows end at or before it.
     ends = jnp.zeros(packed_token_idx.size + 1, jnp.int32).at[offsets[1:]].add(1, mode="drop")
-    return jnp.cumsum(ends, dtype=jnp.int32)[:-1]
+    return lax.cumsum(ends)[:-1]
 
 
 _IDS, _PAIRS, _BLOCKS = "expert_ids: ids[T,K]", "ids[T,K], ids[P], ids[O]", "ids[S], ids[B], ids[]"
