@@ -244,8 +244,8 @@ MUTANTS = (
     Mutant(
         "the owner of a block is that of the next",
         "ops/tables.py",
-        "first = slots[::block_size]",
-        "first = jnp.roll(slots[::block_size], -1)",
+        "first = slots.reshape(-1, block_size)[:, 0]",
+        "first = jnp.roll(slots.reshape(-1, block_size)[:, 0], -1)",
         values(f"moe_align_block_size-int32-{FULL}"),
     ),
     Mutant(

@@ -228,7 +228,9 @@ def test_without_a_cpu_backend(dumped, monkeypatch):
 
 def test_export_is_refused_by_name(monkeypatch):
     monkeypatch.setenv("FERRUM_MOE_DUMP", "1")
-    with pytest.raises(NotImplementedError, match="FERRUM_MOE_DUMP"):
-        export.export(jax.jit(lambda ids: packed(ids)))(IDS)
+    symbolic = jax.ShapeDtypeStruct((*export.symbolic_shape("T"), 2), jnp.int32)
+    for ids in (IDS, symbolic):
+        with pytest.raises(NotImplementedError, match="FERRUM_MOE_DUMP"):
+            export.export(jax.jit(lambda ids: packed(ids)))(ids)
     monkeypatch.delenv("FERRUM_MOE_DUMP")
     export.export(jax.jit(lambda ids: packed(ids)))(IDS)

@@ -112,6 +112,13 @@ def as_int(op: str, name: str, value: Any, least: int = 1, most: int = INT32_MAX
     return number
 
 
+def as_size(op: str, name: str, value: Any, least: int = 1) -> Any:
+    """`as_int` for a size that may also be a symbol of `jax.export`, whose range nobody checks."""
+    from jax import export
+
+    return value if export.is_symbolic_dim(value) else as_int(op, name, value, least)
+
+
 def as_bool(op: str, name: str, value: Any) -> bool:
     """Check a static yes or no, and return it. It must be a bool: Python takes other values for true, even "no"."""
     if not isinstance(value, bool | np.bool_):

@@ -75,10 +75,10 @@ def moe_mlp(
       transpose_rhs: the matrices are [E, 2F, H] and [E, H, F], as PyTorch's linear layers hold them.
       flow: "packed": dispatch copies the tokens into expert order, and combine adds up the results. "pair_ids": the
         products read the tokens themselves, and write rows in pair order. None: "pair_ids" if x has at most 32 MiB, so
-        that the L2 cache holds it; to read its rows once per tile then costs less than to copy them K times. Else
-        "packed".
+        that the L2 cache holds it; to read its rows once per tile then costs less than to copy them K times. Else, and
+        for a symbolic number of tokens, "packed".
       block_size: rows in a block of one expert. None: the power of two in [16, 128] that holds P/E rows, those of an
-        average expert, so that most experts' matrices are read once.
+        average expert, so that most experts' matrices are read once; 64 for a symbolic number of tokens.
       precision: of float32 products with the matrices and of their gradients, as in `grouped_matmul`: "tensorfloat32"
         allows TF32. None: what `jax.default_matmul_precision` says, and full float32 if that is not set.
       implementation: None, "xla" or "triton", of each op; Pallas has no kernel of tables, and None takes its products

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import min_dim
 
 from ..core.primitive import define
 from ..core.types import MoeRouting
@@ -43,8 +44,8 @@ def dump_routing(routing: MoeRouting, num_pairs: int) -> None:
         warnings.warn(f"FERRUM_MOE_DUMP: no dump without JAX's CPU backend: {error}", RuntimeWarning, stacklevel=4)
         return
     facts = {"batch_x_topk": num_pairs, "block_size": routing.block_size, "num_experts": routing.num_experts}
-    slots = min(_SLOTS, routing.sorted_token_ids.shape[-1])
-    blocks = min(_BLOCKS, routing.block_ids.shape[-1])
+    slots = min_dim(_SLOTS, routing.sorted_token_ids.shape[-1])
+    blocks = min_dim(_BLOCKS, routing.block_ids.shape[-1])
     summary = _summary(*routing, block_size=routing.block_size)
     jax.debug.callback(functools.partial(_print_dump, routing.kind, facts, slots, blocks), summary)
 
@@ -83,7 +84,7 @@ def _summary_meaning(slots: jax.Array, blocks: jax.Array, total: jax.Array, *, b
 
 
 def _summary_sizes(sizes: dict[str, int], block_size: int) -> dict[str, int]:
-    return {"N": 3 + min(_SLOTS, sizes["S"]) + min(_BLOCKS, sizes["B"])}
+    return {"N": 3 + min_dim(_SLOTS, sizes["S"]) + min_dim(_BLOCKS, sizes["B"])}
 
 
 _summary = define(

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import export
 
 from ..core.signature import INT32_MAX, as_int
 from ..core.types import RouterOutput
@@ -81,6 +82,9 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
+export.register_namedtuple_serialization(RoutingStats, serialized_name="ferrum_jax.RoutingStats")
+
+
 def routing_stats(router_output: RouterOutput, num_experts: int, *, block_size: int = 64) -> RoutingStats:
     """How evenly a routing loads the experts, and what that costs in padded rows. Works under jit and vmap.
 
@@ -121,7 +125,7 @@ def routing_stats(router_output: RouterOutput, num_experts: int, *, block_size: 
         jnp.where(some, jnp.max(share, axis=-1) * num_experts, 1),
         jnp.sum(jax.scipy.special.entr(share), axis=-1),
         jnp.sum(load == 0, axis=-1, dtype=jnp.int32),
-        math.prod(jnp.shape(ids)[-2:]) - pairs,
+        jnp.int32(math.prod(jnp.shape(ids)[-2:])) - pairs,
         jnp.where(some, 1 - wide / jnp.maximum(slots, 1), 0),
         jnp.asarray(block_size, jnp.int32),
     )

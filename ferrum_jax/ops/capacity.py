@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..core.primitive import define
-from ..core.signature import INT32_MAX, as_int, checked, one_of
+from ..core.signature import INT32_MAX, as_int, as_size, checked, one_of
 from ..core.types import RouterOutput
 from .routing import as_pair
 from .scoring import rankable
@@ -26,7 +26,7 @@ def limit_capacity(
       router_output: expert_ids[..., T, K] of any integer dtype and expert_weights[..., T, K] of any float dtype, used
         in float32. Leading axes are slices of their own: each has the whole capacity.
       num_experts: E, >= 1.
-      capacity: pairs an expert takes, >= 0, a Python int.
+      capacity: pairs an expert takes, >= 0: a Python int, or under `jax.export` a symbolic size.
       priority: which pairs stay. "token": the first, by pair id t*K + k. "weight": those of largest weight, the first
         of equal ones; -0 equals +0, NaN comes last.
 
@@ -54,7 +54,7 @@ def limit_capacity(
     op = "limit_capacity"
     one_of(op, "priority", priority, PRIORITIES)
     num_experts = as_int(op, "num_experts", num_experts, most=INT32_MAX - 1)
-    capacity = as_int(op, "capacity", capacity, 0)
+    capacity = as_size(op, "capacity", capacity, 0)
     ids, weights = checked(op, "expert_ids: ids[T,K], expert_weights: weights[T,K]", *as_pair(op, router_output))
     if ids.shape != weights.shape:
         raise ValueError(f"{op}: expert_weights must have the shape of expert_ids, {ids.shape}; got {weights.shape}")

@@ -129,15 +129,16 @@ def _live_blocks(tables: tuple[jax.Array, ...], lead: tuple[int, ...], num_exper
     """Two functions of i: whether there is an i-th live block in all slices, and its slice, expert and slots."""
     slots, blocks, total = (lax.broadcast_in_dim(t, (*lead, *t.shape[len(lead) :]), range(t.ndim)) for t in tables)
     per_slice, num_blocks = blocks.shape[-1], blocks.size
-    starts = lax.broadcasted_iota(jnp.int32, blocks.shape, blocks.ndim - 1) * (slots.shape[-1] // per_slice)
+    block_size = slots.shape[-1] // per_slice
+    starts = lax.broadcasted_iota(jnp.int32, blocks.shape, blocks.ndim - 1) * block_size
     before = starts < lax.expand_dims(total, (total.ndim,))
     is_live = ((blocks >= 0) & (blocks < num_experts) & before).reshape(-1)
     number = lax.iota(jnp.int32, num_blocks)
-    # The numbers of the live blocks, then an end mark, once at least. Not flatnonzero: XLA's CPU compiler (jaxlib
-    # 0.11.2) aborts on it in a module for several platforms.
+    # The numbers of the live blocks, then an end mark, once at least. Not flatnonzero: it calls jnp.cumsum, which
+    # tables.py says why not to call.
     number = lax.select(is_live, number, lax.full_like(number, INT32_MAX))
     order = lax.sort(lax.pad(number, jnp.int32(INT32_MAX), [(0, 1, 0)]))
-    blocks, slots = blocks.reshape(-1), slots.reshape(num_blocks, -1)
+    blocks, slots = blocks.reshape(-1), slots.reshape(num_blocks, block_size)
 
     def at(x: jax.Array, i: jax.Array) -> jax.Array:
         return lax.dynamic_index_in_dim(x, i, keepdims=False, allow_negative_indices=False)

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 
 from ..core.primitive import define
 from ..core.sharding import whole_along
-from ..core.signature import as_bool, as_int, checked, one_of
+from ..core.signature import as_bool, checked, one_of
 from ..kernels import IMPLEMENTATIONS
 from .grouped import as_dtype, as_precision
 from .grouped_ops import Matrices, product
@@ -81,7 +81,6 @@ def ragged_dot(
     matrices, groups = "G,N,H" if transposed else "G,H,N", "G" if group_offset is None else "A"
     arguments = f"lhs: rows[M,H], rhs: matrices[{matrices}], group_sizes: counts[{groups}], group_offset?: counts[]"
     lhs, rhs, group_sizes, offset = checked(_OP, arguments, lhs, rhs, group_sizes, group_offset)
-    as_int(_OP, "M", lhs.shape[-2], 0)  # a symbolic number of rows is an error: a table's length depends on it
     held = rhs.shape[-3]
     if not held:
         raise ValueError(f"{_OP}: rhs must hold at least one group, G >= 1; got shape {rhs.shape}")
@@ -153,7 +152,7 @@ def _group_offsets(group_sizes: jax.Array, num_rows: int) -> jax.Array:
     """Where each group's rows begin in [0, num_rows], and where the last ones end: [..., G] -> [..., G+1]."""
     sizes = jnp.clip(group_sizes, 0, num_rows).astype(jnp.uint32)
     # Sums past 2^32 wrap. They come after a sum past num_rows, which the maximum keeps.
-    ends = lax.cummax(jnp.cumsum(sizes, axis=-1, dtype=jnp.uint32), axis=sizes.ndim - 1)
+    ends = lax.cummax(lax.cumsum(sizes, sizes.ndim - 1), sizes.ndim - 1)
     ends = jnp.minimum(ends, num_rows).astype(jnp.int32)
     return jnp.concatenate([jnp.zeros_like(ends[..., :1]), ends], axis=-1)
 
@@ -167,10 +166,10 @@ def _groups_meaning(
     offsets = _group_offsets(group_sizes, num_rows).at[held].get(mode="promise_in_bounds")
     counts = jnp.diff(offsets)
     blocks = -(-counts // block_size)
-    end = jnp.cumsum(blocks, dtype=jnp.int32)
+    end = lax.cumsum(blocks)
     block = jnp.arange(aligned_rows(num_rows, num_groups, block_size) // block_size, dtype=jnp.int32)
     # A block's owner is the number of groups whose blocks end at or before it.
-    owner = jnp.cumsum(jnp.zeros(block.size + 1, jnp.int32).at[end].add(1), dtype=jnp.int32)[:-1]
+    owner = lax.cumsum(jnp.zeros(block.size + 1, jnp.int32).at[end].add(1))[:-1]
     live = block < end[-1]
     first = (end - blocks).at[owner].get(mode="clip")
     position = ((block - first) * block_size)[:, None] + jnp.arange(block_size, dtype=jnp.int32)[None]

@@ -123,7 +123,6 @@ def moe_route_plan(
 
 def _are_few(tokens: int, top_k: int, experts: int) -> bool:
     """Whether there is so little to do that routing and tables are one op."""
-    # A symbolic number of tokens takes the other way, where `moe_plan` refuses it in words.
     known = experts > 0 and isinstance(tokens, int)
     return known and tokens * top_k <= ONE_OP_PAIRS and tokens << (experts - 1).bit_length() <= ONE_OP_LOGITS
 

@@ -6,9 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import min_dim
 
 from ..core.primitive import define
-from ..core.signature import INT32_MAX, as_bool, as_int, checked, one_of
+from ..core.signature import INT32_MAX, as_bool, as_int, as_size, checked, one_of
 from ..core.types import PACKED, PAIR_IDS, MoePlan, MoeRouting, TokenPairs
 from ..kernels import IMPLEMENTATIONS
 
@@ -20,7 +21,7 @@ def max_aligned_rows(num_pairs: int, num_experts: int, block_size: int) -> int:
     rows open at most (P - m) // block_size more.
 
     Args:
-      num_pairs: P = T * K, >= 0.
+      num_pairs: P = T * K, >= 0. With a symbolic size of `jax.export`, so is the result.
       num_experts: E, >= 1.
       block_size: rows in a block, >= 1.
 
@@ -35,25 +36,23 @@ def max_aligned_rows(num_pairs: int, num_experts: int, block_size: int) -> int:
     2176
     """
     op = "max_aligned_rows"
-    num_pairs = as_int(op, "num_pairs", num_pairs, 0)
+    num_pairs = as_size(op, "num_pairs", num_pairs, 0)
     return aligned_rows(num_pairs, as_int(op, "num_experts", num_experts), as_int(op, "block_size", block_size))
 
 
-def usual_block_size(num_pairs: int, num_experts: int, op: str = "moe_mlp") -> int:
-    """The power of two in [16, 128] that holds the rows of an average expert. `op` is the name in an error."""
+def usual_block_size(num_pairs: int, num_experts: int) -> int:
+    """The power of two in [16, 128] that holds the rows of an average expert; 64 if their number is symbolic."""
     if not isinstance(num_pairs, int):
-        as_int(op, "T*K", num_pairs)  # a symbolic number of pairs is an error
+        return 64
     average = -(-num_pairs // num_experts)
     return min(max(1 << (average - 1).bit_length() if average else 0, 16), 128)
 
 
 def aligned_rows(num_pairs: int, num_experts: int, block_size: int) -> int:
-    """`max_aligned_rows` of checked sizes. Only num_pairs is checked here: it may be symbolic, which is an error."""
-    if not isinstance(num_pairs, int):
-        as_int("max_aligned_rows", "num_pairs", num_pairs)
-    busy = min(num_experts, num_pairs)
+    """`max_aligned_rows` of checked sizes."""
+    busy = min_dim(num_experts, num_pairs)
     rows = (busy + (num_pairs - busy) // block_size) * block_size
-    if rows > INT32_MAX:
+    if isinstance(rows, int) and rows > INT32_MAX:
         raise ValueError(
             f"max_aligned_rows: {num_pairs} pairs, {num_experts} experts and block_size {block_size} make {rows} "
             f"aligned rows; int32 ids allow {INT32_MAX}"
@@ -275,7 +274,8 @@ def rows_per_row(op: str, routing: MoeRouting | MoePlan, rows: Any, top_k: int |
         allowed = " or ".join(map(str, possible))
         raise ValueError(f"{op}: top_k must be {allowed} with a routing of {of}; got {top_k}")
     candidates = possible if top_k is None else (top_k,)
-    fits = [k for k in candidates if _fits(routing, rows * k)]
+    answers = [(k, _fits(routing, rows * k)) for k in candidates]
+    fits = [k for k, answer in answers if answer] or [k for k, answer in answers if answer is None]
     if not fits:
         wanted = " or ".join([f"{rows * k} rows of the result (top_k={k})" for k in candidates])
         raise ValueError(f"{op}: routing is of another number of pairs: lhs has {rows} rows, which make {wanted}")
@@ -287,20 +287,25 @@ def rows_per_row(op: str, routing: MoeRouting | MoePlan, rows: Any, top_k: int |
     return fits[0]
 
 
-def _fits(routing: MoeRouting | MoePlan, num_pairs: Any) -> bool:
-    """Whether this may be a table of `num_pairs` pairs.
+def _fits(routing: MoeRouting | MoePlan, num_pairs: Any) -> bool | None:
+    """Whether this may be a table of `num_pairs` pairs; None if the table's facts or symbolic sizes do not tell.
 
     A plan has an array of P entries. A MoeRouting has only arrays of S entries, and S must be that of `num_pairs`.
     """
     if isinstance(routing, MoePlan):
         return jnp.shape(routing.packed_token_idx)[-1] == num_pairs
-    slots = jnp.shape(routing.sorted_token_ids)[-1]
-    if None in (routing.num_experts, routing.block_size) or not (isinstance(num_pairs, int) and isinstance(slots, int)):
-        return True
-    return slots == aligned_rows(num_pairs, routing.num_experts, routing.block_size)  # type: ignore[arg-type]
+    if routing.num_experts is None or routing.block_size is None:
+        return None
+    slots, wanted = (
+        jnp.shape(routing.sorted_token_ids)[-1],
+        aligned_rows(num_pairs, routing.num_experts, routing.block_size),
+    )
+    known = isinstance(slots, int) and isinstance(wanted, int)
+    return slots == wanted or (False if known else None)
 
 
-# ---- meanings
+# ---- meanings. They call lax.cumsum, because jnp.cumsum is jitted. Into a module for several platforms JAX writes a
+# jitted function only once, as one of them computes it, and XLA for a CPU aborts on a GPU's cumsum.
 
 
 def table_sizes(sizes: dict[str, int], num_experts: int, block_size: int = 1, pair_ids: bool = False) -> dict[str, int]:
@@ -344,8 +349,8 @@ def _sorted(ids: jax.Array, count: int) -> tuple[jax.Array, jax.Array, jax.Array
     # Count by a scatter. A binary search of the sorted keys would be unrolled into all its users, and XLA would compile
     # for minutes.
     counts = lax.full((count,), 0, jnp.int32).at[ids].add(1, mode="drop", wrap_negative_indices=False)
-    bits = ids.size.bit_length()
-    if (count + 1) << bits > INT32_MAX:
+    bits = ids.size.bit_length() if isinstance(ids.size, int) else None
+    if bits is None or (count + 1) << bits > INT32_MAX:
         key, order = lax.sort((key, entry), num_keys=1, is_stable=True)
         return key, order, counts
     # Key and entry share one integer, because XLA sorts single words much faster than pairs of words.
@@ -380,7 +385,7 @@ def _fill_blocks(
     slot = lax.select(key < num_experts, slot, lax.full_like(slot, num_slots))
     slots = lax.full((num_slots,), num_pairs, jnp.int32)
     slots = slots.at[slot].set(order if pair_ids else row, mode="drop", wrap_negative_indices=False)
-    first = slots[::block_size]  # the first slot of a live block is never padding
+    first = slots.reshape(-1, block_size)[:, 0]  # the first slot of a live block is never padding
     owner = (ids if pair_ids else key).at[first].get(mode="fill", fill_value=-1, wrap_negative_indices=False)
     return _offsets(end), slots, owner, padded_end[-1]
 
@@ -388,7 +393,7 @@ def _fill_blocks(
 def _owner_meaning(packed_token_idx: jax.Array, offsets: jax.Array) -> jax.Array:
     # A row's owner is the number of experts whose rows end at or before it.
     ends = jnp.zeros(packed_token_idx.size + 1, jnp.int32).at[offsets[1:]].add(1, mode="drop")
-    return jnp.cumsum(ends, dtype=jnp.int32)[:-1]
+    return lax.cumsum(ends)[:-1]
 
 
 _IDS, _PAIRS, _BLOCKS = "expert_ids: ids[T,K]", "ids[T,K], ids[P], ids[O]", "ids[S], ids[B], ids[]"
