@@ -19,8 +19,8 @@ from .ops.losses import expert_counts, load_balancing_loss, router_z_loss, updat
 from .ops.ragged import ragged_dot
 from .ops.route_plan import moe_route_plan
 from .ops.routing import route_topk, route_topk_softmax
+from .ops.table_sizes import max_aligned_rows
 from .ops.tables import (
-    max_aligned_rows,
     moe_align_block_size,
     moe_align_block_size_pair_ids,
     moe_build_pairs_by_token,

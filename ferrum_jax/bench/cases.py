@@ -15,7 +15,7 @@ from jax import lax
 
 import ferrum_jax
 
-from ..ops.tables import usual_block_size
+from ..ops.table_sizes import usual_block_size
 from . import today
 
 Function = Callable[..., Any]

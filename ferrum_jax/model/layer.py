@@ -16,6 +16,7 @@ from ..ops.combine import combine_op, dispatch_op
 from ..ops.grouped import as_precision
 from ..ops.grouped_ops import Matrices, product, unfinished
 from ..ops.routing import route_topk_softmax
+from ..ops.table_sizes import usual_block_size
 from ..ops.weighted_sum import weighted_sum_op
 from .arguments import checked_experts, checked_settings, checked_tokens
 
@@ -115,7 +116,7 @@ def moe_mlp(
         ids, weights = route_topk_softmax(logits, top_k, norm_topk_prob=norm_topk_prob, implementation=implementation)
     ids, weights = checkpoint_name((ids, weights), "moe_router")
     flow = _usual_flow(x, ids) if flow is None or not ids.shape[-1] else flow
-    block_size = tables.usual_block_size(ids.size, num_experts) if block_size is None else block_size
+    block_size = usual_block_size(ids.size, num_experts) if block_size is None else block_size
     precision = as_precision(_OP, precision, x.dtype)
     plan, expert_of_row = None, ids.reshape(-1)
     if flow == PACKED:

@@ -22,7 +22,8 @@ from ..ops.combine import moe_combine, moe_dispatch
 from ..ops.grouped import as_precision
 from ..ops.grouped_ops import Matrices
 from ..ops.routing import route_topk_softmax
-from ..ops.tables import moe_build_pairs_by_token, usual_block_size
+from ..ops.table_sizes import usual_block_size
+from ..ops.tables import moe_build_pairs_by_token
 from . import layer
 from .arguments import checked_experts, checked_tokens
 from .exchange import ExchangeSizes, bounds_of, exchange_sizes, experts_of_rows, packed_rows_of, slotted_rows_of

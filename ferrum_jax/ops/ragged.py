@@ -14,7 +14,7 @@ from ..core.signature import as_bool, checked, one_of
 from ..kernels import IMPLEMENTATIONS
 from .grouped import as_dtype, as_precision
 from .grouped_ops import Matrices, product
-from .tables import aligned_rows, usual_block_size
+from .table_sizes import aligned_rows, usual_block_size
 
 _OP = "ragged_dot"  # the name in errors
 

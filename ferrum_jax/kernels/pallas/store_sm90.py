@@ -29,38 +29,37 @@ def store_tile(block, matrix, column, first, sums):
     begin, end, scattered = block.first_row[matrix], block.end_row[matrix], block.scattered[matrix] != 0
     offset = lax.div(matrix, jnp.int32(sizes.num_experts)) * sizes.out_slice
     target = Target(matrix, begin, end, scattered, offset, column, first)
+    value = finish(block, target, sums)
 
     # Which registers hold a chunk must be known when it is compiled. What follows is one piece of code for all chunks.
-    def stage_from(start):
-        stage_rows(block, target, start, [x[:, start : min(start + sizes.chunk, size)] for x in sums])
-
-    stage = [functools.partial(stage_from, start) for start in range(0, size, sizes.chunk)]
+    def stage(start):
+        rows = min(sizes.chunk, size - start)
+        block.staged.at[block.warpgroup, pl.ds(0, rows)].T[...] = value[:, start : start + rows]
+        plgpu.commit_smem()
 
     def store_chunk(n):
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        lax.switch(n, stage)
+        lax.switch(n, [functools.partial(stage, start) for start in range(0, size, sizes.chunk)])
         eights = jnp.minimum(sizes.chunk // 8, size // 8 - n * (sizes.chunk // 8))
         for_each(eights, functools.partial(store_eight, block, target, n * sizes.chunk))
 
-    for_each(len(stage), store_chunk)
+    for_each(pl.cdiv(size, sizes.chunk), store_chunk)
 
 
-def stage_rows(block, target, start, sums):
-    """Finish the sums of some of a tile's rows, and put them into shared memory."""
-    rows = sums[0].shape[1]
+def finish(block, target, sums):
+    """A tile's result, in the layout in which it is staged."""
     value = block.sizes.activation(*sums) if block.sizes.activation else sums[0]
     if block.weights is not None:
         by_place = block.weights.shape[0] - block.sizes.tile.rows - block.slots.shape[0]
-        at = pl.multiple_of(target.first + start + jnp.where(target.scattered, by_place, target.offset), 8)
-        weights = block.weights.at[pl.ds(at, rows)]
+        at = pl.multiple_of(target.first + jnp.where(target.scattered, by_place, target.offset), 8)
+        weights = block.weights.at[pl.ds(at, value.shape[1])]
         weights = plgpu.load(weights, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
         value *= lax.broadcast_in_dim(weights, value.shape, (1,))
     value = plgpu.layout_cast(value.astype(block.out.dtype), plgpu.Layout.WGMMA)
     # The result lies transposed. The matrix-store instruction transposes 16 bits; of 32 bits the threads swap pairs.
     if block.out.dtype.itemsize != 2:
         value = plgpu.layout_cast(value, plgpu.Layout.WGMMA_TRANSPOSED)
-    block.staged.at[block.warpgroup, pl.ds(0, rows)].T[...] = value
-    plgpu.commit_smem()
+    return value
 
 
 def store_eight(block, target, start, eight):
