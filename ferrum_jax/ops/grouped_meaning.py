@@ -81,22 +81,22 @@ def outer_products(
     more, live = _live_blocks(tables, lead, num_experts)
 
     # The blocks of an expert follow one another, so one sum in float32 serves all experts in turn.
-    def step(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        out, matrix, *last = state
-        slice_id, expert, slot = live(i)
+    def step(i: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        out, matrix = state
+        (slice_id, expert, slot), (last_slice, last_expert, _) = live(i), live(lax.max(i - 1, jnp.int32(0)))
+        goes_on = (i > 0) & (slice_id == last_slice) & (expert == last_expert)
         named = lax.expand_dims((slot >= 0) & (slot < num_pairs), (1,))
         # Padding gives zero rows, by selection, so NaN does not leak in.
         rows, columns = (jnp.where(named, _rows(x, slice_id, slot, k), 0) for x, k in ((lhs, top_k), (g, 1)))
         term = lax.dot_general(rows, columns, (((0,), (0,)), ((), ())), precision, preferred_element_type="float32")
-        matrix = jnp.where((slice_id == last[0]) & (expert == last[1]), matrix, 0) + term
+        matrix = jnp.where(goes_on, matrix, 0) + term
         own = _bits(matrix.astype(lhs.dtype))[None, None]
         bits = lax.dynamic_update_slice(_bits(out), own, (slice_id, expert, *[lax.full_like(expert, 0)] * 2))
-        return lax.bitcast_convert_type(bits, lhs.dtype), matrix, slice_id, expert
+        return lax.bitcast_convert_type(bits, lhs.dtype), matrix
 
-    none = jnp.int32(-1)
-    start = lax.full((_size(lead), *shape), 0, lhs.dtype), lax.full(shape[1:], 0, jnp.float32), none, none
-    *start, _, _ = equally_varying([*start, lhs, slots])
-    return _loop(more, step, tuple(start))[0].reshape(*lead, *shape)
+    start = lax.full((_size(lead), *shape), 0, lhs.dtype), lax.full(shape[1:], 0, jnp.float32)
+    out, matrix, _ = equally_varying([*start, lhs])
+    return _loop(more, step, (out, matrix))[0].reshape(*lead, *shape)
 
 
 def _bits(x: jax.Array) -> jax.Array:
