@@ -201,7 +201,9 @@ def test_what_is_stored_as_one_piece_of_memory_ends_with_its_row(width, top_k, m
     monkeypatch.setattr(plgpu, "copy_smem_to_gmem", spy)
     rhs = np.zeros((3, 256, width), args[1].dtype)
     jax.make_jaxpr(
-        lambda *a: grouped.grouped_matmul(*a, top_k=top_k, dtype="bfloat16", packed_rows=False, precision="highest")
+        lambda *a: grouped.grouped_matmul(
+            *a, None, None, top_k=top_k, dtype="bfloat16", packed_rows=False, precision="highest"
+        )
     )(args[0], rhs, *args[2:])
     assert pieces
     assert all(whole % columns == 0 for columns, whole in pieces), pieces
