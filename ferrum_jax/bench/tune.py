@@ -56,7 +56,7 @@ def row(mean: int, tile: Tile) -> str:
 
 def pallas(tile: Tile, lhs: jax.Array, rhs: jax.Array, *tables: jax.Array) -> tuple[jax.Array, ...]:
     return grouped.grouped_matmul(
-        lhs, rhs, *tables, top_k=1, dtype=lhs.dtype, packed_rows=True, precision="highest", tile=tile
+        lhs, rhs, *tables, None, None, top_k=1, dtype=lhs.dtype, packed_rows=True, precision="highest", tile=tile
     )
 
 
