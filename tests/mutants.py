@@ -207,7 +207,7 @@ MUTANTS = (
     # ---- routing
     Mutant(
         "of equal logits the last is chosen",
-        "ops/scoring.py",
+        "ops/routing.py",
         "chosen, ids = lax.top_k(rankable(x), top_k)\n",
         "chosen, ids = lax.top_k(rankable(x[::-1]), top_k); ids = x.size - 1 - ids\n",
         values(f"route_topk_softmax-float32-{FULL}"),
@@ -228,9 +228,9 @@ MUTANTS = (
     ),
     Mutant(
         "a bias weighs, where it should only choose",
-        "ops/scoring.py",
-        "return ids, x.at[ids].get(",
-        "return ids, (x if bias is None else x + bias).at[ids].get(",
+        "ops/routing.py",
+        "return ids, weigh_ids(x, ids, weighing)",
+        "return ids, weigh_ids(x if bias is None else x + bias, ids, weighing)",
         "test_routing.py::test_a_bias_chooses_and_does_not_weigh",
     ),
     # ---- tables

@@ -4,13 +4,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from ..core.primitive import define
 from ..core.signature import as_mask, checked, one_of
 from ..core.types import RouterOutput
 from ..kernels import IMPLEMENTATIONS
-from .scoring import Selection, Weighing, checked_settings, select, weigh, weight_tangent
+from .scoring import Selection, Weighing, checked_settings, rankable, select, weigh, weigh_ids, weight_tangent
 
 
 def route_topk(
@@ -220,8 +221,12 @@ def route_meaning(
     zero_sum: str,
 ) -> tuple[jax.Array, jax.Array]:
     x = logits.astype(jnp.float32)
-    ids, chosen = select(x, bias, scoring, Selection(top_k, num_groups, group_top_k, group_score))
-    return ids, weigh(x, chosen, Weighing(scoring, norm_topk_prob, scale, zero_sum))
+    weighing = Weighing(scoring, norm_topk_prob, scale, zero_sum)
+    if bias is None and num_groups is None:  # the logits that rank are those that weigh
+        chosen, ids = lax.top_k(rankable(x), top_k)
+        return ids.astype(jnp.int32), weigh(x, chosen, weighing)
+    ids = select(x, bias, scoring, Selection(top_k, num_groups, group_top_k, group_score))
+    return ids, weigh_ids(x, ids, weighing)
 
 
 def route_jvp(
@@ -247,10 +252,7 @@ def route_jvp(
 def _weigh_meaning(
     logits: jax.Array, ids: jax.Array, *, scoring: str, norm_topk_prob: bool, scale: float, zero_sum: str
 ) -> jax.Array:
-    x = logits.astype(jnp.float32)
-    chosen = x.at[ids].get(mode="fill", fill_value=-jnp.inf, wrap_negative_indices=False)
-    weights = weigh(x, chosen, Weighing(scoring, norm_topk_prob, scale, zero_sum))
-    return jnp.where((ids >= 0) & (ids < x.size), weights, 0)
+    return weigh_ids(logits, ids, Weighing(scoring, norm_topk_prob, scale, zero_sum))
 
 
 def _weigh_jvp(

@@ -103,25 +103,20 @@ def checked_settings(
 # ---- the selection
 
 
-def select(x: jax.Array, bias: jax.Array | None, scoring: str, selection: Selection) -> tuple[jax.Array, jax.Array]:
-    """The ids of one token's experts, best first, by its float32 logits and the bias; and the logits of these."""
+def select(x: jax.Array, bias: jax.Array | None, scoring: str, selection: Selection) -> jax.Array:
+    """The ids of one token's experts, best first, by its float32 logits, and a bias or groups."""
     top_k, num_groups, group_top_k, group_score = selection
-    if bias is None and num_groups is None:
-        chosen, ids = lax.top_k(rankable(x), top_k)
-        return ids, chosen
     scores = _score(x, scoring) if bias is None else _score(x, scoring) + bias
     if num_groups is None or group_top_k is None:
-        ids = lax.top_k(rankable(scores), top_k)[1]
-    else:
-        # Choose among the kept groups alone, set side by side in the order of their experts' ids. Masking the other
-        # groups would not do: a masked expert ranks above a NaN.
-        groups = scores.reshape(num_groups, -1)
-        best = lax.top_k(rankable(groups), 2 if group_score == "top2_sum" else 1)[0]
-        kept = jnp.sort(lax.top_k(rankable(jnp.sum(best, axis=1)), group_top_k)[1])
-        place = lax.top_k(rankable(groups[kept].reshape(-1)), top_k)[1]
-        size = groups.shape[1]
-        ids = (kept[place // size] * size + place % size).astype(jnp.int32)
-    return ids, x.at[ids].get(mode="promise_in_bounds", wrap_negative_indices=False)
+        return lax.top_k(rankable(scores), top_k)[1].astype(jnp.int32)
+    # Choose among the kept groups alone, set side by side in the order of their experts' ids. Masking the other groups
+    # would not do: a masked expert ranks above a NaN.
+    groups = scores.reshape(num_groups, -1)
+    best = lax.top_k(rankable(groups), 2 if group_score == "top2_sum" else 1)[0]
+    kept = jnp.sort(lax.top_k(rankable(jnp.sum(best, axis=1)), group_top_k)[1])
+    place = lax.top_k(rankable(groups[kept].reshape(-1)), top_k)[1]
+    size = groups.shape[1]
+    return (kept[place // size] * size + place % size).astype(jnp.int32)
 
 
 def rankable(x: jax.Array) -> jax.Array:
@@ -183,8 +178,15 @@ def weigh(logits: jax.Array, chosen: jax.Array, weighing: Weighing) -> jax.Array
         # sum of floats, because XLA's CPU compiler takes longer over other reductions.
         total += jnp.sum(lax.select(x < jnp.inf, lax.full_like(x, 0), lax.full_like(x, jnp.nan)))
     otherwise = 1 / chosen.shape[0] if norm_topk_prob and zero_sum == "uniform" else 0
-    weights = jnp.where(total == 0, otherwise, weights / total)
+    weights = lax.select(total == 0, lax.full_like(weights, otherwise), weights / total)
     return weights if scale == 1 else weights * jnp.float32(scale)
+
+
+def weigh_ids(logits: jax.Array, ids: jax.Array, weighing: Weighing) -> jax.Array:
+    """The weights of the experts `ids` of one token; an id outside [0, E) is no expert."""
+    x = logits.astype(jnp.float32)
+    chosen = x.at[ids].get(mode="fill", fill_value=-jnp.inf, wrap_negative_indices=False)
+    return jnp.where((ids >= 0) & (ids < x.shape[0]), weigh(x, chosen, weighing), 0)
 
 
 def weight_tangent(
