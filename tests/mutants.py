@@ -186,8 +186,8 @@ MUTANTS = (
     Mutant(
         "a layer's slice is read from its own array",
         "ops/grouped_ops.py",
-        "return products(lhs, rhs, stack, layer,",
-        "return products(lhs, rhs, None if rhs is not None else stack, layer,",
+        "return products(rows, rhs, stack, layer,",
+        "return products(rows, rhs, None if rhs is not None else stack, layer,",
         "test_layer_of.py::test_only_the_layers_own_experts_with_rows_are_read",
     ),
     Mutant(

@@ -11,6 +11,7 @@ import oracle
 import pytest
 from cases import DTYPES, Size, groups_args, ragged_args, rng, rows
 from compiled import for_h200, h200s, needs_pjrt, needs_plugin, whole_program_for_h200
+from jax import export
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_partitioning import collectives, with_collectives
@@ -356,3 +357,15 @@ def test_the_table_is_the_library_s_own():
     tables = ragged.align_groups(sizes, offset * 0, num_rows=18, num_groups=7, block_size=4)
     routing = ferrum_jax.MoeRouting(*tables, kind="packed", num_experts=7, block_size=4)
     assert ferrum_jax.check_routing(routing, num_pairs=18) == []
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_symbolic_number_of_rows(transposed):
+    (rows,) = export.symbolic_shape("M")
+    w, sizes = rng("symbolic", transposed).normal(size=(3, 4, 4)).astype(np.float32), np.array([2, 0, 3])
+    f = jax.jit(functools.partial(ferrum_jax.ragged_dot, transpose_rhs=transposed))
+    given = jax.ShapeDtypeStruct((rows, 4), np.float32), w, sizes
+    exported = export.export(f, platforms=("cpu", "cuda"), disabled_checks=ferrum_jax.export_checks())(*given)
+    for n in (1, 9):
+        x = rng("symbolic rows", n).normal(size=(n, 4)).astype(np.float32)
+        np.testing.assert_allclose(exported.call(x, w, sizes), f(x, w, sizes), rtol=1e-5, atol=1e-6)

@@ -54,10 +54,11 @@ def row(mean: int, tile: Tile) -> str:
     return f"    {mean}: {tile},"
 
 
-def pallas(tile: Tile, lhs: jax.Array, rhs: jax.Array, *tables: jax.Array) -> tuple[jax.Array, ...]:
-    return grouped.grouped_matmul(
-        lhs, rhs, *tables, None, None, top_k=1, dtype=lhs.dtype, packed_rows=True, precision="highest", tile=tile
-    )
+def pallas(
+    tile: Tile, lhs: jax.Array, rhs: jax.Array, slots: jax.Array, blocks: jax.Array, total: jax.Array
+) -> tuple[jax.Array, ...]:
+    how: dict[str, Any] = {"top_k": 1, "dtype": lhs.dtype, "packed_rows": True, "precision": "highest", "tile": tile}
+    return grouped.grouped_matmul(lhs, rhs, slots, blocks, total, None, None, **how)
 
 
 def microseconds(product: Callable[..., Any], *args: Any) -> float:

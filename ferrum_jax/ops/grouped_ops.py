@@ -87,8 +87,9 @@ def unfinished(dtype: str) -> str:
 # ---- meanings, for operands with any leading axes. packed_rows is for kernels: the meaning is the same.
 
 
-def _matmul_meaning(
-    lhs: jax.Array,
+def _product_meaning(
+    transposed: bool,
+    rows: jax.Array,
     rhs: jax.Array | None,
     slots: jax.Array,
     blocks: jax.Array,
@@ -101,24 +102,7 @@ def _matmul_meaning(
     packed_rows: bool,
     precision: str,
 ) -> jax.Array:
-    return products(lhs, rhs, stack, layer, (slots, blocks, total), top_k, dtype, precision, False)
-
-
-def _transposed_meaning(
-    g: jax.Array,
-    rhs: jax.Array | None,
-    slots: jax.Array,
-    blocks: jax.Array,
-    total: jax.Array,
-    stack: jax.Array | None,
-    layer: jax.Array | None,
-    *,
-    top_k: int,
-    dtype: str,
-    packed_rows: bool,
-    precision: str,
-) -> jax.Array:
-    return products(g, rhs, stack, layer, (slots, blocks, total), top_k, dtype, precision, True)
+    return products(rows, rhs, stack, layer, (slots, blocks, total), top_k, dtype, precision, transposed)
 
 
 def _activated_meaning(
@@ -289,7 +273,7 @@ _STACK = "stack?: rows[L,E,H,N], layer?: ids[]"
 _matmul = define(
     "grouped_matmul",
     f"lhs: rows[M,H], rhs?: rows[E,H,N], {TABLES}, {_STACK} -> product[P,N]",
-    _matmul_meaning,
+    functools.partial(_product_meaning, False),
     sizes=_product_sizes,
     leading_axes=True,
     jvp=_matmul_jvp,
@@ -315,7 +299,7 @@ _masked = define(
 _transposed = define(
     "grouped_matmul_transposed",
     f"g: rows[M,N], rhs?: rows[E,H,N], {TABLES}, {_STACK} -> product[P,H]",
-    _transposed_meaning,
+    functools.partial(_product_meaning, True),
     sizes=_product_sizes,
     leading_axes=True,
     jvp=_transposed_jvp,

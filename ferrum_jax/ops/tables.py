@@ -250,10 +250,8 @@ def _fits(routing: MoeRouting | MoePlan, num_pairs: Any) -> bool | None:
         return jnp.shape(routing.packed_token_idx)[-1] == num_pairs
     if routing.num_experts is None or routing.block_size is None:
         return None
-    slots, wanted = (
-        jnp.shape(routing.sorted_token_ids)[-1],
-        aligned_rows(num_pairs, routing.num_experts, routing.block_size),
-    )
+    slots = jnp.shape(routing.sorted_token_ids)[-1]
+    wanted = aligned_rows(num_pairs, routing.num_experts, routing.block_size)
     known = isinstance(slots, int) and isinstance(wanted, int)
     return slots == wanted or (False if known else None)
 
@@ -331,7 +329,8 @@ def _fill_blocks(
     num_pairs, num_experts = ids.size, counts.size
     num_slots = aligned_rows(num_pairs, num_experts, block_size)
     row = lax.iota(jnp.int32, num_pairs)
-    padded = lax.div(counts + (block_size - 1), jnp.int32(block_size)) * block_size
+    size = jnp.int32(block_size)
+    padded = (lax.div(counts, size) + lax.sign(lax.rem(counts, size))) * size  # counts + size may pass int32
     # One sum over both, because XLA's CPU compiler takes long over each.
     end, padded_end = lax.cumsum(lax.concatenate([counts[None], padded[None]], 0), axis=1)
     shift = (padded_end - padded) - (end - counts)  # from an expert's first packed row to its first slot

@@ -1,6 +1,6 @@
 """The activations that the grouped product computes, made of functions that Mosaic has.
 
-ops/grouped.py ACTIVATIONS says what each of them means.
+ops/activations.py ACTIVATIONS says what each of them means.
 """
 
 import jax.numpy as jnp
