@@ -57,7 +57,8 @@ def test_blocks_beyond_a_tile_many_columns_and_float32_results(tile):
     rhs[[0, 2]] = np.nan
     tables = routing.sorted_token_ids, routing.block_ids, routing.total_tokens_post_pad
     product = pallas.interpreted("grouped").grouped_matmul
-    (got,) = product(lhs, rhs, *tables, top_k=1, dtype="float32", packed_rows=False, precision="highest", tile=tile)
+    settings = {"dtype": "float32", "packed_rows": False, "precision": "highest", "tile": tile}
+    (got,) = product(lhs, rhs, *tables, None, None, top_k=1, **settings)
     want = np.asarray(lhs, np.float64) @ np.asarray(rhs[1], np.float64)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
 
