@@ -84,12 +84,15 @@ KERNELS = ["triton", "pallas"] if jax.__version_info__ >= (0, 11, 2) else ["trit
 collect_ignore = [] if "pallas" in KERNELS else ["test_pallas.py", "test_pallas_grouped.py"]
 
 
-def implementations(*marks):
+def implementations(*marks, pallas=()):
     """xla on a CPU; each kernel backend interpreted on a CPU, and on a GPU; and xla on a GPU, in a full run only.
 
-    `marks` are added to the kernels' parameters.
+    `marks` are added to the kernels' parameters, and those of `pallas` where Pallas is interpreted, which is slow.
     """
-    interpreted = (pytest.param(f"{name}-interpreted", marks=[pytest.mark.interpreted, *marks]) for name in KERNELS)
+    more = {"triton": (), "pallas": pallas}
+    interpreted = [
+        pytest.param(f"{name}-interpreted", marks=[pytest.mark.interpreted, *marks, *more[name]]) for name in KERNELS
+    ]
     on_gpu = (pytest.param(f"{name}-gpu", marks=[pytest.mark.gpu, *marks]) for name in KERNELS)
     return ["xla", *interpreted, *on_gpu, pytest.param("xla-gpu", marks=[pytest.mark.gpu, pytest.mark.full])]
 

@@ -200,8 +200,8 @@ MUTANTS = (
     Mutant(
         "all slices of a batch take the first one's matrices",
         "ops/grouped_meaning.py",
-        "return lax.full_like(slice_id, 0) if x.shape[0] == 1 else slice_id",
-        "return lax.full_like(slice_id, 0)",
+        "return () if x.ndim == rank else (slice_id,)",
+        "return () if x.ndim == rank else (lax.full_like(slice_id, 0),)",
         "test_vmap.py::test_every_subset_and_axis[xla-grouped_matmul-pair_ids]",
     ),
     # ---- routing
@@ -302,8 +302,8 @@ MUTANTS = (
     Mutant(
         "a float32 product of bfloat16 rows is rounded to 16 bits",
         "ops/grouped_meaning.py",
-        "slot].set(rows.astype(dtype),",
-        "slot].set(rows.astype(lhs.dtype).astype(dtype),",
+        "return out.at[place].set(rows.astype(dtype),",
+        "return out.at[place].set(rows.astype(lhs.dtype).astype(dtype),",
         "test_grouped.py::test_preferred_element_type[xla-float32]",
     ),
     # ---- around the ops

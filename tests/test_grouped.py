@@ -12,6 +12,7 @@ import oracle
 import pytest
 from cases import DTYPES, Size, activated, activated_args, grouped_args, grouped_matmul, rng, rows
 from compiled import for_h200, h200s, loops, needs_pjrt, needs_plugin
+from conftest import implementations
 from hypothesis import HealthCheck, given, settings
 from shapes import PRODUCTS
 
@@ -68,8 +69,9 @@ def test_kernels_interpreted(size, pair_ids, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("pair_ids", [False, True])
 @pytest.mark.parametrize("activation", oracle.ACTIVATIONS)
+@pytest.mark.parametrize("implementation", implementations(pallas=[pytest.mark.full]), indirect=True)
 def test_every_activation(activation, pair_ids, dtype, implementation):
-    """With hostile weights and rows, and without weights."""
+    """With hostile weights and rows, and without weights. Pallas' activations: test_pallas_grouped.py."""
     size = Size(7, 8, 2, 20, 8)
     args = activated_args(rng("act", pair_ids), size, dtype, pair_ids)
     settings = {"top_k": size.K if pair_ids else 1, "activation": activation}
@@ -185,6 +187,7 @@ def dead_args(blocks, again):
 
 @pytest.mark.parametrize("dtype", ["bfloat16"])
 @pytest.mark.parametrize(("blocks", "again"), [*((blocks, True) for blocks in DEAD), (DEAD[-1], False)], ids=str)
+@pytest.mark.parametrize("implementation", implementations(pallas=[pytest.mark.full]), indirect=True)
 def test_blocks_of_no_expert(blocks, again, dtype, implementation):
     check(dead_args(blocks, again), 1, implementation)
 

@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AxisType
 from meshes import mesh_of
 from shapes import PRODUCTS
-from test_grouped import check
+from test_grouped import DEAD, check, dead_args
 
 import ferrum_jax
 from ferrum_jax.kernels import pallas
@@ -61,6 +61,13 @@ def test_blocks_beyond_a_tile_many_columns_and_float32_results(tile):
     (got,) = product(lhs, rhs, *tables, None, None, top_k=1, **settings)
     want = np.asarray(lhs, np.float64) @ np.asarray(rhs[1], np.float64)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.interpreted
+@pytest.mark.usefixtures("interpreting")
+@pytest.mark.parametrize("again", [False, True])
+def test_blocks_of_no_expert(again):
+    check(dead_args(DEAD[-1], again), 1, "pallas")
 
 
 @pytest.mark.interpreted

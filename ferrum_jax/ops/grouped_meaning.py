@@ -39,7 +39,7 @@ def products(
         return lax.full((*lead, num_pairs, width), 0, dtype)
     layer = lax.clamp(jnp.int32(0), layer, jnp.int32(stack.shape[-4] - 1))
     lhs, stack, layer = _flat(lhs, lead), _flat(stack, lead), _flat(layer, lead)
-    more, live = _live_blocks(tables, lead, stack.shape[2])
+    more, live = _live_blocks(tables, lead, stack.shape[-3])
     contract = (((1,), (1 if transposed else 0,)), ((), ()))
 
     def step(i: jax.Array, out: jax.Array) -> jax.Array:
@@ -47,15 +47,15 @@ def products(
         # Without the barrier, XLA for a CPU may convert all experts' matrices to float32 ahead of the loop. For a GPU
         # it does not, because a GPU multiplies bfloat16.
         matrices, expert = lax.optimization_barrier((stack, expert))
-        zero = lax.full_like(expert, 0)
-        start = _own_slice(stack, slice_id), layer[_own_slice(layer, slice_id)], expert, zero, zero
-        matrix = lax.dynamic_slice(matrices, start, (1, 1, 1, *stack.shape[3:]), allow_negative_indices=False)
-        matrix = matrix.reshape(stack.shape[3:])
+        own_layer, zero, shape = layer[_own_slice(layer, 0, slice_id)], lax.full_like(expert, 0), stack.shape[-2:]
+        start, sizes = (*_own_slice(stack, 4, slice_id), own_layer, expert, zero, zero), (1,) * (stack.ndim - 2) + shape
+        matrix = lax.dynamic_slice(matrices, start, sizes, allow_negative_indices=False).reshape(shape)
         rows = _rows(lhs, slice_id, slot, top_k)  # padding takes some row, whose product is dropped
         rows = lax.dot_general(rows, matrix, contract, precision, preferred_element_type="float32")
-        return out.at[_own_slice(out, slice_id), slot].set(rows.astype(dtype), mode="drop", wrap_negative_indices=False)
+        place = *_own_slice(out, 2, slice_id), slot
+        return out.at[place].set(rows.astype(dtype), mode="drop", wrap_negative_indices=False)
 
-    out, _ = equally_varying([lax.full((_size(lead), num_pairs, width), 0, dtype), lhs])
+    out, _ = equally_varying([_flat(lax.full((*lead, num_pairs, width), 0, dtype), lead), lhs])
     return _loop(more, step, out).reshape(*lead, num_pairs, width)
 
 
@@ -81,22 +81,22 @@ def outer_products(
     more, live = _live_blocks(tables, lead, num_experts)
 
     # The blocks of an expert follow one another, so one sum in float32 serves all experts in turn.
-    def step(i: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        out, matrix = state
-        (slice_id, expert, slot), (last_slice, last_expert, _) = live(i), live(lax.max(i - 1, jnp.int32(0)))
-        goes_on = (i > 0) & (slice_id == last_slice) & (expert == last_expert)
+    def step(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        out, matrix, last = state
+        slice_id, expert, slot = live(i)
+        number = slice_id * num_experts + expert
         named = lax.expand_dims((slot >= 0) & (slot < num_pairs), (1,))
         # Padding gives zero rows, by selection, so NaN does not leak in.
         rows, columns = (jnp.where(named, _rows(x, slice_id, slot, k), 0) for x, k in ((lhs, top_k), (g, 1)))
         term = lax.dot_general(rows, columns, (((0,), (0,)), ((), ())), precision, preferred_element_type="float32")
-        matrix = jnp.where(goes_on, matrix, 0) + term
-        own = _bits(matrix.astype(lhs.dtype))[None, None]
-        bits = lax.dynamic_update_slice(_bits(out), own, (slice_id, expert, *[lax.full_like(expert, 0)] * 2))
-        return lax.bitcast_convert_type(bits, lhs.dtype), matrix
+        matrix = jnp.where(number == last, matrix, 0) + term
+        own = _bits(matrix.astype(lhs.dtype))[None]
+        bits = lax.dynamic_update_slice(_bits(out), own, (number, *[lax.full_like(number, 0)] * 2))
+        return lax.bitcast_convert_type(bits, lhs.dtype), matrix, number
 
-    start = lax.full((_size(lead), *shape), 0, lhs.dtype), lax.full(shape[1:], 0, jnp.float32)
-    out, matrix, _ = equally_varying([*start, lhs])
-    return _loop(more, step, (out, matrix))[0].reshape(*lead, *shape)
+    out = lax.full((_size(lead) * num_experts, *shape[1:]), 0, lhs.dtype)
+    *state, _ = equally_varying([out, lax.full(shape[1:], 0, jnp.float32), jnp.int32(-1), lhs])
+    return _loop(more, step, tuple(state))[0].reshape(*lead, *shape)
 
 
 def _bits(x: jax.Array) -> jax.Array:
@@ -113,16 +113,16 @@ def _size(lead: tuple[int, ...]) -> int:
 
 
 def _flat(x: jax.Array, lead: tuple[int, ...]) -> jax.Array:
-    """Merge the leading axes to one, of size 1 if the whole batch shares x, which is then not copied."""
+    """Merge the leading axes to one, and to none if the whole batch shares x, which is then not copied."""
     own, trailing = x.shape[: len(lead)], x.shape[len(lead) :]
     if _size(own) == 1:
-        return x.reshape(1, *trailing)
+        return x.reshape(trailing)
     return jnp.broadcast_to(x, (*lead, *trailing)).reshape(_size(lead), *trailing)
 
 
-def _own_slice(x: jax.Array, slice_id: jax.Array) -> jax.Array:
-    """Which slice of x serves this slice of the batch: the only one, if the batch shares x."""
-    return lax.full_like(slice_id, 0) if x.shape[0] == 1 else slice_id
+def _own_slice(x: jax.Array, rank: int, slice_id: jax.Array) -> tuple[jax.Array, ...]:
+    """The index of this slice of the batch in x, which has `rank` axes more; none if the batch shares x."""
+    return () if x.ndim == rank else (slice_id,)
 
 
 def _live_blocks(tables: tuple[jax.Array, ...], lead: tuple[int, ...], num_experts: int) -> tuple[Any, Any]:
@@ -148,7 +148,8 @@ def _live_blocks(tables: tuple[jax.Array, ...], lead: tuple[int, ...], num_exper
 
     def live(i: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         block = at(order, i)
-        return lax.div(block, jnp.asarray(per_slice, jnp.int32)), at(blocks, block), at(slots, block)
+        slice_id = jnp.int32(0) if num_blocks == per_slice else lax.div(block, jnp.asarray(per_slice, jnp.int32))
+        return slice_id, at(blocks, block), at(slots, block)
 
     return more, live
 
@@ -165,5 +166,5 @@ def _loop(more: Any, step: Any, state: Any) -> Any:
 
 def _rows(x: jax.Array, slice_id: jax.Array, slot: jax.Array, top_k: int) -> jax.Array:
     """The rows of x that a block's slots name, and some row for a slot that names none."""
-    place = _own_slice(x, slice_id), lax.div(slot, jnp.int32(top_k))
+    place = *_own_slice(x, 2, slice_id), lax.div(slot, jnp.int32(top_k))
     return x.at[place].get(mode="clip", wrap_negative_indices=False)
