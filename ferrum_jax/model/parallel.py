@@ -21,12 +21,11 @@ from ..core.types import RouterOutput
 from ..ops.combine import moe_combine, moe_dispatch
 from ..ops.grouped import as_precision
 from ..ops.grouped_ops import Matrices
-from ..ops.routing import route_topk_softmax
 from ..ops.table_sizes import usual_block_size
 from ..ops.tables import moe_build_pairs_by_token
-from . import layer
-from .arguments import checked_experts, checked_tokens
+from .arguments import Experts, checked_experts, checked_settings, checked_tokens
 from .exchange import ExchangeSizes, bounds_of, exchange_sizes, experts_of_rows, packed_rows_of, slotted_rows_of
+from .local import Settings, local_layer, routing_of
 
 EXCHANGES = ("gather", "padded", "ragged")
 _OP = "parallel.moe_mlp"
@@ -132,50 +131,69 @@ def moe_mlp(
         capacity = as_int(_OP, "capacity", capacity)
         if not return_dropped:
             raise ValueError(f"{_OP}: capacity may drop pairs; pass return_dropped=True to get their count too")
-    layout = {"interleaved": interleaved, "transpose_rhs": transpose_rhs}
-    matrices = checked_experts(_OP, w_gate_up, w_down, b_gate_up, b_down, **layout)
-    x, logits, routed = checked_tokens(_OP, matrices, top_k, x, router_logits, router_output, devices)
-    distinct = routed is None
-    if logits is not None:
-        assert top_k is not None  # else checked_tokens has raised
-        routed = route_topk_softmax(logits, top_k, norm_topk_prob=norm_topk_prob, implementation=implementation)
-    ids, weights = routed
-    x_type, experts = jax.typeof(x), matrices.number
+    checked_settings(_OP, activation, flow, block_size)
+    experts = checked_experts(_OP, w_gate_up, w_down, b_gate_up, b_down, interleaved, transpose_rhs)
+    x, logits, routed = checked_tokens(_OP, experts, top_k, x, router_logits, router_output, devices)
     precision = as_precision(_OP, precision, x.dtype)
+    settings = Settings(_OP, top_k, norm_topk_prob, activation, flow, block_size, precision, implementation)
+    how = {"axis_name": axis_name, "exchange": exchange, "capacity": capacity}
+    out, dropped = exchanged_layer(x, logits, routed, experts, settings, **how)
+    return (out, dropped) if return_dropped else out
+
+
+def exchanged_layer(
+    x: jax.Array,
+    logits: jax.Array | None,
+    routed: Any,
+    experts: Experts,
+    settings: Settings,
+    *,
+    axis_name: Any,
+    exchange: str | None = None,
+    capacity: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The layer of checked arguments, and how many pairs of this device's tokens were dropped."""
+    devices, distinct = lax.axis_size(axis_name), routed is None
+    if logits is not None:
+        routed = routing_of(logits, settings)
+    ids, weights = routed
+    x_type, held = jax.typeof(x), experts.number
     x, ids, weights = (tokens_of(a, whole=True) for a in (x, ids, weights))
     x, ids, weights, _ = equally_varying([x, ids, weights, lax.axis_index(axis_name)])
-    if block_size is None:
-        block_size = usual_block_size(ids.size, experts)
+    if settings.block_size is None:
+        settings = settings._replace(block_size=usual_block_size(ids.size, held))
 
     def local(rows: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
-        return layer.moe_mlp(
-            rows,
-            None,
-            w_gate_up,
-            w_down,
-            router_output=RouterOutput(ids, weights),
-            block_size=block_size,
-            precision=precision,
-            implementation=implementation,
-            activation=activation,
-            flow=flow,
-            b_gate_up=b_gate_up,
-            b_down=b_down,
-            **layout,
-        )
+        return local_layer(rows, None, (ids, weights), experts, settings)
 
-    worst = as_int(_OP, "rows", devices * x.shape[0] * (min(ids.shape[-1], experts) if distinct else ids.shape[-1]), 0)
+    worst = as_int(_OP, "rows", devices * x.shape[0] * (min(ids.shape[-1], held) if distinct else ids.shape[-1]), 0)
     rows = worst if capacity is None else min(worst, -(-capacity // devices) * devices)
     if exchange is None and _gather_is_cheaper(x, ids.shape[-1], devices):
         exchange = "gather"
     if ids.size == 0:  # collectives refuse empty arrays
         out, dropped = local(x, ids, weights), _count(ids >= 0)
     elif exchange == "gather":
-        out, dropped = _gathered(local, axis_name, x, ids, weights, experts)
+        out = _gathered(local, axis_name, axis_name, x, ids, weights, held)
+        dropped = _count(jnp.zeros_like(ids) > 0)  # none, as a number that varies over the same mesh axes as the pairs
     else:
-        out, dropped = _exchanged(local, axis_name, exchange, x, ids, weights, experts, rows, implementation)
-    out = sharded_like(out.reshape(x_type.shape), x_type)
-    return (out, dropped) if return_dropped else out
+        out, dropped = _exchanged(local, axis_name, exchange, x, ids, weights, held, rows, settings.implementation)
+    return sharded_like(out.reshape(x_type.shape), x_type), dropped
+
+
+def gathered_layer(
+    x: jax.Array, routed: Any, experts: Experts, settings: Settings, *, axis_name: Any, gathered: tuple[str, ...]
+) -> jax.Array:
+    """What this device's experts add to the tokens' results, where experts are spread over `axis_name`.
+
+    gathered: those of the axes over which tokens are divided. The results are added up over these alone.
+    """
+    x_type = jax.typeof(x)
+    x, ids, weights = map(tokens_of, (x, *routed))
+
+    def local(rows: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
+        return local_layer(rows, None, (ids, weights), experts, settings)
+
+    return _gathered(local, axis_name, gathered, x, ids, weights, experts.number).reshape(x_type.shape)
 
 
 def _axis_size(axis_name: Any) -> int:
@@ -199,19 +217,19 @@ def _gather_is_cheaper(x: jax.Array, top_k: int, devices: int) -> bool:
 
 
 def _gathered(
-    local: Any, axis_name: Any, x: jax.Array, ids: jax.Array, weights: jax.Array, experts: int
-) -> tuple[jax.Array, jax.Array]:
+    local: Any, axis_name: Any, gathered: Any, x: jax.Array, ids: jax.Array, weights: jax.Array, experts: int
+) -> jax.Array:
+    """The results of this device's experts, added up over the axes `gathered`, along which the tokens are gathered."""
     gather, scatter = (
-        _auto(functools.partial(collective, axis_name=axis_name, tiled=True), jax.typeof(x).sharding.mesh)
+        _auto(functools.partial(collective, axis_name=gathered, tiled=True), jax.typeof(x).sharding.mesh)
         for collective in (lax.all_gather, lax.psum_scatter)
     )
-    all_x, ids, weights = map(gather, (x, ids, weights))
-    first = lax.axis_index(axis_name) * experts
+    if gathered:
+        x, ids, weights = map(gather, (x, ids, weights))
+    dtype, first = x.dtype, lax.axis_index(axis_name) * experts
     mine = (ids >= first) & (ids < first + experts)
-    part = local(all_x, jnp.where(mine, ids - first, -1), weights)
-    out = scatter(part.astype(jnp.float32)).astype(x.dtype)
-    dropped = jnp.zeros_like(mine)  # none, as a mask that varies over the same mesh axes as the pairs
-    return out, _count(dropped)
+    part = local(x, jnp.where(mine, ids - first, -1), weights)
+    return scatter(part.astype(jnp.float32)).astype(dtype) if gathered else part
 
 
 def _auto(collective: Any, mesh: Any) -> Any:
