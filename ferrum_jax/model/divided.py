@@ -19,7 +19,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from ..core.types import LayerOf, MoESharding
 from .arguments import Experts
 from .local import Settings, local_layer, routing_of
-from .parallel import exchanged_layer, gathered_layer
+from .spread import exchanged_layer, gathered_layer
 
 Names = tuple[str, ...]
 
