@@ -3,13 +3,18 @@
 import contextlib
 import functools
 import itertools
+import os
+import pathlib
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import Size, rng
+from compiled import h200s, needs_pjrt, whole_program_for_h200
 from jax import export
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -304,3 +309,49 @@ def test_no_tokens():
     mesh, (x, routing, *matrices), _ = placed_by(AxisType.Explicit)
     with jax.set_mesh(mesh):
         assert run("one", x[:0], routing[:0], *matrices).shape == (0, SIZE.H)
+
+
+@pytest.mark.slow
+def test_the_next_process_finds_the_program_in_the_cache(tmp_path):
+    """As JAX's persistent cache has it: the second start compiles nothing."""
+    code = (
+        "import jax, test_divided as t, functools, os\n"
+        "mesh, _, placed = t.placed_by(t.AxisType.Explicit)\n"
+        "with jax.set_mesh(mesh):\n"
+        "    jax.jit(functools.partial(t.run, 'one'))(*placed)\n"
+    )
+    here = pathlib.Path(__file__).parent
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(here), *sys.path]), "JAX_PLATFORMS": "cpu"}
+    env |= {"JAX_COMPILATION_CACHE_DIR": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    found = []
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", code], check=True, cwd=here, env=env, capture_output=True)
+        found.append({path.name for path in tmp_path.iterdir() if path.name.endswith("-cache")})
+    assert found[0]
+    assert found[1] == found[0]
+
+
+@needs_pjrt
+@pytest.mark.compiled
+@pytest.mark.parametrize("layout", ["tokens", "exchange, width", "experts, hidden"])
+def test_kernels_on_eight_gpus(layout):
+    """Each H200 runs kernels on its own part, and exchanges what it does on a CPU."""
+    mesh = jax.sharding.Mesh(np.array(h200s(8)).reshape(4, 2), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
+    experts, tokens, width = 16, 1024, 256
+    x_spec, gate_up, down, _, expected = LAYOUTS[layout]
+    args = [
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, P(*spec)))
+        for shape, spec in (
+            ((tokens, 512), x_spec),
+            ((tokens, experts), x_spec),
+            ((experts, 512, 2 * width), gate_up),
+            ((experts, width, 512), down),
+        )
+    ]
+    program, _ = whole_program_for_h200(lambda *args: moe_mlp(*args, top_k=K), *args)
+    gathered = "exchange" in layout
+    own_experts = experts // (4 if gathered else 2 if "experts" in layout else 1)
+    own_width = width // (2 if "width" in layout else 1)
+    assert program.count("triton_kernel_call") >= 4
+    assert f"bf16[{own_experts},{own_width},512]" in program
+    assert set(collectives(program)) == set(expected)
