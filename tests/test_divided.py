@@ -355,3 +355,25 @@ def test_kernels_on_eight_gpus(layout):
     assert program.count("triton_kernel_call") >= 4
     assert f"bf16[{own_experts},{own_width},512]" in program
     assert set(collectives(program)) == set(expected)
+
+
+def test_arrays_that_are_not_on_the_mesh():
+    """As a notebook has them after `jax.set_mesh`: every device computes the same, to the second derivative."""
+    mesh, (x, *rest), _ = placed_by(AxisType.Explicit)
+
+    def second(x):
+        return jax.grad(lambda x: jnp.sum(jnp.sin(gradients("one")(x, *rest)[0])))(x)
+
+    want = second(x)
+    with jax.set_mesh(mesh):
+        np.testing.assert_allclose(second(x), want, rtol=1e-4, atol=1e-4)
+
+
+def test_explicit_and_auto_axes_in_one_mesh():
+    """The types say what the Explicit axis divides, and the argument what both divide."""
+    args = arguments("one")
+    with jax.set_mesh(jax.make_mesh((4, 2), BOTH, axis_types=(AxisType.Explicit, AxisType.Auto))):
+        placed = [None if a is None else jax.device_put(a, P("a")) for a in args]
+        for sharding in (None, LAYOUTS[LAYOUT][3]):
+            out = jax.jit(functools.partial(run, "one", sharding=sharding))(*placed)
+            np.testing.assert_allclose(out, run("one", *args), rtol=1e-4, atol=1e-5)

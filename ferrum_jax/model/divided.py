@@ -53,6 +53,7 @@ def division_of(op: str, sharding: MoESharding | None, x: jax.Array, routing: An
     if sharding is not None:
         return _by_argument(op, sharding, x, experts)
     meshes = [jax.typeof(a).sharding.mesh for a in jax.tree.leaves((x, routing, experts.arrays))]
+    meshes.append(jax.sharding.get_abstract_mesh())  # for arrays that were not put on it
     mesh = next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
     if mesh is None:
         return None
@@ -124,11 +125,11 @@ def divided_layer(
 
     def on_device(x: jax.Array, routing: Any, arrays: list[Any]) -> jax.Array:
         logits, routed = routing
-        return _on_device(division, settings, x, logits, routed, experts.of(_gathered(division, experts, arrays)))
+        return _on_device(division, settings, x, logits, routed, experts.of(_gathered(division, arrays)))
 
     if division.mesh.manual_axes:
         on_device = jax.checkpoint(on_device)  # else JAX cannot lower its gradient inside another shard_map
-    elif any(_parts(division, experts)):
+    elif any(_parts(division)):
         keep = jax.checkpoint_policies.save_anything_except_these_names(_GATHERED)
         on_device = jax.checkpoint(on_device, policy=keep)
     routing = jax.tree.map(lambda a: place(a, tokens), (logits, routed))
@@ -197,7 +198,7 @@ def _halves_together(array: Any, axes: Names, axis: int) -> jax.Array:
     return jnp.concatenate([gate, up], axis)
 
 
-def _gathered(division: Division, experts: Experts, arrays: list[Any]) -> list[Any]:
+def _gathered(division: Division, arrays: list[Any]) -> list[Any]:
     """The arrays, of which those that are stored in parts are gathered."""
 
     def whole(array: Any, parts: Any) -> Any:
@@ -208,32 +209,25 @@ def _gathered(division: Division, experts: Experts, arrays: list[Any]) -> list[A
             array = lax.all_gather(array, names, axis=axis, tiled=True)
         return checkpoint_name(array, _GATHERED)
 
-    return [whole(a, parts) for a, parts in zip(arrays, _parts(division, experts), strict=True)]
+    return [whole(a, parts) for a, parts in zip(arrays, _parts(division), strict=True)]
 
 
-def _parts(division: Division, experts: Experts) -> list[list[tuple[int, Names]]]:
+def _parts(division: Division) -> list[list[tuple[int, Names]]]:
     """For each array the axes along which it is to be gathered, and over which mesh axes."""
-    return [
-        [
-            (i, n)
-            for i, (letter, n) in enumerate(zip(axes, names, strict=True))
-            if n and letter != "E" and n != division.width
-        ]
-        for axes, names in zip(experts.axes, division.stored, strict=True)
-    ]
+    divided = ((), division.experts, division.width)
+    return [[(axis, n) for axis, n in enumerate(names) if n not in divided] for names in division.stored]
 
 
 def _placed(division: Division, array: Any, spec: PartitionSpec) -> Any:
-    """The array with this sharding, in an Explicit mesh. With Auto axes, shard_map brings it there."""
-    if array is None or AxisType.Explicit not in division.mesh.axis_types:
+    """The array with this sharding along Explicit axes. Along Auto ones, shard_map brings it there."""
+    types = dict(zip(division.mesh.axis_names, division.mesh.axis_types, strict=True))
+    if AxisType.Explicit not in types.values():
         return array
     have = jax.typeof(array).sharding
-    spec = PartitionSpec(*spec, *[None] * (array.ndim - len(spec)))
-    return (
-        array
-        if have.spec == spec and not have.mesh.empty
-        else jax.sharding.reshard(array, NamedSharding(division.mesh, spec))
-    )
+    entries = [tuple([n for n in names if types[n] == AxisType.Explicit]) for names in _names(spec)]
+    spec = _spec((*entries, *[()] * (array.ndim - len(entries))))
+    there = have.spec == spec and not have.mesh.empty
+    return array if there else jax.sharding.reshard(array, NamedSharding(division.mesh, spec))
 
 
 def _check_sizes(op: str, division: Division, x: jax.Array, experts: Experts) -> None:

@@ -114,7 +114,8 @@ def moe_mlp(
     precision = as_precision(_OP, precision, x.dtype)
     settings = Settings(_OP, top_k, norm_topk_prob, activation, flow, block_size, precision, implementation)
     division = division_of(_OP, sharding, x, (logits, routed), experts)
-    if division is None or 0 in x.shape:  # collectives refuse empty arrays
+    # Collectives refuse empty arrays, and JAX cannot export a shard_map of a symbolic number of tokens.
+    if division is None or not x.size or not isinstance(x.size, int):
         return local_layer(x, logits, routed, experts, settings)
     return divided_layer(division, x, logits, routed, experts, settings)
 

@@ -59,9 +59,6 @@ def exchanged_layer(
     def local(rows: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
         return local_layer(rows, None, (ids, weights), experts, settings)
 
-    most = min(ids.shape[-1], held) if distinct else ids.shape[-1]  # pairs of a token that one device can get
-    worst = as_int(settings.op, "rows", devices * x.shape[0] * most, 0)
-    rows = worst if capacity is None else min(worst, -(-capacity // devices) * devices)
     if exchange is None and _gather_is_cheaper(x, ids.shape[-1], devices):
         exchange = "gather"
     if ids.size == 0:  # collectives refuse empty arrays
@@ -70,6 +67,10 @@ def exchanged_layer(
         out = _gathered(local, axis_name, axis_name, x, ids, weights, held)
         dropped = _count(jnp.zeros_like(ids) > 0)  # none, as a number that varies over the same mesh axes as the pairs
     else:
+        most = min(ids.shape[-1], held) if distinct else ids.shape[-1]  # pairs of a token that one device can get
+        rows = as_int(settings.op, "rows", devices * x.shape[0] * most, 0)
+        if capacity is not None:
+            rows = min(rows, -(-capacity // devices) * devices)
         out, dropped = _exchanged(local, settings, axis_name, exchange, x, ids, weights, held, rows)
     return sharded_like(out.reshape(x_type.shape), x_type), dropped
 
