@@ -283,6 +283,7 @@ def test_work_of_a_device():
 
 
 ERRORS = {
+    "another type": (None, "a", "sharding must be a MoESharding; got 'a'"),
     "no mesh": (None, MoESharding("a"), "sharding needs a mesh around the call"),
     "another axis": ((4, 2), MoESharding("data"), "sharding must name axes of the mesh, a, b; got 'data'"),
     "too many axes": (
@@ -301,7 +302,7 @@ ERRORS = {
 def test_named_error(name):
     shape, sharding, message = ERRORS[name]
     around = contextlib.nullcontext() if shape is None else jax.set_mesh(mesh_by(AxisType.Auto, shape))
-    with around, pytest.raises(ValueError, match="moe_mlp: " + re.escape(message)):
+    with around, pytest.raises((TypeError, ValueError), match="moe_mlp: " + re.escape(message)):
         run("one", *arguments("one"), sharding=sharding)
 
 

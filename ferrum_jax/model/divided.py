@@ -69,6 +69,8 @@ def division_of(op: str, sharding: MoESharding | None, x: jax.Array, routing: An
 
 
 def _by_argument(op: str, sharding: MoESharding, x: jax.Array, experts: Experts) -> Division:
+    if not isinstance(sharding, MoESharding):
+        raise TypeError(f"{op}: sharding must be a MoESharding; got {sharding!r}")
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         raise ValueError(f"{op}: sharding needs a mesh around the call, as jax.set_mesh(mesh) makes it")
