@@ -5,7 +5,7 @@ from . import parallel as parallel
 from . import presets as presets
 from . import profile as profile
 from . import viz as viz
-from .core.types import LayerOf, MoePlan, MoeRouting, RouterOutput, TokenPairs
+from .core.types import LayerOf, MoePlan, MoeRouting, MoESharding, RouterOutput, TokenPairs
 from .core.which import which
 from .kernels import export_checks, interpret_kernels
 from .model.layer import moe_mlp, pack_gate_up
@@ -32,6 +32,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LayerOf",
+    "MoESharding",
     "MoePlan",
     "MoeRouting",
     "RouterOutput",

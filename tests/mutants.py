@@ -192,7 +192,7 @@ MUTANTS = (
     ),
     Mutant(
         "interleaved gate and up are taken for halves",
-        "model/layer.py",
+        "model/local.py",
         "elif interleaved:",
         "elif not interleaved:",
         "test_forms.py::test_equals_the_usual_form[interleaved-biased]",
@@ -306,6 +306,21 @@ MUTANTS = (
         "return out.at[place].set(rows.astype(lhs.dtype).astype(dtype),",
         "test_grouped.py::test_preferred_element_type[xla-float32]",
     ),
+    # ---- a mesh
+    Mutant(
+        "every device that has a part of F adds the last bias",
+        "model/divided.py",
+        "jnp.where(lax.axis_index(axes) == 0, experts.down_bias,",
+        "jnp.where(lax.axis_index(axes) >= 0, experts.down_bias,",
+        "test_divided.py::test_values_gradients_and_collectives[exchange, width-biased-AxisType.Explicit]",
+    ),
+    Mutant(
+        "gate and up are exchanged when their columns travel",
+        "model/divided.py",
+        "first_is_up = me % 2 == 1",
+        "first_is_up = me % 2 == 0",
+        "test_divided.py::test_three_and_six_devices[width]",
+    ),
     # ---- around the ops
     Mutant(
         "a result in an Explicit mesh is not sharded as its operands are",
@@ -323,7 +338,7 @@ MUTANTS = (
     ),
     Mutant(
         "a sender's rows go where they should end",
-        "model/exchange.py",
+        "model/exchanged_rows.py",
         "start = jnp.minimum(end - counts, rows)",
         "start = jnp.minimum(end, rows)",
         "test_parallel.py::test_sizes_and_offsets[11-3]",

@@ -81,7 +81,7 @@ def test_no_module_imports_itself_by_way_of_others():
 BELOW = {  # what users import -> the modules whose public names it lists
     "checkpoint": ["model.checkpoint"],
     "nnx": ["model.nnx", "model.nnx_scan"],
-    "parallel": ["model.parallel"],
+    "parallel": ["model.parallel", "model.exchange"],
     "presets": ["model.presets"],
     "profile": ["observe.profile"],
     "viz": ["observe.viz"],

@@ -13,6 +13,7 @@ import pytest
 from cases import rng
 from flax import nnx
 from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from oracle import assert_near, f64
 from test_mlp import beyond_float16
 from test_package import run
@@ -360,6 +361,29 @@ def test_parameters_are_made_sharded(kind, unsharded):
     np.testing.assert_allclose(value, want, rtol=1e-5)
     for name, gradient in want_gradients.items():
         close(gradients[name][...], f64(gradient[...]))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=lambda t: t.name)
+@pytest.mark.parametrize(
+    ("partition", "spec"),
+    [({"E": "a", "F": "b"}, P("a")), ({"E": "b", "H": "a"}, P("a", "b")), ({"F": "a"}, P("a"))],
+    ids=str,
+)
+def test_a_mesh_divides_the_layer(partition, spec, kind):
+    """Tokens, experts, F and H: by the parameters' types, or by `sharding`; with a shared MLP."""
+    preset, x = dataclasses.replace(presets.mixtral, shared_experts=1), tokens(4, 2, 16)
+
+    def build(**kwargs):
+        return MoE(16, 8, preset, **QUICK, rngs=nnx.Rngs(3), **kwargs)
+
+    want = nnx.jit(loss)(nnx.jit(build)(), x)
+    sharding = ferrum_jax.MoESharding(tuple(spec), *[partition.get(letter) for letter in "EFH"])
+    with jax.set_mesh(jax.make_mesh((4, 2), ("a", "b"), axis_types=(kind,) * 2)):
+        how = {"sharding": sharding} if kind == AxisType.Auto else {}
+        module = nnx.jit(lambda: build(partition=partition, **how))()
+        got = nnx.jit(loss)(module, jax.device_put(x, spec))
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-4, atol=2e-5 * np.abs(w).max())
 
 
 def test_partition_names_every_axis_and_survives_vmap():

@@ -25,7 +25,7 @@ from meshes import mesh_of
 from test_mlp import beyond_float16
 
 import ferrum_jax
-from ferrum_jax.model import parallel
+from ferrum_jax.model import spread
 from ferrum_jax.parallel import exchange_sizes, moe_mlp
 
 EXCHANGES = ("gather", "padded", "ragged")
@@ -103,7 +103,7 @@ def test_values_and_gradients_equal_the_unsharded_layers(devices, exchange, kind
 
     None is "padded" here, chosen at lowering.
     """
-    monkeypatch.setattr(parallel, "_FEW_BYTES", 0)
+    monkeypatch.setattr(spread, "_FEW_BYTES", 0)
     mesh = mesh_of(devices, kind)
     f = functools.partial(layer, run=moe_mlp, axis_name="d", exchange=exchange)
     f = value_and_gradients(jax.shard_map(f, mesh=mesh, in_specs=P("d"), out_specs=P("d")))
@@ -332,7 +332,7 @@ def test_sizes_and_offsets(capacity, parts):
         owner = [np.zeros_like(o) for o in owner] if case == 0 else owner
         offsets = np.stack([np.searchsorted(o, np.arange(experts + 1)) for o in owner]).astype(np.int32)
         there, back = (
-            [parallel.ExchangeSizes(*np.stack(way)[:, d]) for d in range(devices)]
+            [spread.ExchangeSizes(*np.stack(way)[:, d]) for d in range(devices)]
             for way in f(offsets, np.arange(devices))
         )
         rows = devices * pairs if capacity is None else capacity

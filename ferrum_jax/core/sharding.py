@@ -60,6 +60,18 @@ def in_auto_mesh(function: Callable[..., Any], mesh: AbstractMesh, out_sharding:
     return jax.sharding.auto_axes(function, axes=axes, out_sharding=out_sharding)
 
 
+def by_compiler(function: Callable[..., Array]) -> Callable[..., Array]:
+    """The function of x and others, whose work the compiler divides, in an Explicit mesh too; sharded as x."""
+
+    def call(x: Array, *others: Array) -> Array:
+        mesh = jax.typeof(x).sharding.mesh
+        if AxisType.Explicit not in mesh.axis_types:
+            return function(x, *others)
+        return in_auto_mesh(function, mesh, jax.typeof(x).sharding.spec)(x, *others)
+
+    return call
+
+
 def no_mesh() -> AbstractMesh:
     """An empty mesh that still names the kind of device, so that kernels are compiled for the right GPU."""
     return AbstractMesh((), (), abstract_device=jax.sharding.get_abstract_mesh().abstract_device)

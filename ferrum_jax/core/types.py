@@ -76,6 +76,34 @@ class LayerOf:
         return jax.lax.dynamic_index_in_dim(self.stack, layer, keepdims=False)
 
 
+Axes = str | tuple[str, ...] | None
+
+
+class MoESharding(NamedTuple):
+    """Which mesh axes divide a layer, for `moe_mlp` in a mesh of Auto axes, where arrays' types do not say it.
+
+    Each is a mesh axis, several, or None.
+
+    tokens: as in a PartitionSpec, an entry for each axis of x before the last; a bare name stands for the first one's.
+    experts: E of the matrices. An axis that divides tokens too exchanges tokens; with one that does not, each device
+        computes its own experts for its tokens, and results are added up.
+    width: F of the matrices, with one sum over the axis for each call.
+    hidden: H of the matrices, which are gathered before they are used, and whose gradients are scattered.
+
+    >>> import jax, jax.numpy as jnp, ferrum_jax
+    >>> sharding = ferrum_jax.MoESharding(tokens="data", experts="data", width="model")
+    >>> with jax.set_mesh(jax.make_mesh((1, 1), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)):
+    ...     args = jnp.ones((5, 4)), jnp.ones((5, 3)), jnp.ones((3, 4, 12)), jnp.ones((3, 6, 4))
+    ...     jax.jit(lambda *args: ferrum_jax.moe_mlp(*args, top_k=2, sharding=sharding))(*args).shape
+    (5, 4)
+    """
+
+    tokens: Axes | tuple[Axes, ...] = None
+    experts: Axes = None
+    width: Axes = None
+    hidden: Axes = None
+
+
 class _Table:
     """What all tables share. A table is a pytree: its arrays are the leaves, the facts about them are static.
 

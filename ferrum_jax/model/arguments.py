@@ -1,5 +1,7 @@
 """The layer's arguments, checked."""
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from ..core.signature import Signature, Term, as_bool, as_int, checked, one_of, parse
@@ -7,6 +9,7 @@ from ..core.types import PACKED, PAIR_IDS, LayerOf
 from ..ops.activations import ACTIVATIONS
 from ..ops.grouped_ops import Matrices
 from ..ops.routing import as_pair
+from .presets import Preset
 
 FLOWS = (PACKED, PAIR_IDS)
 
@@ -29,6 +32,29 @@ class Experts(NamedTuple):
     @property
     def number(self) -> int:
         return self.down.shape[0]
+
+    @property
+    def arrays(self) -> tuple[Any, ...]:
+        """The matrices, then the biases that there are."""
+        down_bias = () if self.down_bias is None else (self.down_bias,)
+        return *self.gate_up, self.down, *self.gate_up_bias, *down_bias
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """A letter for each axis of `arrays`; "G" are the 2F entries of gate and up in one array."""
+        width = "G" if len(self.gate_up) == 1 else "F"
+        gate_up, down = (f"E{width}H", "EHF") if self.transpose_rhs else (f"EH{width}", "EFH")
+        down_bias = () if self.down_bias is None else ("EH",)
+        return *[gate_up] * len(self.gate_up), down, *[f"E{width}"] * len(self.gate_up_bias), *down_bias
+
+    def of(self, arrays: Sequence[Any]) -> "Experts":
+        """The same with other arrays, in the order of `arrays`."""
+        parts, number = list(arrays), len(self.gate_up)
+        biases = parts[number + 1 : number + 1 + len(self.gate_up_bias)]
+        down_bias = None if self.down_bias is None else parts[-1]
+        return self._replace(
+            gate_up=tuple(parts[:number]), down=parts[number], gate_up_bias=tuple(biases), down_bias=down_bias
+        )
 
 
 def checked_settings(op: str, activation: Any, flow: Any, block_size: Any) -> Any:
@@ -141,3 +167,15 @@ def checked_tokens(
 
 
 _TOKENS = parse("x: rows[T,H], router_logits?: logits[T,E], expert_ids?: ids[T,K], expert_weights?: weights[T,K]")
+
+
+def preset_of(op: str, preset: Preset | None, settings: dict[str, Any]) -> Preset:
+    """The preset with these settings in place of its own, or one of these settings alone."""
+    fields = {field.name for field in dataclasses.fields(Preset)}
+    if unknown := settings.keys() - fields:
+        raise TypeError(f"{op}: settings must be fields of Preset, {', '.join(sorted(fields))}; got {sorted(unknown)}")
+    if preset is not None:
+        return dataclasses.replace(preset, **settings)
+    if missing := {"num_experts", "top_k"} - settings.keys():
+        raise TypeError(f"{op}: {' and '.join(sorted(missing))} must be given, or a preset")
+    return Preset(**settings)

@@ -1,28 +1,20 @@
-"""`moe_mlp`: the whole layer, from tokens and router logits to output, made of the library's ops."""
+"""`moe_mlp`: the whole layer, from tokens and router logits to output, on one device or on all of a mesh."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
-from ..core.sharding import sharded_like, tokens_of
 from ..core.signature import one_of
-from ..core.types import PACKED, PAIR_IDS, RouterOutput
+from ..core.types import MoESharding, RouterOutput
 from ..kernels import IMPLEMENTATIONS
-from ..ops import tables
-from ..ops.combine import combine_op, dispatch_op
 from ..ops.grouped import as_precision
-from ..ops.grouped_ops import Matrices, product, unfinished
-from ..ops.routing import route_topk_softmax
-from ..ops.table_sizes import usual_block_size
-from ..ops.weighted_sum import weighted_sum_op
+from ..ops.grouped_ops import Matrices
 from .arguments import checked_experts, checked_settings, checked_tokens
+from .divided import divided_layer, division_of
+from .local import Settings, local_layer
 
 _OP = "moe_mlp"  # the name in errors
-
-_L2_BYTES = 2**25  # x of at most this size is taken to fit the L2 cache
 
 
 def moe_mlp(
@@ -43,6 +35,7 @@ def moe_mlp(
     block_size: int | None = None,
     precision: str | jax.lax.Precision | None = None,
     implementation: str | None = None,
+    sharding: MoESharding | None = None,
 ) -> jax.Array:
     """A Mixture-of-Experts layer: each token through its experts' gated MLPs, weighted and added.
 
@@ -57,6 +50,15 @@ def moe_mlp(
     `jax.checkpoint_policies.save_only_these_names("moe_router", "moe_gate_up", "moe_down")`. These are the routing
     and its tables; the product before its bias and activation; and the product of w_down before its bias. JAX's own
     policies for dot products keep none of them.
+
+    On a mesh the layer runs in a `jax.shard_map` that it opens: in an Explicit mesh as the arrays are sharded, and in
+    any mesh as `sharding` says. x decides: the routing is brought to its tokens' devices, and the result is sharded as
+    x is. A mesh axis over E of the matrices divides the experts. With one that divides tokens too, tokens are exchanged
+    as in `parallel.moe_mlp`; with another one each device computes its own experts, and results are added up. One over
+    F divides each expert, at the cost of one sum; one array w_gate_up is then exchanged in each call, and a pair is
+    not. H of the matrices, or F over an axis that divides tokens, is a way to store them: they are gathered before use,
+    again for the gradient, and their gradients are scattered. Without either, XLA divides the ops, and may gather all
+    tokens.
 
     Args:
       x: [..., T, H] float16, bfloat16 or float32. Leading axes are more tokens: the matrices serve all.
@@ -84,6 +86,7 @@ def moe_mlp(
         allows TF32. None: what `jax.default_matmul_precision` says, and full float32 if that is not set.
       implementation: None, "xla" or "triton", of each op; Pallas has no kernel of tables, and None takes its products
         where they were measured faster.
+      sharding: which axes of the mesh around the call (`jax.set_mesh`) divide the layer. None: as said above.
 
     Returns:
       [..., T, H] in x's dtype.
@@ -92,7 +95,8 @@ def moe_mlp(
       TypeError: an argument of another dtype, a size that is no int, a bool that is none, a pair of one array and one
         `LayerOf`, biases in another form than the matrices.
       ValueError: ranks or shapes that do not fit, sizes out of range, both or neither of `router_logits` and
-        `router_output`, an unknown `activation`, `flow`, `precision` or `implementation`.
+        `router_output`, an unknown `activation`, `flow`, `precision` or `implementation`, `sharding` without a mesh or
+        over axes that it lacks, sizes that the mesh axes do not divide.
       NotImplementedError: the implementation asked for cannot run here; the message says why.
 
     The layer is that of Shazeer et al., https://arxiv.org/abs/1701.06538, dropless as in MegaBlocks,
@@ -103,59 +107,17 @@ def moe_mlp(
     >>> moe_mlp(x, logits, jnp.ones((3, 4, 12)), jnp.ones((3, 6, 4)), top_k=2).shape
     (5, 4)
     """
-    act = checked_settings(_OP, activation, flow, block_size)
+    checked_settings(_OP, activation, flow, block_size)
     one_of(_OP, "implementation", implementation, (None, *IMPLEMENTATIONS))
     experts = checked_experts(_OP, w_gate_up, w_down, b_gate_up, b_down, interleaved, transpose_rhs)
     x, logits, routed = checked_tokens(_OP, experts, top_k, x, router_logits, router_output)
-    x_type, num_experts = jax.typeof(x), experts.number
-    if routed:
-        x, ids, weights = [tokens_of(a) for a in (x, *routed)]
-    else:
-        x, logits = tokens_of(x), tokens_of(logits)
-        assert top_k is not None  # else checked_tokens has raised
-        ids, weights = route_topk_softmax(logits, top_k, norm_topk_prob=norm_topk_prob, implementation=implementation)
-    ids, weights = checkpoint_name((ids, weights), "moe_router")
-    flow = _usual_flow(x, ids) if flow is None or not ids.shape[-1] else flow
-    block_size = usual_block_size(ids.size, num_experts) if block_size is None else block_size
     precision = as_precision(_OP, precision, x.dtype)
-    plan, expert_of_row = None, ids.reshape(-1)
-    if flow == PACKED:
-        plan = checkpoint_name(tables.plan(ids, num_experts, block_size, False, implementation), "moe_router")
-        routing, choices = plan.routing, 1
-        rows = dispatch_op.bind(x, plan.packed_token_idx, plan.pairs_by_token, implementation=implementation)
-        if experts.gate_up_bias or experts.down_bias is not None:
-            owner = tables.expert_of_row
-            expert_of_row = owner.bind(plan.packed_token_idx, plan.expert_offsets, implementation=None)
-    else:
-        routing = checkpoint_name(tables.align(ids, num_experts, block_size, True, implementation), "moe_router")
-        rows, choices = x, ids.shape[-1]
-
-    def times(rows: jax.Array, matrices: Matrices, **how: Any) -> jax.Array:
-        how = {"activation": None, "dtype": x.dtype.name, "top_k": 1} | how
-        how |= {"packed_rows": plan is not None, "precision": precision, "implementation": implementation}
-        return product(rows, matrices, *routing, **how)
-
-    def of_rows(bias: jax.Array) -> jax.Array:
-        return dispatch_op.bind(bias, expert_of_row, None, implementation=implementation)
-
-    if experts.gate_up_bias or callable(activation) or experts.interleaved or experts.transpose_rhs:
-        how = {"top_k": choices, "dtype": unfinished(x.dtype.name), "transpose_rhs": experts.transpose_rhs}
-        parts = [times(rows, matrices, **how) for matrices in experts.gate_up]
-        biases = [of_rows(bias) for bias in experts.gate_up_bias]
-        rows = _activate(checkpoint_name(parts, "moe_gate_up"), biases, act, experts.interleaved, x.dtype)
-    else:
-        gate, *up = experts.gate_up
-        rows = times(rows, gate, up=up[0] if up else None, top_k=choices, activation=activation)
-    rows = checkpoint_name(times(rows, experts.down, transpose_rhs=experts.transpose_rhs), "moe_down")
-    if experts.down_bias is not None:
-        rows = (_f32(rows) + _f32(of_rows(experts.down_bias))).astype(x.dtype)
-    if plan:
-        out = combine_op.bind(rows, plan.pairs_by_token, weights, unique_rows=True, implementation=implementation)
-    else:
-        if routed:  # else every id is one of an expert
-            weights = jnp.where((ids >= 0) & (ids < num_experts), weights, 0)
-        out = weighted_sum_op.bind(rows.reshape(*ids.shape, x.shape[-1]), weights, implementation=implementation)
-    return sharded_like(out.reshape(x_type.shape), x_type)
+    settings = Settings(_OP, top_k, norm_topk_prob, activation, flow, block_size, precision, implementation)
+    division = division_of(_OP, sharding, x, (logits, routed), experts)
+    # Collectives refuse empty arrays, and JAX cannot export a shard_map of a symbolic number of tokens.
+    if division is None or not x.size or not isinstance(x.size, int):
+        return local_layer(x, logits, routed, experts, settings)
+    return divided_layer(division, x, logits, routed, experts, settings)
 
 
 def pack_gate_up(gate: jax.Array, up: jax.Array, *, axis: int = -1, interleaved: bool = False) -> jax.Array:
@@ -184,38 +146,3 @@ def pack_gate_up(gate: jax.Array, up: jax.Array, *, axis: int = -1, interleaved:
     shape = list(jnp.shape(gate))
     shape[axis] *= 2
     return jnp.stack([gate, up], axis + 1).reshape(shape)
-
-
-def _activate(
-    parts: list[jax.Array], biases: list[jax.Array], activation: Any, interleaved: bool, dtype: Any
-) -> jax.Array:
-    """The activation of a product, or of one for gate and one for up, after their biases."""
-
-    # The gradient keeps the product, and computes the activation's many float32 intermediates again from it.
-    @jax.checkpoint
-    def finish(parts: list[jax.Array], biases: list[jax.Array]) -> jax.Array:
-        parts = [_f32(part) for part in parts]
-        if biases:
-            parts = [part + _f32(bias) for part, bias in zip(parts, biases, strict=True)]
-        if len(parts) == 2:
-            gate, up = parts
-        elif interleaved:
-            gate, up = parts[0][..., ::2], parts[0][..., 1::2]
-        else:
-            gate, up = jnp.split(parts[0], 2, axis=-1)
-        hidden = activation(gate, up)
-        if jnp.shape(hidden) != gate.shape:
-            raise ValueError(f"{_OP}: activation must give an array of shape {gate.shape}; got {jnp.shape(hidden)}")
-        return hidden.astype(dtype)
-
-    return finish(parts, biases)
-
-
-def _usual_flow(x: jax.Array, ids: jax.Array) -> str:
-    """Pair ids if the tokens fit an L2 cache, else packed rows. Pair ids need a K >= 1: id p means token p // K."""
-    few_bytes = isinstance(x.size, int) and x.size * x.dtype.itemsize <= _L2_BYTES  # a size may be symbolic
-    return PAIR_IDS if few_bytes and ids.shape[-1] else PACKED
-
-
-def _f32(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.float32)

@@ -9,7 +9,6 @@ It sows only inside `nnx.capture`; elsewhere losses and counts cost nothing. The
 inside `nnx.scan`, `nnx.remat` and `nnx.jit`. `optax.tree.sum(balance)` adds a loss over the layers.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Self
@@ -22,14 +21,15 @@ try:
 except ImportError as error:
     raise ImportError("ferrum_jax.nnx needs flax: pip install '.[nnx]' from a clone") from error
 
+from ..core.sharding import by_compiler
 from ..core.signature import as_bool, as_int, one_of
-from ..core.types import RouterOutput
+from ..core.types import MoESharding, RouterOutput
 from ..kernels import IMPLEMENTATIONS
 from ..ops.grouped import as_precision
 from ..ops.losses import NORMALIZATIONS, expert_counts, load_balancing_loss, router_z_loss, update_routing_bias
 from ..ops.routing import route_topk
 from ..ops.scoring import checked_settings as checked_routing
-from .arguments import checked_settings
+from .arguments import checked_settings, preset_of
 from .layer import moe_mlp
 from .layouts import AXES, MoEParams, as_dtype, shape_of
 from .presets import Preset
@@ -80,12 +80,12 @@ class MoE(nnx.Module):
         one, so an expert's fan-in is its own. Default: `lecun_normal`, variance 1 / fan-in. Biases start at 0.
       partition: which mesh axes (or flax's logical axis names) divide the parameters' axes "E", "H" and "F", such as
         {"E": "expert"}. The router's matrix and biases stay whole along E. Parameters get it as metadata
-        `out_sharding`, and are sharded from the start if a mesh is set (`jax.set_mesh`). This spreads memory, not
-        work: a device gathers the matrices that the products of its tokens need.
+        `out_sharding`, and are sharded from the start if a mesh is set (`jax.set_mesh`). In an Explicit mesh this
+        divides the experts' work too, as `moe_mlp` says.
       normalization: of the loss that is sown, as in `load_balancing_loss`, with the layer's `scoring` if that is
         "sigmoid", else "softmax". For "deepseek", x is [..., T, H], leading axes are sequences, and the experts that
         count are those chosen without the score bias.
-      flow, block_size, implementation: as in `moe_mlp`.
+      flow, block_size, implementation, sharding: as in `moe_mlp`; `sharding` divides the experts' part of the layer.
       precision: of float32 products of the experts and of the shared MLP, as in `moe_mlp`. The router's product is
         always in full float32.
       rngs: its stream `params` makes the parameters.
@@ -133,13 +133,15 @@ class MoE(nnx.Module):
         block_size: int | None = None,
         precision: str | jax.lax.Precision | None = None,
         implementation: str | None = None,
+        sharding: MoESharding | None = None,
         rngs: nnx.Rngs,
         **settings: Any,
     ):
-        self.preset = _preset(preset, settings)
+        self.preset = preset_of("MoE", preset, settings)
         self.dtype = None if dtype is None else as_dtype("MoE", "dtype", dtype)
         self.normalization, self.precision = normalization, precision
         self.flow, self.block_size, self.implementation = flow, block_size, implementation
+        self.sharding = sharding
         self._check_settings()
         partition = dict(partition or {})
         if unknown := partition.keys() - set(_PARTITIONED):
@@ -329,6 +331,7 @@ class MoE(nnx.Module):
             block_size=self.block_size,
             precision=self.precision,
             implementation=self.implementation,
+            sharding=self.sharding,
         )
         if not self.preset.weight_on_input:
             return experts(x, router_output=routed)
@@ -341,11 +344,16 @@ class MoE(nnx.Module):
     def _shared(self, x: jax.Array) -> jax.Array:
         act = checked_settings("MoE", self.preset.activation, None, None)
         precision = as_precision("MoE", self.precision, x.dtype) if x.dtype == jnp.float32 else None
-        gate, up = jnp.split(_product(x, _cast(self.shared_w_gate_up, x.dtype), precision), 2, axis=-1)
-        out = _product(act(gate, up).astype(x.dtype), _cast(self.shared_w_down, x.dtype), precision)
-        if self.shared_gate is None:
+
+        def mlp(x: jax.Array, w_gate_up: jax.Array, w_down: jax.Array, *shared_gate: jax.Array) -> jax.Array:
+            gate, up = jnp.split(_product(x, w_gate_up, precision), 2, axis=-1)
+            out = _product(act(gate, up).astype(x.dtype), w_down, precision)
+            for w_gate in shared_gate:
+                out *= jax.nn.sigmoid(_product(x, w_gate, precision))
             return out
-        return out * jax.nn.sigmoid(_product(x, _cast(self.shared_gate, x.dtype), precision))
+
+        matrices = [self.shared_w_gate_up, self.shared_w_down, self.shared_gate]
+        return by_compiler(mlp)(x, *[_cast(w, x.dtype) for w in matrices if w is not None])
 
     def _sow(self, logits: jax.Array, ids: jax.Array, token_mask: jax.Array | None) -> None:
         num_experts = logits.shape[-1]
@@ -363,17 +371,6 @@ class MoE(nnx.Module):
             token_mask=token_mask,
         )
         self.sow(LoadBalancingLoss, "load_balancing_loss", balance)
-
-
-def _preset(preset: Preset | None, settings: dict[str, Any]) -> Preset:
-    fields = {field.name for field in dataclasses.fields(Preset)}
-    if unknown := settings.keys() - fields:
-        raise TypeError(f"MoE: settings must be fields of Preset, {', '.join(sorted(fields))}; got {sorted(unknown)}")
-    if preset is not None:
-        return dataclasses.replace(preset, **settings)
-    if missing := {"num_experts", "top_k"} - settings.keys():
-        raise TypeError(f"MoE: {' and '.join(sorted(missing))} must be given, or a preset")
-    return Preset(**settings)
 
 
 def _matrices(init: Initializer, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:

@@ -1,44 +1,24 @@
 """The layer over many devices: each holds some of the experts, and tokens travel to them and back.
 
-It is called inside `jax.shard_map`. JAX's own collectives carry the rows. Each device runs `ferrum_jax.moe_mlp` on its
-own experts; a pair (token, choice) of another device's expert has the id -1 there. There are three exchanges. "gather":
-every device gets all tokens. "ragged" and "padded": each pair goes to the device of its expert. "ragged" packs these
-rows without gaps; "padded" puts them into a fixed number of slots for each sender.
+It is called inside `jax.shard_map`.
 """
 
-import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType, PartitionSpec
 
-from ..core.sharding import equally_varying, in_auto_mesh, sharded_like, tokens_of
 from ..core.signature import as_bool, as_int, one_of
 from ..core.types import RouterOutput
-from ..ops.combine import moe_combine, moe_dispatch
 from ..ops.grouped import as_precision
 from ..ops.grouped_ops import Matrices
-from ..ops.routing import route_topk_softmax
-from ..ops.table_sizes import usual_block_size
-from ..ops.tables import moe_build_pairs_by_token
-from . import layer
-from .arguments import checked_experts, checked_tokens
-from .exchange import ExchangeSizes, bounds_of, exchange_sizes, experts_of_rows, packed_rows_of, slotted_rows_of
+from .arguments import checked_experts, checked_settings, checked_tokens
+from .local import Settings
+from .spread import exchanged_layer
 
 EXCHANGES = ("gather", "padded", "ragged")
 _OP = "parallel.moe_mlp"
-
-# Up to so many bytes "gather" is cheapest: starting one more collective takes longer than carrying the bytes.
-_FEW_BYTES = 2**22
-
-# Between the GPUs of one host XLA copies each slice of a ragged exchange by one block of threads. So a device cuts what
-# it sends into many slices, SLICES in all. Between hosts each slice is a message, so there is one for each receiver.
-# More devices than ONE_HOST are taken to be on several hosts.
-SLICES = 1024
-ONE_HOST = 8
 
 
 def moe_mlp(
@@ -132,49 +112,13 @@ def moe_mlp(
         capacity = as_int(_OP, "capacity", capacity)
         if not return_dropped:
             raise ValueError(f"{_OP}: capacity may drop pairs; pass return_dropped=True to get their count too")
-    layout = {"interleaved": interleaved, "transpose_rhs": transpose_rhs}
-    matrices = checked_experts(_OP, w_gate_up, w_down, b_gate_up, b_down, **layout)
-    x, logits, routed = checked_tokens(_OP, matrices, top_k, x, router_logits, router_output, devices)
-    distinct = routed is None
-    if logits is not None:
-        assert top_k is not None  # else checked_tokens has raised
-        routed = route_topk_softmax(logits, top_k, norm_topk_prob=norm_topk_prob, implementation=implementation)
-    ids, weights = routed
-    x_type, experts = jax.typeof(x), matrices.number
+    checked_settings(_OP, activation, flow, block_size)
+    experts = checked_experts(_OP, w_gate_up, w_down, b_gate_up, b_down, interleaved, transpose_rhs)
+    x, logits, routed = checked_tokens(_OP, experts, top_k, x, router_logits, router_output, devices)
     precision = as_precision(_OP, precision, x.dtype)
-    x, ids, weights = (tokens_of(a, whole=True) for a in (x, ids, weights))
-    x, ids, weights, _ = equally_varying([x, ids, weights, lax.axis_index(axis_name)])
-    if block_size is None:
-        block_size = usual_block_size(ids.size, experts)
-
-    def local(rows: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
-        return layer.moe_mlp(
-            rows,
-            None,
-            w_gate_up,
-            w_down,
-            router_output=RouterOutput(ids, weights),
-            block_size=block_size,
-            precision=precision,
-            implementation=implementation,
-            activation=activation,
-            flow=flow,
-            b_gate_up=b_gate_up,
-            b_down=b_down,
-            **layout,
-        )
-
-    worst = as_int(_OP, "rows", devices * x.shape[0] * (min(ids.shape[-1], experts) if distinct else ids.shape[-1]), 0)
-    rows = worst if capacity is None else min(worst, -(-capacity // devices) * devices)
-    if exchange is None and _gather_is_cheaper(x, ids.shape[-1], devices):
-        exchange = "gather"
-    if ids.size == 0:  # collectives refuse empty arrays
-        out, dropped = local(x, ids, weights), _count(ids >= 0)
-    elif exchange == "gather":
-        out, dropped = _gathered(local, axis_name, x, ids, weights, experts)
-    else:
-        out, dropped = _exchanged(local, axis_name, exchange, x, ids, weights, experts, rows, implementation)
-    out = sharded_like(out.reshape(x_type.shape), x_type)
+    settings = Settings(_OP, top_k, norm_topk_prob, activation, flow, block_size, precision, implementation)
+    how = {"axis_name": axis_name, "exchange": exchange, "capacity": capacity}
+    out, dropped = exchanged_layer(x, logits, routed, experts, settings, **how)
     return (out, dropped) if return_dropped else out
 
 
@@ -185,145 +129,3 @@ def _axis_size(axis_name: Any) -> int:
         raise ValueError(
             f"{_OP}: axis_name must name an axis of a jax.shard_map around the call; got {axis_name!r}"
         ) from error
-
-
-def _gather_is_cheaper(x: jax.Array, top_k: int, devices: int) -> bool:
-    """Compare the bytes that a device takes in, there and back, if routing is balanced."""
-    item = x.dtype.itemsize
-    gather = x.size * (devices - 1) * (item + 4)
-    pairs = x.size * (devices - 1) * 2 * item * top_k // devices
-    return gather <= max(_FEW_BYTES, pairs)
-
-
-# ---- gather: all tokens to every device
-
-
-def _gathered(
-    local: Any, axis_name: Any, x: jax.Array, ids: jax.Array, weights: jax.Array, experts: int
-) -> tuple[jax.Array, jax.Array]:
-    gather, scatter = (
-        _auto(functools.partial(collective, axis_name=axis_name, tiled=True), jax.typeof(x).sharding.mesh)
-        for collective in (lax.all_gather, lax.psum_scatter)
-    )
-    all_x, ids, weights = map(gather, (x, ids, weights))
-    first = lax.axis_index(axis_name) * experts
-    mine = (ids >= first) & (ids < first + experts)
-    part = local(all_x, jnp.where(mine, ids - first, -1), weights)
-    out = scatter(part.astype(jnp.float32)).astype(x.dtype)
-    dropped = jnp.zeros_like(mine)  # none, as a mask that varies over the same mesh axes as the pairs
-    return out, _count(dropped)
-
-
-def _auto(collective: Any, mesh: Any) -> Any:
-    """The collective, run with Explicit axes as Auto. JAX lacks psum_scatter and all_gather's gradient for Explicit."""
-    return in_auto_mesh(collective, mesh, PartitionSpec()) if AxisType.Explicit in mesh.axis_types else collective
-
-
-def _count(mask: jax.Array) -> jax.Array:
-    return jnp.sum(mask, dtype=jnp.int32)
-
-
-# ---- ragged and padded: each pair's row to the device of its expert
-
-
-class _Tables(NamedTuple):
-    """Where this device's pairs go, and all devices' offsets."""
-
-    ids: jax.Array  # [T, K], of all E experts
-    pairs: jax.Array  # [T, K]: each pair's row in the packed order, or -1
-    tokens: jax.Array  # [P]: each packed row's token
-    offsets: jax.Array  # [D, E+1]: expert_offsets of every device
-
-
-def _exchanged(
-    local: Any,
-    axis_name: Any,
-    exchange: str | None,
-    x: jax.Array,
-    ids: jax.Array,
-    weights: jax.Array,
-    experts: int,
-    rows: int,
-    implementation: str | None,
-) -> tuple[jax.Array, jax.Array]:
-    devices = lax.axis_size(axis_name)
-    num_experts = as_int(_OP, "E", devices * experts)
-    pairs, tokens, offsets = moe_build_pairs_by_token(ids, num_experts, implementation=implementation)
-    tables = _Tables(ids, pairs, tokens, lax.all_gather(offsets, axis_name))
-
-    def by_exchange(step: Any, *args: Any) -> Any:
-        step = functools.partial(step, axis_name=axis_name, rows=rows, implementation=implementation)
-        ragged, padded = (functools.partial(step, name) for name in ("ragged", "padded"))
-        if exchange:
-            return (ragged if exchange == "ragged" else padded)(*args)
-        # The platform is known only at lowering: trace both exchanges, and lower one.
-        return lax.platform_dependent(*args, cuda=ragged, default=padded)
-
-    received, local_ids, returned, dropped = by_exchange(_send, x, tables)
-    done = local(received, local_ids[:, None], jnp.ones((rows, 1), jnp.float32))
-    return by_exchange(_bring_back, done, weights, returned, tables.offsets), dropped
-
-
-def _send(
-    exchange: str, x: jax.Array, tables: _Tables, *, axis_name: Any, rows: int, implementation: str | None
-) -> tuple[jax.Array, ...]:
-    """Send this device's rows to their experts' devices, and receive the rows of its own experts.
-
-    Returns the received rows [rows, H]; the local expert of each, or -1; for each pair of this device, the row that
-    will hold its result among those that come back, or -1; and how many of the pairs were dropped.
-    """
-    ids, pairs, tokens, offsets = tables
-    me, devices = lax.axis_index(axis_name), offsets.shape[0]
-    experts = (offsets.shape[1] - 1) // devices
-    bounds = bounds_of(offsets)
-    start, size = (packed_rows_of if exchange == "ragged" else slotted_rows_of)(jnp.diff(bounds), rows)
-    device = jnp.clip(ids // experts, 0, devices - 1)
-    place = pairs - bounds[me][device]
-    fits = (pairs >= 0) & (place < size[me][device])
-    dispatch = functools.partial(moe_dispatch, implementation=implementation)
-    if exchange == "ragged":
-        there, _ = exchange_sizes(offsets, me, capacity=rows, parts=_parts(devices))
-        packed = dispatch(x, tokens, pairs_by_token=pairs)
-        received = _ragged(packed, rows, there, axis_name)
-        returned = jnp.where(fits, pairs, -1)
-    else:
-        slots = rows // devices
-        returned = jnp.where(fits, device * slots + place, -1)
-        slot = jnp.arange(slots, dtype=jnp.int32)[None]
-        token = tokens.at[bounds[me, :-1, None] + slot].get(mode="clip")
-        token = jnp.where(slot < size[me][:, None], token, x.shape[0]).reshape(rows)
-        received = lax.all_to_all(dispatch(x, token, pairs_by_token=returned), axis_name, 0, 0, tiled=True)
-    ends = lax.dynamic_slice_in_dim(offsets, me * experts, experts + 1, axis=1)
-    local_ids = experts_of_rows(ends[:, 1:] - ends[:, :1], start[:, me], size[:, me], rows)
-    return received, local_ids, returned, _count((pairs >= 0) & ~fits)
-
-
-def _bring_back(
-    exchange: str,
-    done: jax.Array,
-    weights: jax.Array,
-    returned: jax.Array,
-    offsets: jax.Array,
-    *,
-    axis_name: Any,
-    rows: int,
-    implementation: str | None,
-) -> jax.Array:
-    """Send the results back to their pairs' devices, and add up those of each token."""
-    if exchange == "ragged":
-        parts = _parts(offsets.shape[0])
-        _, back = exchange_sizes(offsets, lax.axis_index(axis_name), capacity=rows, parts=parts)
-        done = _ragged(done, returned.size, back, axis_name)
-    else:
-        done = lax.all_to_all(done, axis_name, 0, 0, tiled=True)
-    return moe_combine(done, returned, weights, unique_rows=True, implementation=implementation)
-
-
-def _parts(devices: int) -> int:
-    """Into how many slices a device cuts what it sends to another one."""
-    return SLICES // devices if devices <= ONE_HOST else 1
-
-
-def _ragged(packed: jax.Array, rows: int, sizes: ExchangeSizes, axis_name: Any) -> jax.Array:
-    empty, packed = equally_varying([jnp.zeros((rows, packed.shape[1]), packed.dtype), packed])
-    return lax.ragged_all_to_all(packed, empty, *sizes, axis_name=axis_name)
