@@ -155,9 +155,14 @@ MAPPED = {  # how x, the stack, the layer and the own slice are mapped
 }
 
 
-@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize(
+    ("name", "activation"),
+    [
+        *((name, None) for name in MAPPED),
+        *(pytest.param(name, "silu", marks=[] if name == "all" else [pytest.mark.full]) for name in MAPPED),
+    ],
+)
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", MAPPED)
 def test_vmap_equals_a_loop(name, form, activation):
     axes, n = MAPPED[name], 2
     r = rng("vmap", name)
