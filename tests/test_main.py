@@ -23,11 +23,11 @@ OPS = [
 BROKEN = """
 import sys
 import types
-from ferrum_jax.model import layer
+from ferrum_jax.model import local
 from ferrum_jax import __main__ as program
 program.SMALL = program.SMALL._replace(num_experts=8, hidden=32, expert_width=32, tokens=48)
-right = layer.{op}
-layer.{op} = types.SimpleNamespace(bind=lambda *args, **kwargs: right.bind(*args, **kwargs) * {factor})
+right = local.{op}
+local.{op} = types.SimpleNamespace(bind=lambda *args, **kwargs: right.bind(*args, **kwargs) * {factor})
 sys.exit(program.main(["demo"]))
 """
 
