@@ -1,4 +1,4 @@
-"""Plain jit over sharded arrays: XLA divides the ops' meanings. Kernels run inside shard_map, and say so elsewhere."""
+"""Plain jit over sharded arrays: in an Explicit mesh ops run on their shards, elsewhere XLA divides their meanings."""
 
 import contextlib
 import functools
@@ -168,9 +168,75 @@ def test_kernels_run_inside_shard_map_and_nowhere_else_on_several_gpus():
         whole_program_for_h200(functools.partial(route, implementation="triton"), x)
 
 
-@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=str)
-def test_which_says_where_kernels_do_not_run(kind):
-    mesh = mesh_of(4, kind)
+INDEPENDENT = {  # a function; its arguments' shapes, dtypes and specs; the shape of each device's result
+    "routing of divided tokens": (
+        lambda x: ferrum_jax.route_topk_softmax(x, 2).expert_weights,
+        [((512, 128), "bfloat16", T)],
+        "128,2",
+    ),
+    "combine of divided tokens": (
+        ferrum_jax.moe_combine,
+        [((64, 256), "bfloat16", NONE), ((512, 2), "int32", T), ((512, 2), "float32", T)],
+        "128,256",
+    ),
+    "weighted sum of divided rows": (
+        functools.partial(ferrum_jax.weighted_sum_batched, implementation="triton"),
+        [((64, 2, 512), "bfloat16", HEAD), ((64, 2), "float32", NONE)],
+        "64,128",
+    ),
+    "product of divided columns": (
+        lambda x, w, ids: ferrum_jax.grouped_matmul(x, w, ferrum_jax.moe_align_block_size(ids, 8, 16)),
+        [((128, 256), "bfloat16", NONE), ((8, 256, 512), "bfloat16", HEAD), ((64, 2), "int32", NONE)],
+        "128,128",
+    ),
+}
+
+
+@needs_pjrt
+@pytest.mark.parametrize("name", INDEPENDENT)
+def test_single_ops_run_on_their_shards_in_an_explicit_mesh(name):
+    f, arrays, shape = INDEPENDENT[name]
+    mesh = jax.sharding.Mesh(np.array(h200s(4)), ("d",), axis_types=(EXPLICIT,))
+    args = [jax.ShapeDtypeStruct(s, dtype, sharding=NamedSharding(mesh, spec)) for s, dtype, spec in arrays]
+    program, _ = whole_program_for_h200(f, *args)
+    assert shape in re.findall(r"(?:f32|bf16)\[([\d,]+)\][^=]*custom-call\(.*triton_kernel_call", program)
+    assert collectives(program) == []
+
+
+def test_interpreted_kernels_run_on_shards():
+    """Values and gradients of rows whose tokens an Explicit mesh divides."""
+    r = rng("interpreted")
+    slots, weights = jnp.float32(r.normal(size=(8, 2, 16))), jnp.float32(r.normal(size=(8, 2)))
+
+    def loss(*args):
+        return jnp.sum(jnp.sin(ferrum_jax.weighted_sum_batched(*args, implementation="triton")))
+
+    with ferrum_jax.interpret_kernels():
+        want = jax.jit(jax.value_and_grad(loss, (0, 1)))(slots, weights)
+        with jax.set_mesh(mesh_of(4, EXPLICIT)):
+            placed = [jax.device_put(a, T) for a in (slots, weights)]
+            assert ferrum_jax.which(loss, *placed).implementation == "triton"
+            got = jax.jit(jax.value_and_grad(loss, (0, 1)))(*placed)
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5)
+
+
+def test_which_says_where_kernels_run():
+    x = jax.ShapeDtypeStruct((512, 128), jnp.bfloat16)
+    ask = functools.partial(ferrum_jax.which, platform="cuda", device_kind="NVIDIA H200")
+
+    def route(x):
+        return ferrum_jax.route_topk_softmax(x, 2).expert_weights
+
+    with jax.set_mesh(mesh_of(4, EXPLICIT)):
+        assert ask(route, x.update(sharding=P("d"))).implementation == "triton"
+        choice = ask(route, x.update(sharding=P(None, "d")))
+        assert choice.implementation == "xla"
+        assert "runs on 4 devices under plain jit" in choice.passed_over["triton"]
+
+
+def test_which_says_where_kernels_do_not_run():
+    mesh = mesh_of(4, AUTO)
     x = jax.ShapeDtypeStruct((512, 128), jnp.bfloat16, sharding=NamedSharding(mesh, P("d")))
 
     def route(x):

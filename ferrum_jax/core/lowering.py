@@ -14,6 +14,7 @@ from jax.sharding import AxisType
 
 from .. import kernels
 from .sharding import in_auto_mesh, no_mesh
+from .shards import Shards, shards_of
 from .signature import sizes_of
 
 OPS: dict[Any, Any] = {}  # every op that `define` has declared, by its primitive
@@ -35,8 +36,11 @@ def lower(
     if op.export_error and ctx.module_context.lowering_parameters.for_export:
         raise NotImplementedError(f"{op.name}: {op.export_error}")
     platform = platform or "/".join(p for p in ctx.module_context.platforms if p != "cuda")
-    devices = _devices(ctx.module_context.axis_context)
-    choice = choose_for_equation(op, implementation, ctx.avals_in, given, params, platform, devices=devices)
+    avals_in, avals_out, mesh = ctx.avals_in, ctx.avals_out, ctx.avals_out[0].sharding.mesh
+    devices, shards = _devices(ctx.module_context.axis_context), shards_of(op, avals_in, avals_out, given)
+    if shards:
+        devices, avals_in, avals_out = shards.devices, shards.avals_in, shards.avals_out
+    choice = choose_for_equation(op, implementation, avals_in, given, params, platform, devices=devices)
     empty = any([0 in aval.shape for aval in (*ctx.avals_in, *ctx.avals_out)])
     compute: Callable[..., Any]
     if op.made_of_ops and (empty or choice.implementation == "xla"):
@@ -44,8 +48,9 @@ def lower(
     elif empty or choice.implementation == "xla":
         compute = over_leading_axes(op)
     else:
-        compute = kernels.load(choice.implementation, op.name, ctx.avals_out)
-    mesh = ctx.avals_out[0].sharding.mesh
+        compute = kernels.load(choice.implementation, op.name, avals_out)
+    if shards:
+        return _on_shards(op, shards, mesh, compute, given, params, ctx, operands)
     if AxisType.Explicit in mesh.axis_types:
         compute = in_auto_mesh(compute, mesh, tuple(a.sharding.spec for a in ctx.avals_out))
     else:
@@ -56,6 +61,23 @@ def lower(
     def traced(*operands: Array) -> Any:
         with jax.sharding.use_abstract_mesh(mesh), jax.named_scope(op.primitive.name):
             return compute(*op.signature.by_place(operands, given), **params)
+
+    return mlir.lower_fun(traced, multiple_results=True)(ctx, *operands)
+
+
+def _on_shards(
+    op: Any, shards: Shards, mesh: Any, compute: Any, given: tuple[str, ...], params: Any, ctx: Any, operands: Any
+) -> Any:
+    """Compile an equation of which each device computes its own shards."""
+
+    def on_device(*operands: Array) -> tuple[Array, ...]:
+        with jax.named_scope(op.primitive.name):
+            return tuple(compute(*op.signature.by_place(operands, given), **params))
+
+    def traced(*operands: Array) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh):
+            how = {"mesh": mesh, "in_specs": shards.in_specs, "out_specs": shards.out_specs}
+            return jax.shard_map(on_device, axis_names=set(shards.axes), check_vma=False, **how)(*operands)
 
     return mlir.lower_fun(traced, multiple_results=True)(ctx, *operands)
 

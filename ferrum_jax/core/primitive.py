@@ -38,6 +38,7 @@ class Op:
     has_optional: bool
     sizes: Callable[..., dict[str, int]] | None
     leading_axes: bool
+    independent: str
     transposes: Transposes
     jvp: Callable[..., Sequence[Any]] | None
     export_error: str | None
@@ -73,6 +74,7 @@ def define(
     *,
     sizes: Callable[..., dict[str, int]] | None = None,
     leading_axes: bool = False,
+    independent: str = "",
     transposes: Transposes | None = None,
     jvp: Callable[..., Sequence[Any]] | None = None,
     export_error: str | None = None,
@@ -85,6 +87,8 @@ def define(
     sizes(sizes, **params): takes the sizes of the operands' axes by name, and returns those of the results' other axes.
     leading_axes: True if the meaning takes operands with leading axes, and broadcasts these itself. For a meaning whose
         vmap would be wasteful.
+    independent: the axes along which a part of the results depends on that part of the operands alone. Where an
+        Explicit mesh divides these and leading axes, each device computes its own part.
     transposes: for an op that is linear in some operands. Each operand's name has a function
         (cotangent, *operands, **params) that returns the operand's cotangent. It gets the operand itself as an abstract
         value, and of an op with several results a list of cotangents. If the op is linear in several operands taken
@@ -107,6 +111,7 @@ def define(
         parsed.has_optional,
         sizes,
         leading_axes,
+        independent,
         transposes or {},
         jvp,
         export_error,

@@ -10,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 
 from .. import kernels
 from .lowering import OPS, choose_for_equation, over_leading_axes
+from .shards import shards_of
 
 
 def which(
@@ -69,6 +70,8 @@ def which(
         asked, given = params.pop("implementation"), params.pop("given", ())
         if key not in choices:
             devices = _devices([a.sharding.mesh for a in avals], leaves)
+            if shards := shards_of(op, avals, [v.aval for v in equation.outvars], given):
+                devices, avals = shards.devices, shards.avals_in
             choice = choose_for_equation(op, asked, avals, given, params, platform, device_kind, devices)
             choices[key] = op.name, choice
     by_op = list(choices.values())

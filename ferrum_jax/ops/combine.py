@@ -310,12 +310,14 @@ dispatch_op = define(
     "moe_dispatch",
     f"x: rows[T,H], {_TABLES} -> rows[R,H]",
     _dispatch_meaning,
+    independent="RH",
     transposes={"x": _dispatch_to_x},
 )
 _collect = define(
     "moe_collect",
     f"rows: rows[R,H], {_TABLES} -> rows[T,H]",
     _collect_meaning,
+    independent="H",
     sizes=_collect_sizes,
     transposes={"rows": _collect_to_rows},
 )
@@ -323,6 +325,7 @@ combine_op = define(
     "moe_combine",
     f"packed_down: rows[R,H], {_WEIGHTED} -> rows[T,H]",
     _combine_meaning,
+    independent="TH",
     transposes={"packed_down": _combine_to_rows, "pair_weights": _combine_to_weights},
     jvp=_combine_jvp,
 )
@@ -332,6 +335,7 @@ _combine_tangent = define(
     "moe_combine_tangent",
     f"packed_down: rows[R,H], {_WEIGHTED}, d_packed_down: rows[R,H], d_pair_weights: weights[T,K] -> rows[T,H]",
     _tangent_meaning,
+    independent="TH",
     leading_axes=True,
     transposes={
         "packed_down": _tangent_to_rows,
@@ -350,6 +354,7 @@ _spread = define(
     "moe_spread",
     f"g: rows[T,H], {_WEIGHTED} -> rows[R,H]",
     _spread_meaning,
+    independent="H",
     sizes=_spread_sizes,
     transposes={"g": _spread_to_g, "pair_weights": _spread_to_weights},
 )
@@ -357,6 +362,7 @@ _row_dot = define(
     "moe_row_dot",
     f"packed_down: rows[R,H], g: rows[T,H], {_PAIRS} -> weights[T,K]",
     _row_dot_meaning,
+    independent="T",
     transposes={"packed_down": _row_dot_to_rows, "g": _row_dot_to_g},
 )
 _cotangents = define(

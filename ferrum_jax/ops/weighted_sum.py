@@ -76,17 +76,20 @@ weighted_sum_op = define(
     "weighted_sum_batched",
     "slots: rows[T,K,H], weights: weights[T,K] -> rows[T,H]",
     _weighted_sum_meaning,
+    independent="TH",
     transposes={"slots": _weighted_sum_to_slots, "weights": _weighted_sum_to_weights},
 )
 _slot_scale = define(
     "slot_scale",
     "g: rows[T,H], weights: weights[T,K] -> rows[T,K,H]",
     _slot_scale_meaning,
+    independent="TKH",
     transposes={"g": _slot_scale_to_g, "weights": _slot_scale_to_weights},
 )
 _slot_dot = define(
     "slot_dot",
     "slots: rows[T,K,H], g: rows[T,H] -> weights[T,K]",
     _slot_dot_meaning,
+    independent="TK",
     transposes={"slots": _slot_dot_to_slots, "g": _slot_dot_to_g},
 )
