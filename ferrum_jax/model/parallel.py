@@ -95,7 +95,7 @@ def moe_mlp(
     Expert parallelism is that of GShard, https://arxiv.org/abs/2006.16668, without its capacity as in MegaBlocks,
     https://arxiv.org/abs/2211.15841.
 
-    >>> import jax, jax.numpy as jnp, ferrum_jax
+    >>> import functools, jax, jax.numpy as jnp, ferrum_jax
     >>> from jax.sharding import PartitionSpec as P
     >>> mesh, layer = jax.make_mesh((1,), ("expert",)), ferrum_jax.parallel.moe_mlp
     >>> layer = jax.shard_map(functools.partial(layer, axis_name="expert", top_k=2), mesh=mesh, out_specs=P("expert"))
