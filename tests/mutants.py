@@ -308,6 +308,14 @@ MUTANTS = (
     ),
     # ---- a mesh
     Mutant(
+        "a device's part of H is taken for all of it",
+        "ops/combine.py",
+        'independent="T",',
+        'independent="TH",',
+        "test_partitioning.py::test_shards_are_computed_where_they_are"
+        "[moe_combine-repeated-True-specs3-AxisType.Explicit-collected3-True]",
+    ),
+    Mutant(
         "every device that has a part of F adds the last bias",
         "model/divided.py",
         "jnp.where(lax.axis_index(axes) == 0, experts.down_bias,",

@@ -179,6 +179,21 @@ INDEPENDENT = {  # a function; its arguments' shapes, dtypes and specs; the shap
         [((64, 256), "bfloat16", NONE), ((512, 2), "int32", T), ((512, 2), "float32", T)],
         "128,256",
     ),
+    "combine of a divided H": (
+        functools.partial(ferrum_jax.moe_combine, implementation="triton"),
+        [((64, 512), "bfloat16", H), ((64, 2), "int32", NONE), ((64, 2), "float32", NONE)],
+        "64,128",
+    ),
+    "dispatch of divided rows": (
+        functools.partial(ferrum_jax.moe_dispatch, implementation="triton"),
+        [((64, 256), "bfloat16", NONE), ((512,), "int32", T)],
+        "128,256",
+    ),
+    "dispatch of divided leading axes": (
+        functools.partial(ferrum_jax.moe_dispatch, implementation="triton"),
+        [((8, 64, 256), "bfloat16", T), ((8, 128), "int32", T)],
+        "2,128,256",
+    ),
     "weighted sum of divided rows": (
         functools.partial(ferrum_jax.weighted_sum_batched, implementation="triton"),
         [((64, 2, 512), "bfloat16", HEAD), ((64, 2), "float32", NONE)],

@@ -9,6 +9,16 @@ from jax import Array
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 
+def mesh_axes(entry: Any) -> tuple[str, ...]:
+    """The mesh axes that an entry of a PartitionSpec names: None, one, or a tuple of them."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def explicit_axes(mesh: Any) -> tuple[str, ...]:
+    """The names of the mesh's Explicit axes."""
+    return tuple([n for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Explicit])
+
+
 def result_specs(op: str, results: Any, terms: Any, avals: Any, leading: int) -> list[PartitionSpec]:
     """The results' shardings: each axis is sharded as the operands' axis of the same name.
 
@@ -33,7 +43,7 @@ def _first_use(entries: Any) -> PartitionSpec:
     used: set[Any] = set()
     spec = []
     for entry in entries:
-        names = set(entry if isinstance(entry, tuple) else (entry,)) - {None}
+        names = set(mesh_axes(entry))
         spec.append(None if names & used else entry)
         used |= names
     return PartitionSpec(*spec)
@@ -56,8 +66,7 @@ def equally_varying(operands: Sequence[Array]) -> Sequence[Array]:
 
 def in_auto_mesh(function: Callable[..., Any], mesh: AbstractMesh, out_sharding: Any) -> Callable[..., Any]:
     """The function, traced with the mesh's Explicit axes as Auto ones, so that the compiler divides its work."""
-    axes = tuple(n for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Explicit)
-    return jax.sharding.auto_axes(function, axes=axes, out_sharding=out_sharding)
+    return jax.sharding.auto_axes(function, axes=explicit_axes(mesh), out_sharding=out_sharding)
 
 
 def by_compiler(function: Callable[..., Array]) -> Callable[..., Array]:
@@ -94,10 +103,10 @@ def tokens_of(x: Array, whole: bool = False) -> Array:
 def whole_along(x: Array, axes: Sequence[str]) -> Array:
     """Replicate x over these axes of its Explicit mesh. Other mesh axes shard it as before."""
     sharding = jax.typeof(x).sharding
-    names = [entry if isinstance(entry, tuple) else (entry,) for entry in sharding.spec]
+    names = [mesh_axes(entry) for entry in sharding.spec]
     if not any([name in axes for entry in names for name in entry]):
         return x
-    kept = [tuple([name for name in entry if name not in (None, *axes)]) or None for entry in names]
+    kept = [tuple([name for name in entry if name not in axes]) or None for entry in names]
     return jax.sharding.reshard(x, sharding.update(spec=PartitionSpec(*kept)))
 
 
@@ -113,6 +122,6 @@ def sharded_like(out: Array, x: Any) -> Array:
     *out_lead, last = sharding.spec
     if out_lead == lead:
         return out
-    taken = {name for axes in lead for name in (axes if isinstance(axes, tuple) else (axes,))}
-    last = None if taken & {*(last if isinstance(last, tuple) else (last,))} - {None} else last
+    taken = {name for axes in lead for name in mesh_axes(axes)}
+    last = None if taken & {*mesh_axes(last)} else last
     return jax.sharding.reshard(out, sharding.update(spec=PartitionSpec(*lead, last)))

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 from jax.core import ShapedArray
 from jax.sharding import AxisType, PartitionSpec
 
+from .sharding import explicit_axes, mesh_axes
+
 
 class Shards(NamedTuple):
     """How an equation is divided: over which mesh axes, and the specs and one shard's abstract values.
@@ -39,23 +41,20 @@ def shards_of(op: Any, avals_in: Any, avals_out: Any, given: tuple[str, ...]) ->
             free = isinstance(axis, int) or axis in op.independent
             if names is not None and (not free or by_axis.setdefault(axis, names) != names):
                 return None
-    used = [name for names in by_axis.values() for name in (names if isinstance(names, tuple) else (names,))]
+    used = [name for names in by_axis.values() for name in mesh_axes(names)]
     if len(set(used)) < len(used):
         return None
 
     def divided(term: Any, aval: Any) -> tuple[PartitionSpec, Any]:
         axes = zip((*range(leading), *term.axes), aval.shape, strict=True)
         names = [by_axis.get(axis) if size != 1 or not isinstance(axis, int) else None for axis, size in axes]
-        parts = [
-            1 if n is None else math.prod(mesh.shape[name] for name in (n if isinstance(n, tuple) else (n,)))
-            for n in names
-        ]
+        parts = [math.prod(mesh.shape[name] for name in mesh_axes(n)) for n in names]
         shape = tuple(size // part for size, part in zip(aval.shape, parts, strict=True))
         return PartitionSpec(*names), ShapedArray(shape, aval.dtype)
 
     operands = [divided(*pair) for pair in zip(terms, avals_in, strict=True)]
     results = [divided(*pair) for pair in zip(op.signature.results, avals_out, strict=True)]
-    axes = tuple([n for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Explicit])
+    axes = explicit_axes(mesh)
     return Shards(
         axes,
         math.prod(size for name, size in mesh.shape.items() if name not in axes),

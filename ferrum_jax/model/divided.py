@@ -16,6 +16,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from ..core.sharding import explicit_axes, mesh_axes
 from ..core.types import LayerOf, MoESharding
 from .arguments import Experts
 from .local import Settings, local_layer, routing_of
@@ -57,7 +58,6 @@ def division_of(op: str, sharding: MoESharding | None, x: jax.Array, routing: An
     mesh = next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
     if mesh is None:
         return None
-    manual = tuple([n for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Explicit])
     own = [_names(jax.typeof(_one_layer(a)).sharding.spec)[-len(axes) :] for a, axes in _with_axes(experts)]
 
     def first(letters: str) -> Names:
@@ -65,7 +65,9 @@ def division_of(op: str, sharding: MoESharding | None, x: jax.Array, routing: An
         found = zip(itertools.chain(*own), "".join(experts.axes), strict=True)
         return next((names for names, letter in found if names and letter in letters), ())
 
-    return _division(mesh, manual, _names(jax.typeof(x).sharding.spec)[:-1], first("E"), first("FG"), own, experts)
+    return _division(
+        mesh, explicit_axes(mesh), _names(jax.typeof(x).sharding.spec)[:-1], first("E"), first("FG"), own, experts
+    )
 
 
 def _by_argument(op: str, sharding: MoESharding, x: jax.Array, experts: Experts) -> Division:
@@ -222,11 +224,11 @@ def _parts(division: Division) -> list[list[tuple[int, Names]]]:
 
 def _placed(division: Division, array: Any, spec: PartitionSpec) -> Any:
     """The array with this sharding along Explicit axes. Along Auto ones, shard_map brings it there."""
-    types = dict(zip(division.mesh.axis_names, division.mesh.axis_types, strict=True))
-    if AxisType.Explicit not in types.values():
+    explicit = explicit_axes(division.mesh)
+    if not explicit:
         return array
     have = jax.typeof(array).sharding
-    entries = [tuple([n for n in names if types[n] == AxisType.Explicit]) for names in _names(spec)]
+    entries = [tuple([n for n in names if n in explicit]) for names in _names(spec)]
     spec = _spec((*entries, *[()] * (array.ndim - len(entries))))
     there = have.spec == spec and not have.mesh.empty
     return array if there else jax.sharding.reshard(array, NamedSharding(division.mesh, spec))
@@ -259,7 +261,7 @@ def _one_layer(array: Any) -> Any:
 
 def _names(entries: Any) -> tuple[Names, ...]:
     """The entries of a PartitionSpec, each as a tuple of names."""
-    return tuple(() if e is None else (e,) if isinstance(e, str) else tuple(e) for e in entries)
+    return tuple(map(mesh_axes, entries))
 
 
 def _spec(names: tuple[Names, ...]) -> PartitionSpec:
