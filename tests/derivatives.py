@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType
 
 
 def check_derivatives(f, floats, seed, bound=1e-2):
@@ -38,7 +39,9 @@ def check_derivatives(f, floats, seed, bound=1e-2):
 
 def cotangent(out):
     """A cotangent that does not depend on the result: the sine of a large result in 16 bits would be all rounding."""
-    return jnp.sin(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape).astype(out.dtype)
+    ct = jnp.sin(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape).astype(out.dtype)
+    sharding = jax.typeof(out).sharding
+    return jax.sharding.reshard(ct, sharding) if AxisType.Explicit in sharding.mesh.axis_types else ct
 
 
 def with_gradients(f):

@@ -14,11 +14,12 @@ import oracle
 import pytest
 from derivatives import with_gradients
 from jax import lax
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import mesh_of
 
 import ferrum_jax
+from ferrum_jax.bench import today
 from ferrum_jax.parallel import moe_mlp
 
 pytestmark = [pytest.mark.gpu, pytest.mark.gpus(2)]
@@ -41,8 +42,21 @@ def spread(f):
     return jax.shard_map(f, mesh=mesh_of(2), in_specs=P("d"), out_specs=P("d"))
 
 
-def placed(args):
-    return [jax.device_put(a, NamedSharding(mesh_of(2), P("d"))) for a in args]
+ALL = (P("d"),) * 4
+
+
+def placed(args, specs=ALL, kind=AxisType.Auto):
+    return [jax.device_put(a, NamedSharding(mesh_of(2, kind), spec)) for a, spec in zip(args, specs, strict=False)]
+
+
+# Where each of x, the logits and the two matrices is divided.
+LAYOUTS = {
+    "tokens": (P("d"), P("d"), P(), P()),
+    "tokens, H of matrices": (P("d"), P("d"), P(None, "d"), P(None, None, "d")),
+    "tokens and experts": ALL,
+    "experts": (P(), P(), P("d"), P("d")),
+    "width": (P(), P(), P(None, None, "d"), P(None, "d")),
+}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -53,6 +67,20 @@ def test_two_gpus_equal_one(exchange, tokens, dtype):
     fixed = {"top_k": SMALL["top_k"]}
     got = with_gradients(spread(functools.partial(moe_mlp, axis_name="d", exchange=exchange, **fixed)))(*placed(args))
     want = with_gradients(functools.partial(ferrum_jax.moe_mlp, **fixed))(*args)
+    for g, w in zip(got, want, strict=True):
+        oracle.assert_near(g, w, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layer_divided_by_its_types_equals_one_gpu(layout, dtype):
+    args = arguments(2048, dtype, **SMALL)
+    layer = functools.partial(ferrum_jax.moe_mlp, top_k=SMALL["top_k"])
+    want = with_gradients(layer)(*args)
+    with jax.set_mesh(mesh_of(2, AxisType.Explicit)):
+        there = placed(args, LAYOUTS[layout], AxisType.Explicit)
+        got = with_gradients(layer)(*there)
+        assert "triton_kernel_call" in jax.jit(layer).lower(*there).compile().as_text()
     for g, w in zip(got, want, strict=True):
         oracle.assert_near(g, w, dtype)
 
@@ -151,3 +179,25 @@ def test_times(tokens):
             np.testing.assert_allclose(np.asarray(f(*given), np.float32), want, atol=0.02 * abs(want).max())
         forward, both = (milliseconds(g, given) for g in (jax.jit(f), with_gradients(f)))
         print(f"  {name:36} forward {forward:9.3f}   with gradients {both:9.3f}")
+
+
+@pytest.mark.parametrize("tokens", [32, 1024, 16384])
+def test_times_by_types(tokens):
+    """The same layer divided by its arrays' types, beside what XLA makes of `lax.ragged_dot` by the same shardings."""
+    args, fixed = arguments(tokens, "bfloat16", **QWEN3_30B), {"top_k": QWEN3_30B["top_k"]}
+    ours, theirs = (functools.partial(f, **fixed) for f in (ferrum_jax.moe_mlp, today.ragged_layer))
+    want = np.asarray(ours(*args), np.float32)
+    print(f"\n{tokens} tokens, {jax.devices()[0].device_kind}, jax {jax.__version__}: milliseconds, median of 20")
+
+    def times(name, f, given, repeat=20):
+        np.testing.assert_allclose(np.asarray(jax.jit(f)(*given), np.float32), want, atol=0.02 * abs(want).max())
+        forward, both = (milliseconds(g, given, repeat) for g in (jax.jit(f), with_gradients(f)))
+        print(f"  {name:45} forward {forward:9.3f}   with gradients {both:9.3f}", flush=True)
+
+    times("one GPU", ours, args)
+    few = 3 if tokens > 1024 else 20
+    times("one GPU, lax.ragged_dot", theirs, args, few)
+    for layout, specs in LAYOUTS.items():
+        with jax.set_mesh(mesh_of(2, AxisType.Explicit)):
+            times(f"two GPUs, {layout}", ours, placed(args, specs, AxisType.Explicit))
+        times(f"two GPUs, {layout}, lax.ragged_dot", theirs, placed(args, specs), few)

@@ -3,6 +3,7 @@
 import functools
 import math
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -168,6 +169,7 @@ def _product(
     return (jnp.reshape(out, (*lead, out_slice, columns))[..., :num_pairs, :width],)
 
 
+@functools.partial(jax.jit, static_argnums=(3, 4, 6, 7))  # so that a program lowers equal gathers of several ops once
 def _gathered(slots, block_matrix, scattered, num_experts, num_pairs, lhs, lhs_slice, top_k):
     """A row of lhs for each slot. The kernel writes only those of scattered matrices; the others are garbage."""
     shape = slots.size, lhs.shape[1]
