@@ -287,9 +287,16 @@ MUTANTS = (
     Mutant(
         "each device counts its rows from the first device's",
         "ops/ragged.py",
-        "lax.axis_index(axes) * num_rows",
-        "0 * lax.axis_index(axes)",
-        "test_ragged.py::test_rows_divided_in_an_explicit_mesh[False-one axis]",
+        "lax.axis_index(rows) * lhs.shape[-2]",
+        "0 * lax.axis_index(rows)",
+        "test_ragged.py::test_divided_in_an_explicit_mesh[one axis-plain]",
+    ),
+    Mutant(
+        "each device takes its groups for the first ones",
+        "ops/ragged.py",
+        "lax.axis_index(of_groups) * rhs.shape[-3]",
+        "0 * lax.axis_index(of_groups)",
+        "test_ragged.py::test_divided_in_an_explicit_mesh[groups-plain]",
     ),
     # ---- roundings
     Mutant(

@@ -173,6 +173,45 @@ def test_three_and_six_devices(layout):
         np.testing.assert_allclose(g, w, rtol=1e-4, atol=2e-5 * np.abs(w).max())
 
 
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=lambda t: t.name)
+def test_exchange_capacity_and_chunks(kind):
+    """As those of `parallel.moe_mlp` in a shard_map written by hand, and the dropped pairs of all devices."""
+    options = {"exchange": "padded", "capacity": 9, "chunks": 2, "return_dropped": True, "top_k": K}
+    how = {"sharding": LAYOUTS["exchange, width"][3]} if kind == AxisType.Auto else {}
+    mesh, args, placed = placed_by(kind)
+
+    def by_hand(*args):
+        out, dropped = ferrum_jax.parallel.moe_mlp(*args, axis_name="a", **options)
+        return out, jax.lax.psum(dropped, "a")
+
+    with jax.set_mesh(mesh_by(AxisType.Auto, (4, 1))):
+        hand = jax.shard_map(by_hand, in_specs=P("a"), out_specs=(P("a"), P()), axis_names={"a"})
+        want, gone = map(np.asarray, jax.jit(hand)(*args[:4]))
+    assert gone > 0
+    with jax.set_mesh(mesh):
+        out, dropped = map(np.asarray, jax.jit(functools.partial(moe_mlp, **options, **how))(*placed[:4]))
+    np.testing.assert_allclose(out, want, rtol=1e-4, atol=1e-5)
+    assert (dropped.dtype, dropped) == (gone.dtype, gone)
+
+
+@pytest.mark.parametrize("layout", ["tokens", "experts", None])
+def test_without_an_exchange_nothing_is_dropped(layout):
+    options = {"exchange": "padded", "capacity": 1, "chunks": 5, "return_dropped": True, "top_k": K}
+    mesh, args, placed = placed_by(AxisType.Explicit, layout or "tokens")
+    with jax.set_mesh(mesh) if layout else contextlib.nullcontext():
+        out, dropped = moe_mlp(*(placed if layout else args)[:4], **options)
+    np.testing.assert_allclose(out, run("one", *args), rtol=1e-4, atol=1e-5)
+    assert (dropped.dtype, dropped) == (jnp.int32, 0)
+
+
+def test_a_stack_divided_over_its_layers_is_refused():
+    mesh, (x, logits, gate_up, down, *_), _ = placed_by(AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        stacks = [jax.device_put(jnp.stack([a] * 4), P("a")) for a in (gate_up, down)]
+        with pytest.raises(ValueError, match=r"moe_mlp: w_gate_up.stack must be whole along L .* over 'a'"):
+            moe_mlp(x, logits, *[ferrum_jax.LayerOf(stack, 1) for stack in stacks], top_k=K)
+
+
 def scan(form, x, routing, stacks, sharding=None, of=None):
     """Layers under remat, of a stack of matrices."""
 

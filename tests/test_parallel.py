@@ -15,7 +15,7 @@ import numpy as np
 import oracle
 import pytest
 from cases import Size, rng
-from compiled import h200s, needs_pjrt
+from compiled import h200s, memory_for_h200, needs_pjrt
 from derivatives import cotangent, with_gradients
 from jax import lax
 from jax.interpreters import mlir
@@ -307,6 +307,55 @@ def test_overflow_is_counted_exactly_and_adds_nothing(exchange):
     assert counts[3] == 0
 
 
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_chunks(exchange):
+    """Each chunk has an exchange of its own and its share of the capacity; gradients are exact."""
+    devices, chunks, capacity = 4, 3, 13  # 8 rows a chunk
+    x, _, weights, *rest = arguments()
+
+    def run(*args):
+        fixed = {"axis_name": "d", "exchange": exchange, "capacity": capacity, "return_dropped": True}
+        out, dropped = layer(*args, run=moe_mlp, chunks=chunks, **fixed)
+        return out, dropped[None]
+
+    sharded = jax.shard_map(run, mesh=mesh_of(devices), in_specs=P("d"), out_specs=P("d"))
+
+    @jax.jit
+    def f(x, ids, *rest):
+        out, vjp, dropped = jax.vjp(lambda x, *rest: sharded(x, ids, *rest), x, *rest, has_aux=True)
+        return (out, *vjp(cotangent(out))), dropped
+
+    for ids in routings(devices)[:3]:
+        by_chunk = ids.reshape(devices, chunks, -1, SIZE.K).swapaxes(0, 1)  # each with a part of every device's tokens
+        gone = [left_behind(c.reshape(-1, SIZE.K), devices, SIZE.E, 8, exchange) for c in by_chunk]
+        gone = np.stack([g.reshape(by_chunk.shape[1:]) for g in gone], axis=1).reshape(ids.shape)
+        gone &= exchange != "gather"
+        results, dropped = f(x, ids, weights, *rest)
+        np.testing.assert_array_equal(dropped, gone.reshape(devices, -1).sum(1))
+        close(results, unsharded()(np.where(gone, -1, ids).astype(np.int32), x, weights, *rest))
+
+
+@needs_pjrt
+@pytest.mark.compiled
+@pytest.mark.parametrize("grad", [False, True], ids=["forward", "gradient"])
+def test_chunks_bound_memory(grad):
+    """Of eight H200s: the rows of two chunks of eight, and the rest, are less than half."""
+    mesh = jax.sharding.Mesh(np.array(h200s(8)), ("d",), axis_types=(AxisType.Auto,))
+
+    def of(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, P("d")))
+
+    def bytes_of(chunks):
+        def run(x, *rest):
+            return moe_mlp(x, *rest, axis_name="d", top_k=4, exchange="padded", chunks=chunks)
+
+        f = jax.shard_map(run, mesh=mesh, in_specs=P("d"), out_specs=P("d"))
+        g = jax.grad(lambda *args: jnp.sum(f(*args).astype(jnp.float32)), (0, 2, 3)) if grad else f
+        return memory_for_h200(g, of(8192, 256), of(8192, 16), of(16, 256, 512), of(16, 256, 256))
+
+    assert bytes_of(8) < bytes_of(1) / 2
+
+
 def simulated(operands, outputs, sizes, parts):
     """jax.lax.ragged_all_to_all in NumPy, all devices; every slice must lie in its buffer, and no two writes meet."""
     outputs, written = [o.copy() for o in outputs], [np.zeros(len(o), int) for o in outputs]
@@ -416,6 +465,8 @@ WRONG = {
     "exchange": ({"exchange": "all_to_all"}, ["exchange", "'ragged'", "'all_to_all'"]),
     "uncounted": ({"capacity": 8}, ["capacity", "return_dropped=True"]),
     "capacity": ({"capacity": 0, "return_dropped": True}, ["capacity", "got 0"]),
+    "chunks": ({"chunks": 4}, ["chunks", "the 6 tokens of a device", "got 4"]),
+    "no chunks": ({"chunks": 0}, ["chunks", "got 0"]),
     "E": ({"experts": 6}, ["router_logits", "4 devices", "2 of each", "must have 8", "(6, 6)"]),
     "top_k": ({"top_k": 9}, ["top_k", "[1, 8]", "got 9"]),
     "neither": ({"router_logits": None}, ["router_logits", "neither"]),

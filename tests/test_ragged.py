@@ -210,32 +210,40 @@ def on_mesh(*kinds):
 
 
 EXPLICIT, AUTO = AxisType.Explicit, AxisType.Auto
-LAYOUTS = {  # the axes' kinds, and the shardings of lhs, rhs and sizes
-    "one axis": ((EXPLICIT, EXPLICIT), P("a"), P(), P()),
-    "two axes": ((EXPLICIT, EXPLICIT), P(("b", "a")), P(), P()),
-    "matrices and sizes divided likewise": ((EXPLICIT, EXPLICIT), P("a"), P("a", None, "b"), P("a")),
-    "the sum divided too": ((EXPLICIT, EXPLICIT), P("a", "b"), P(None, "b", "a"), P("b")),
-    "beside an Auto axis": ((EXPLICIT, AUTO), P("a"), P(), P()),
+BOTH, GATHERED, SUM = (EXPLICIT, EXPLICIT), "all-gather", "all-reduce"
+LAYOUTS = {  # the axes' kinds; the shardings of lhs, rhs and sizes; and the collectives of the values
+    "one axis": (BOTH, P("a"), P(), P(), []),
+    "two axes": (BOTH, P(("b", "a")), P(), P(), []),
+    "matrices and sizes divided likewise": (BOTH, P("a"), P("a", None, "b"), P("a"), [GATHERED] * 2),
+    "the sum divided too": (BOTH, P("a", "b"), P(None, "b", "a"), P("b"), [GATHERED] * 2 + [SUM]),
+    "beside an Auto axis": ((EXPLICIT, AUTO), P("a"), P(), P(), []),
+    "groups": (BOTH, P(), P("a"), P(), [SUM]),
+    "groups over two axes": (BOTH, P(), P(("b", "a")), P(), [SUM]),
+    "rows and groups": (BOTH, P("a"), P("b"), P(), [SUM]),
+    "the sum": (BOTH, P(None, "a"), P(None, "a"), P(), [SUM]),
+    "the sum in the matrices": (BOTH, P(), P(None, "b"), P(), [SUM]),
+    "columns": (BOTH, P(), P(None, None, "a"), P(), []),
+    "rows and columns": (BOTH, P("a"), P(None, None, "b"), P(), []),
+    "groups and columns": (BOTH, P(), P("b", None, "a"), P(), [SUM]),
+    "groups and the sum": (BOTH, P(None, "a"), P("b", "a"), P(), [SUM]),
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "transposed"),
-    [
-        *((name, False) for name in LAYOUTS),
-        *(pytest.param(n, True, marks=[] if n == "the sum divided too" else [pytest.mark.full]) for n in LAYOUTS),
-    ],
-)
-def test_rows_divided_in_an_explicit_mesh(name, transposed):
-    """Values, gradients and second derivatives, and the rows of the result divided as those of lhs."""
-    kinds, *specs = LAYOUTS[name]
+@pytest.mark.parametrize("form", ["plain", "transposed", "of a stack"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_divided_in_an_explicit_mesh(name, form):
+    """Values, gradients and second derivatives, the collectives, and the result divided as lhs's rows."""
+    kinds, of_lhs, of_rhs, of_sizes, expected = LAYOUTS[name]
     size = Size(8, 4, 2, 6)
     lhs, rhs, sizes, offset = ragged_args(rng(name), size, "float32", offset=True)
     lhs, rhs, sizes = np.nan_to_num(lhs), np.nan_to_num(rhs)[..., :8], np.pad(sizes, (0, 1))
+    transposed = form == "transposed"
     if transposed:
-        rhs, specs[1] = rhs.swapaxes(1, 2), P(*[(*specs[1], None, None, None)[i] for i in (0, 2, 1)])
+        rhs, of_rhs = rhs.swapaxes(1, 2), P(*[(*of_rhs, None, None, None)[i] for i in (0, 2, 1)])
 
     def run(lhs, rhs, sizes):
+        if form == "of a stack":
+            rhs = ferrum_jax.LayerOf(rhs, 1)
         return ferrum_jax.ragged_dot(lhs, rhs, sizes, group_offset=offset, transpose_rhs=transposed)
 
     def every(lhs, rhs, sizes):
@@ -243,12 +251,16 @@ def test_rows_divided_in_an_explicit_mesh(name, transposed):
         slope = jax.grad(lambda *a: sum(jnp.sum(jnp.cos(g)) for g in gradient(*a)), (0, 1))
         return run(lhs, rhs, sizes), *gradient(lhs, rhs), *slope(lhs, rhs)
 
+    if form == "of a stack":
+        rhs, of_rhs = np.stack([np.full_like(rhs, np.nan), rhs]), P(None, *of_rhs)
     want = every(lhs, rhs, sizes)
     with jax.set_mesh(on_mesh(*kinds)):
+        specs = of_lhs, of_rhs, of_sizes
         placed = [jax.device_put(x, spec) for x, spec in zip((lhs, rhs, sizes), specs, strict=True)]
         got = jax.jit(every)(*placed)
-        assert jax.typeof(got[0]).sharding.spec[0] == specs[0][0]
+        assert jax.typeof(got[0]).sharding.spec[0] == (*of_lhs, None)[0]
         assert jax.typeof(got[2]).sharding.spec == jax.typeof(placed[1]).sharding.spec
+        assert with_collectives(run, *placed)[1] == expected
     for g, w in zip(got, want, strict=True):
         np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-5)
 
@@ -341,20 +353,31 @@ def test_code_for_an_h200(groups):
 
 @needs_pjrt
 @pytest.mark.compiled
-def test_divided_rows_take_kernels():
-    """On four H200s, each with the shapes of its own rows, and no collectives."""
+@pytest.mark.parametrize(
+    ("specs", "result", "expected"),
+    [
+        ((P("d"), P()), "bf16[128,32]", []),
+        ((P(), P("d")), "bf16[512,32]", ["all-reduce"]),
+        ((P(None, "d"), P(None, "d")), "f32[512,32]", ["all-reduce"]),
+        ((P(), P(None, None, "d")), "bf16[512,8]", []),
+    ],
+    ids=["rows", "groups", "sum", "columns"],
+)
+def test_divided_products_take_kernels(specs, result, expected):
+    """On four H200s, each with the shapes of its own part."""
     mesh = jax.sharding.Mesh(np.array(h200s(4)), ("d",), axis_types=(EXPLICIT,))
     x, w, sizes = (
         of(shape, dtype, sharding=NamedSharding(mesh, spec))
         for shape, dtype, spec in (
-            ((512, 64), "bfloat16", P("d")),
-            ((8, 64, 32), "bfloat16", P()),
+            ((512, 64), "bfloat16", specs[0]),
+            ((8, 64, 32), "bfloat16", specs[1]),
             ((8,), "int32", P()),
         )
     )
-    program, _ = whole_program_for_h200(ferrum_jax.ragged_dot, x, w, sizes)
-    assert re.findall(r"bf16\[([\d,]+)\][^=]*custom-call\(.*triton_kernel_call", program) == ["128,32"]
-    assert collectives(program) == []
+    product = functools.partial(ferrum_jax.ragged_dot, implementation="triton")
+    program, _ = whole_program_for_h200(product, x, w, sizes)
+    assert re.findall(r"((?:bf16|f32)\[[\d,]+\])[^=]*custom-call\(.*triton_kernel_call", program) == [result]
+    assert collectives(program) == expected
 
 
 def test_the_table_is_the_library_s_own():

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 from jax import Array
-from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 
 def mesh_axes(entry: Any) -> tuple[str, ...]:
@@ -100,14 +100,26 @@ def tokens_of(x: Array, whole: bool = False) -> Array:
     return x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-def whole_along(x: Array, axes: Sequence[str]) -> Array:
-    """Replicate x over these axes of its Explicit mesh. Other mesh axes shard it as before."""
-    sharding = jax.typeof(x).sharding
-    names = [mesh_axes(entry) for entry in sharding.spec]
-    if not any([name in axes for entry in names for name in entry]):
+def names_of(spec: Any) -> tuple[tuple[str, ...], ...]:
+    """The entries of a PartitionSpec, each as a tuple of names."""
+    return tuple(map(mesh_axes, spec))
+
+
+def spec_of(names: Any) -> PartitionSpec:
+    """The PartitionSpec of these tuples of names."""
+    return PartitionSpec(*[n or None for n in names])
+
+
+def placed(x: Array, mesh: Any, spec: PartitionSpec) -> Array:
+    """The array with this sharding along Explicit axes. Along Auto ones, shard_map brings it there."""
+    explicit = explicit_axes(mesh)
+    if not explicit:
         return x
-    kept = [tuple([name for name in entry if name not in axes]) or None for entry in names]
-    return jax.sharding.reshard(x, sharding.update(spec=PartitionSpec(*kept)))
+    have = jax.typeof(x).sharding
+    entries = [tuple([n for n in names if n in explicit]) for names in names_of(spec)]
+    spec = spec_of((*entries, *[()] * (x.ndim - len(entries))))
+    there = not any(entries) if have.mesh.empty else have.spec == spec
+    return x if there else jax.sharding.reshard(x, NamedSharding(mesh, spec))
 
 
 def sharded_like(out: Array, x: Any) -> Array:

@@ -187,6 +187,11 @@ def _checked_layer(op: str, term: Term, arg: LayerOf) -> LayerOf:
     arrays = checked(op, Signature((stack, own, layer), ()), *[array for _, array in parts])
     if not arrays[0].shape[0]:
         raise ValueError(f"{op}: {stack.name} must hold at least one layer, L >= 1; got shape {arrays[0].shape}")
+    if names := jax.typeof(arrays[0]).sharding.spec[0]:
+        raise ValueError(
+            f"{op}: {stack.name} must be whole along L on each device, which reads one layer of it; "
+            f"the mesh divides it over {names!r}"
+        )
     return LayerOf(arrays[0], arrays[2], arrays[1])
 
 

@@ -9,6 +9,7 @@ from ..core.types import PACKED, PAIR_IDS, LayerOf
 from ..ops.activations import ACTIVATIONS
 from ..ops.grouped_ops import Matrices
 from ..ops.routing import as_pair
+from .exchange import EXCHANGES
 from .presets import Preset
 
 FLOWS = (PACKED, PAIR_IDS)
@@ -66,6 +67,25 @@ def checked_settings(op: str, activation: Any, flow: Any, block_size: Any) -> An
     if block_size is not None:
         as_int(op, "block_size", block_size)
     return activation if callable(activation) else ACTIVATIONS[activation]
+
+
+class Exchange(NamedTuple):
+    """How tokens are exchanged, as `parallel.moe_mlp` explains it."""
+
+    by: str | None = None
+    capacity: int | None = None
+    chunks: int = 1
+
+
+def checked_exchange(op: str, exchange: Any, capacity: Any, chunks: Any, return_dropped: Any) -> Exchange:
+    """These settings, checked. Whoever limits the capacity has to look at what is dropped."""
+    one_of(op, "exchange", exchange, (None, *EXCHANGES))
+    if capacity is not None:
+        capacity = as_int(op, "capacity", capacity)
+        if not as_bool(op, "return_dropped", return_dropped):
+            raise ValueError(f"{op}: capacity may drop pairs; pass return_dropped=True to get their count too")
+    as_bool(op, "return_dropped", return_dropped)
+    return Exchange(exchange, capacity, as_int(op, "chunks", chunks))
 
 
 def checked_experts(

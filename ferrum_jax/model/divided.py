@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
-from ..core.sharding import explicit_axes, mesh_axes
+from ..core.sharding import explicit_axes, names_of, placed, spec_of
 from ..core.types import LayerOf, MoESharding
-from .arguments import Experts
+from .arguments import Exchange, Experts
 from .local import Settings, local_layer, routing_of
 from .spread import exchanged_layer, gathered_layer
 
@@ -58,7 +58,7 @@ def division_of(op: str, sharding: MoESharding | None, x: jax.Array, routing: An
     mesh = next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
     if mesh is None:
         return None
-    own = [_names(jax.typeof(_one_layer(a)).sharding.spec)[-len(axes) :] for a, axes in _with_axes(experts)]
+    own = [names_of(jax.typeof(_one_layer(a)).sharding.spec)[-len(axes) :] for a, axes in _with_axes(experts)]
 
     def first(letters: str) -> Names:
         """The names of the first of the experts' axes of these letters that is divided."""
@@ -66,7 +66,7 @@ def division_of(op: str, sharding: MoESharding | None, x: jax.Array, routing: An
         return next((names for names, letter in found if names and letter in letters), ())
 
     return _division(
-        mesh, explicit_axes(mesh), _names(jax.typeof(x).sharding.spec)[:-1], first("E"), first("FG"), own, experts
+        mesh, explicit_axes(mesh), names_of(jax.typeof(x).sharding.spec)[:-1], first("E"), first("FG"), own, experts
     )
 
 
@@ -82,8 +82,8 @@ def _by_argument(op: str, sharding: MoESharding, x: jax.Array, experts: Experts)
             f"{op}: sharding.tokens must have an entry for each of the {x.ndim - 1} axes of x before the last; "
             f"got {sharding.tokens!r}"
         )
-    tokens = _names((*tokens, *[None] * (x.ndim - 1 - len(tokens))))
-    by_letter = dict(zip("EFH", _names(sharding[1:]), strict=True))
+    tokens = names_of((*tokens, *[None] * (x.ndim - 1 - len(tokens))))
+    by_letter = dict(zip("EFH", names_of(sharding[1:]), strict=True))
     manual = tuple(dict.fromkeys(name for names in (*tokens, *by_letter.values()) for name in names))
     free = [name for name in mesh.axis_names if name not in mesh.manual_axes]
     if unknown := [name for name in manual if name not in free]:
@@ -113,56 +113,63 @@ def _division(
 
 
 def divided_layer(
-    division: Division, x: jax.Array, logits: Any, routed: Any, experts: Experts, settings: Settings
-) -> jax.Array:
-    """`local_layer` of arrays whose shardings may be any: they are brought to those of the division."""
-    place = functools.partial(_placed, division)
+    division: Division, x: jax.Array, logits: Any, routed: Any, experts: Experts, settings: Settings, how: Exchange
+) -> tuple[jax.Array, jax.Array]:
+    """`local_layer` of arrays whose shardings may be any: they are brought to those of the division.
+
+    Also returns how many pairs were dropped, on all devices together.
+    """
+    place = functools.partial(placed, mesh=division.mesh)
     entries = [names or None for names in division.tokens]
-    tokens, matrices = PartitionSpec(*entries, None), [_spec(names) for names in division.stored]
+    tokens, matrices = PartitionSpec(*entries, None), [spec_of(names) for names in division.stored]
     specs = [
         LayerOf(PartitionSpec(None, *spec), PartitionSpec(), None if a.own is None else spec)
         if isinstance(a, LayerOf)
         else spec
         for a, spec in zip(experts.arrays, matrices, strict=True)
     ]
-    arrays = jax.tree.map(place, list(experts.arrays), specs)
+    arrays = jax.tree.map(lambda a, spec: place(a, spec=spec), list(experts.arrays), specs)
 
-    def on_device(x: jax.Array, routing: Any, arrays: list[Any]) -> jax.Array:
+    def on_device(x: jax.Array, routing: Any, arrays: list[Any]) -> tuple[jax.Array, jax.Array]:
         logits, routed = routing
-        return _on_device(division, settings, x, logits, routed, experts.of(_gathered(division, arrays)))
+        return _on_device(division, settings, how, x, logits, routed, experts.of(_gathered(division, arrays)))
 
     if division.mesh.manual_axes:
         on_device = jax.checkpoint(on_device)  # else JAX cannot lower its gradient inside another shard_map
     elif any(_parts(division)):
         keep = jax.checkpoint_policies.save_anything_except_these_names(_GATHERED)
         on_device = jax.checkpoint(on_device, policy=keep)
-    routing = jax.tree.map(lambda a: place(a, tokens), (logits, routed))
+    routing = jax.tree.map(lambda a: place(a, spec=tokens), (logits, routed))
     run = jax.shard_map(
         on_device,
         mesh=division.mesh,
         in_specs=(tokens, jax.tree.map(lambda a: tokens, routing), specs),
-        out_specs=tokens,
+        out_specs=(tokens, PartitionSpec()),
         axis_names=set(division.manual),
     )
-    return _placed(division, run(place(x, tokens), routing, arrays), jax.typeof(x).sharding.spec)
+    out, dropped = run(place(x, spec=tokens), routing, arrays)
+    return place(out, spec=jax.typeof(x).sharding.spec), dropped
 
 
 def _on_device(
-    division: Division, settings: Settings, x: jax.Array, logits: Any, routed: Any, experts: Experts
-) -> jax.Array:
-    """What this device adds to its tokens' results, and the sum over the devices that have the same tokens."""
+    division: Division, settings: Settings, how: Exchange, x: jax.Array, logits: Any, routed: Any, experts: Experts
+) -> tuple[jax.Array, jax.Array]:
+    """What this device adds to its tokens' results, summed over the devices that have the same tokens."""
     exchanged = tuple(name for name in division.experts if name in division.of_tokens)
     summed = (*[name for name in division.experts if name not in exchanged], *division.width)
+    dropped = jnp.zeros((), jnp.int32)
     if division.width:
         experts = _of_this_width(experts, division.width)
     if exchanged == division.experts and exchanged:
-        out, _ = exchanged_layer(x, logits, routed, experts, settings, axis_name=exchanged)
+        out, dropped = exchanged_layer(x, logits, routed, experts, settings, how, axis_name=exchanged)
+        dropped = lax.psum(dropped, division.of_tokens)
     elif division.experts:
         routed = routing_of(logits, settings) if routed is None else routed
         out = gathered_layer(x, routed, experts, settings, axis_name=division.experts, gathered=exchanged)
     else:
         out = local_layer(x, logits, routed, experts, settings)
-    return lax.psum(out.astype(jnp.float32), summed).astype(x.dtype) if summed else out
+    out = lax.psum(out.astype(jnp.float32), summed).astype(x.dtype) if summed else out
+    return out, dropped
 
 
 def _of_this_width(experts: Experts, axes: Names) -> Experts:
@@ -222,18 +229,6 @@ def _parts(division: Division) -> list[list[tuple[int, Names]]]:
     return [[(axis, n) for axis, n in enumerate(names) if n not in divided] for names in division.stored]
 
 
-def _placed(division: Division, array: Any, spec: PartitionSpec) -> Any:
-    """The array with this sharding along Explicit axes. Along Auto ones, shard_map brings it there."""
-    explicit = explicit_axes(division.mesh)
-    if not explicit:
-        return array
-    have = jax.typeof(array).sharding
-    entries = [tuple([n for n in names if n in explicit]) for names in _names(spec)]
-    spec = _spec((*entries, *[()] * (array.ndim - len(entries))))
-    there = have.spec == spec and not have.mesh.empty
-    return array if there else jax.sharding.reshard(array, NamedSharding(division.mesh, spec))
-
-
 def _check_sizes(op: str, division: Division, x: jax.Array, experts: Experts) -> None:
     """Refuse sizes that the mesh axes do not divide."""
     sizes = dict(zip(experts.axes[len(experts.gate_up)], experts.down.shape, strict=True))
@@ -257,12 +252,3 @@ def _with_axes(experts: Experts) -> Any:
 
 def _one_layer(array: Any) -> Any:
     return array.stack if isinstance(array, LayerOf) else array
-
-
-def _names(entries: Any) -> tuple[Names, ...]:
-    """The entries of a PartitionSpec, each as a tuple of names."""
-    return tuple(map(mesh_axes, entries))
-
-
-def _spec(names: tuple[Names, ...]) -> PartitionSpec:
-    return PartitionSpec(*[n or None for n in names])

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from ..core.signature import INT32_MAX, as_int, checked
 from .exchanged_rows import bounds_of, packed_rows_of
 
+EXCHANGES = ("gather", "padded", "ragged")
+
 
 class ExchangeSizes(NamedTuple):
     """What `jax.lax.ragged_all_to_all` takes after its two buffers, [devices * parts] int32 each."""

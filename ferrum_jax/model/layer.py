@@ -1,6 +1,7 @@
 """`moe_mlp`: the whole layer, from tokens and router logits to output, on one device or on all of a mesh."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from ..core.types import MoESharding, RouterOutput
 from ..kernels import IMPLEMENTATIONS
 from ..ops.grouped import as_precision
 from ..ops.grouped_ops import Matrices
-from .arguments import checked_experts, checked_settings, checked_tokens
+from .arguments import checked_exchange, checked_experts, checked_settings, checked_tokens
 from .divided import divided_layer, division_of
 from .local import Settings, local_layer
 
@@ -36,7 +37,11 @@ def moe_mlp(
     precision: str | jax.lax.Precision | None = None,
     implementation: str | None = None,
     sharding: MoESharding | None = None,
-) -> jax.Array:
+    exchange: str | None = None,
+    capacity: int | None = None,
+    chunks: int = 1,
+    return_dropped: bool = False,
+) -> Any:
     """A Mixture-of-Experts layer: each token through its experts' gated MLPs, weighted and added.
 
     out[t] = sum over k of weight[t,k] * (act(gate, up) @ w_down[e] + b_down[e]), where e = id[t,k], and gate and up are
@@ -87,16 +92,19 @@ def moe_mlp(
       implementation: None, "xla" or "triton", of each op; Pallas has no kernel of tables, and None takes its products
         where they were measured faster.
       sharding: which axes of the mesh around the call (`jax.set_mesh`) divide the layer. None: as said above.
+      exchange, capacity, chunks: where tokens are exchanged, as in `parallel.moe_mlp`; elsewhere of no effect.
+      return_dropped: also return how many pairs were dropped for lack of capacity.
 
     Returns:
-      [..., T, H] in x's dtype.
+      [..., T, H] in x's dtype. With `return_dropped`, (this, dropped): an int32 scalar, of all devices together.
 
     Raises:
       TypeError: an argument of another dtype, a size that is no int, a bool that is none, a pair of one array and one
         `LayerOf`, biases in another form than the matrices.
       ValueError: ranks or shapes that do not fit, sizes out of range, both or neither of `router_logits` and
         `router_output`, an unknown `activation`, `flow`, `precision` or `implementation`, `sharding` without a mesh or
-        over axes that it lacks, sizes that the mesh axes do not divide.
+        over axes that it lacks, sizes that the mesh axes do not divide, an unknown `exchange`, a `capacity` < 1 or
+        without `return_dropped`, `chunks` that do not divide a device's tokens.
       NotImplementedError: the implementation asked for cannot run here; the message says why.
 
     The layer is that of Shazeer et al., https://arxiv.org/abs/1701.06538, dropless as in MegaBlocks,
@@ -113,11 +121,14 @@ def moe_mlp(
     x, logits, routed = checked_tokens(_OP, experts, top_k, x, router_logits, router_output)
     precision = as_precision(_OP, precision, x.dtype)
     settings = Settings(_OP, top_k, norm_topk_prob, activation, flow, block_size, precision, implementation)
+    how = checked_exchange(_OP, exchange, capacity, chunks, return_dropped)
     division = division_of(_OP, sharding, x, (logits, routed), experts)
     # Collectives refuse empty arrays, and JAX cannot export a shard_map of a symbolic number of tokens.
     if division is None or not x.size or not isinstance(x.size, int):
-        return local_layer(x, logits, routed, experts, settings)
-    return divided_layer(division, x, logits, routed, experts, settings)
+        out, dropped = local_layer(x, logits, routed, experts, settings), jnp.zeros((), jnp.int32)
+    else:
+        out, dropped = divided_layer(division, x, logits, routed, experts, settings, how)
+    return (out, dropped) if return_dropped else out
 
 
 def pack_gate_up(gate: jax.Array, up: jax.Array, *, axis: int = -1, interleaved: bool = False) -> jax.Array:

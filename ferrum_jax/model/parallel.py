@@ -9,15 +9,13 @@ from typing import Any
 import jax
 from jax import lax
 
-from ..core.signature import as_bool, as_int, one_of
 from ..core.types import RouterOutput
 from ..ops.grouped import as_precision
 from ..ops.grouped_ops import Matrices
-from .arguments import checked_experts, checked_settings, checked_tokens
+from .arguments import checked_exchange, checked_experts, checked_settings, checked_tokens
 from .local import Settings
 from .spread import exchanged_layer
 
-EXCHANGES = ("gather", "padded", "ragged")
 _OP = "parallel.moe_mlp"
 
 
@@ -33,6 +31,7 @@ def moe_mlp(
     router_output: RouterOutput | None = None,
     exchange: str | None = None,
     capacity: int | None = None,
+    chunks: int = 1,
     return_dropped: bool = False,
     block_size: int | None = None,
     precision: str | lax.Precision | None = None,
@@ -68,6 +67,9 @@ def moe_mlp(
         "padded" shares them evenly among the senders. A pair whose row does not fit adds nothing, as if it had no
         expert, and is counted: pass `return_dropped=True`. None: the worst case, T*D*min(K, E/D) rows (T*D*K with
         `router_output`, which may name an expert twice). "gather" sends no such rows, and drops nothing.
+      chunks: into how many equal parts, one after the other, a device's tokens are cut, each with an exchange of its
+        own and its share of `capacity`. The rows of one part are in memory at a time, and those of the next can travel
+        while one is computed. Each part is computed again for its gradients, as `jax.checkpoint` does.
       return_dropped: also return how many pairs of this device's tokens were dropped, exactly.
       block_size: as in `ferrum_jax.moe_mlp`; None: for the rows of an average expert, as if routing were balanced.
       precision: as in `ferrum_jax.moe_mlp`.
@@ -84,7 +86,8 @@ def moe_mlp(
     Raises:
       TypeError, ValueError, NotImplementedError: as `ferrum_jax.moe_mlp`; and TypeError for `return_dropped` that is no
         bool, ValueError for an `axis_name` that is no mapped axis around the call, E that is not D times the experts of
-        a device, an unknown `exchange`, a `capacity` < 1 or without `return_dropped`.
+        a device, an unknown `exchange`, a `capacity` < 1 or without `return_dropped`, `chunks` that do not divide the
+        tokens.
 
     Tokens may also be sharded over an Explicit axis of the mesh that is not manual here. They are gathered along it,
     and the result is sharded over it again.
@@ -106,19 +109,13 @@ def moe_mlp(
     """
     axis_name = tuple(axis_name) if isinstance(axis_name, list) else axis_name
     devices = _axis_size(axis_name)
-    one_of(_OP, "exchange", exchange, (None, *EXCHANGES))
-    return_dropped = as_bool(_OP, "return_dropped", return_dropped)
-    if capacity is not None:
-        capacity = as_int(_OP, "capacity", capacity)
-        if not return_dropped:
-            raise ValueError(f"{_OP}: capacity may drop pairs; pass return_dropped=True to get their count too")
+    how = checked_exchange(_OP, exchange, capacity, chunks, return_dropped)
     checked_settings(_OP, activation, flow, block_size)
     experts = checked_experts(_OP, w_gate_up, w_down, b_gate_up, b_down, interleaved, transpose_rhs)
     x, logits, routed = checked_tokens(_OP, experts, top_k, x, router_logits, router_output, devices)
     precision = as_precision(_OP, precision, x.dtype)
     settings = Settings(_OP, top_k, norm_topk_prob, activation, flow, block_size, precision, implementation)
-    how = {"axis_name": axis_name, "exchange": exchange, "capacity": capacity}
-    out, dropped = exchanged_layer(x, logits, routed, experts, settings, **how)
+    out, dropped = exchanged_layer(x, logits, routed, experts, settings, how, axis_name=axis_name)
     return (out, dropped) if return_dropped else out
 
 

@@ -19,7 +19,7 @@ from ..core.signature import as_int
 from ..ops.combine import moe_combine, moe_dispatch
 from ..ops.table_sizes import usual_block_size
 from ..ops.tables import moe_build_pairs_by_token
-from .arguments import Experts
+from .arguments import Exchange, Experts
 from .exchange import ExchangeSizes, exchange_sizes
 from .exchanged_rows import bounds_of, experts_of_rows, packed_rows_of, slotted_rows_of
 from .local import Settings, local_layer, routing_of
@@ -40,39 +40,68 @@ def exchanged_layer(
     routed: Any,
     experts: Experts,
     settings: Settings,
+    how: Exchange,
     *,
     axis_name: Any,
-    exchange: str | None = None,
-    capacity: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The layer of checked arguments, and how many pairs of this device's tokens were dropped."""
-    devices, distinct = lax.axis_size(axis_name), routed is None
+    distinct = routed is None
     if logits is not None:
         routed = routing_of(logits, settings)
-    ids, weights = routed
-    x_type, held = jax.typeof(x), experts.number
-    x, ids, weights = (tokens_of(a, whole=True) for a in (x, ids, weights))
-    x, ids, weights, _ = equally_varying([x, ids, weights, lax.axis_index(axis_name)])
+    x_type = jax.typeof(x)
+    tokens = [tokens_of(a, whole=True) for a in (x, *routed)]
+    *tokens, _ = equally_varying([*tokens, lax.axis_index(axis_name)])
+    number = tokens[0].shape[0]
+    if number % how.chunks:
+        raise ValueError(f"{settings.op}: chunks must divide the {number} tokens of a device; got {how.chunks}")
+
+    def layer(x: jax.Array, ids: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return _one_exchange(x, ids, weights, distinct, experts, settings, how, axis_name)
+
+    if how.chunks == 1 or not number:
+        out, dropped = layer(*tokens)
+    else:
+        # A part waits for the last but one: while one is computed, the rows of the next can travel. Each is computed
+        # again for its gradient. So the rows of two parts are in memory at a time.
+        parts = list(zip(*[jnp.split(a, how.chunks) for a in tokens], strict=True))
+        done: list[Any] = []
+        for x, ids, weights in parts:
+            if len(done) > 1:
+                (out, count), x = lax.optimization_barrier((done[-2], x))
+                done[-2] = out, count
+            done.append(jax.checkpoint(layer)(x, ids, weights))
+        outs, counts = zip(*done, strict=True)
+        out, dropped = jnp.concatenate(outs), jnp.sum(jnp.stack(counts), dtype=jnp.int32)
+    return sharded_like(out.reshape(x_type.shape), x_type), dropped
+
+
+def _one_exchange(
+    x: jax.Array,
+    ids: jax.Array,
+    weights: jax.Array,
+    distinct: bool,
+    experts: Experts,
+    settings: Settings,
+    how: Exchange,
+    axis_name: Any,
+) -> tuple[jax.Array, jax.Array]:
+    devices, held = lax.axis_size(axis_name), experts.number
     if settings.block_size is None:
         settings = settings._replace(block_size=usual_block_size(ids.size, held))
 
     def local(rows: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
         return local_layer(rows, None, (ids, weights), experts, settings)
 
-    if exchange is None and _gather_is_cheaper(x, ids.shape[-1], devices):
-        exchange = "gather"
     if ids.size == 0:  # collectives refuse empty arrays
-        out, dropped = local(x, ids, weights), _count(ids >= 0)
-    elif exchange == "gather":
+        return local(x, ids, weights), _count(ids >= 0)
+    if how.by == "gather" or (how.by is None and _gather_is_cheaper(x, ids.shape[-1], devices)):
         out = _gathered(local, axis_name, axis_name, x, ids, weights, held)
-        dropped = _count(jnp.zeros_like(ids) > 0)  # none, as a number that varies over the same mesh axes as the pairs
-    else:
-        most = min(ids.shape[-1], held) if distinct else ids.shape[-1]  # pairs of a token that one device can get
-        rows = as_int(settings.op, "rows", devices * x.shape[0] * most, 0)
-        if capacity is not None:
-            rows = min(rows, -(-capacity // devices) * devices)
-        out, dropped = _exchanged(local, settings, axis_name, exchange, x, ids, weights, held, rows)
-    return sharded_like(out.reshape(x_type.shape), x_type), dropped
+        return out, _count(jnp.zeros_like(ids) > 0)  # none, a number that varies over the same mesh axes as the pairs
+    most = min(ids.shape[-1], held) if distinct else ids.shape[-1]  # pairs of a token that one device can get
+    rows = as_int(settings.op, "rows", devices * x.shape[0] * most, 0)
+    if how.capacity is not None:
+        rows = min(rows, -(-how.capacity // (how.chunks * devices)) * devices)
+    return _exchanged(local, settings, axis_name, how.by, x, ids, weights, held, rows)
 
 
 def gathered_layer(

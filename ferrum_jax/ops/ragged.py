@@ -1,16 +1,17 @@
 """`ragged_dot`: the grouped product of rows that already stand by group, as `jax.lax.ragged_dot` takes them."""
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from ..core.primitive import define
-from ..core.sharding import whole_along
+from ..core.sharding import names_of, placed, spec_of
 from ..core.signature import as_bool, checked, one_of
+from ..core.types import LayerOf
 from ..kernels import IMPLEMENTATIONS
 from .grouped import as_dtype, as_precision
 from .grouped_ops import Matrices, product
@@ -40,9 +41,11 @@ def ragged_dot(
     of groups without rows are never read, in the result and in every gradient, so they may hold NaN. The gradients of
     both are 0. Every operand may be mapped by vmap, alone or with others.
 
-    In a mesh with Explicit axes that shard the rows of lhs, each device multiplies its own rows, of whichever groups
-    they are. The matrices and the sizes are then the same on all of these devices, and are gathered if they are not;
-    the gradient of the matrices is added up over the devices.
+    In an Explicit mesh the product runs in a `jax.shard_map` that it opens, as lhs and rhs are sharded. Along axes over
+    M each device multiplies its own rows, of whichever groups they are. Along others over G, each device multiplies the
+    rows of its own groups; along others over H, it multiplies its part of each row; in both cases the results are added
+    up, for H in float32. Along others over N each device has its own columns. What an axis divides besides is gathered:
+    the matrices where one axis divides them and the rows, and the sizes.
 
     Args:
       lhs: [..., M, H] float16, bfloat16 or float32, rows by group.
@@ -98,9 +101,9 @@ def ragged_dot(
     )
     if offset is None:
         offset = jnp.zeros((1,) * (lhs.ndim - 2), jnp.int32)
-    axes = jax.typeof(lhs).sharding.spec[-2]
-    if axes:
-        run = functools.partial(_on_shards, axes, run)
+    division = _division_of(lhs, rhs, transposed)
+    if division is not None:
+        return _on_shards(division, run, lhs, rhs, group_sizes, offset)
     return run(lhs, rhs, group_sizes, offset)
 
 
@@ -126,26 +129,88 @@ def _product(
     return product(lhs, rhs, *tables, **settings)
 
 
-def _on_shards(names: str | tuple[str, ...], run: Any, lhs: jax.Array, rhs: Matrices, *groups: Any) -> jax.Array:
-    """`run` where these mesh axes shard lhs's rows: on each shard, with its overlap with every group."""
-    axes, all_rows = (names,) if isinstance(names, str) else names, lhs.shape[-2]
+class _Division(NamedTuple):
+    """The mesh, and those of its axes that divide rows, groups, the contracted axis H and columns."""
+
+    mesh: Any
+    rows: tuple[str, ...]
+    groups: tuple[str, ...]
+    contracted: tuple[str, ...]
+    columns: tuple[str, ...]
+    transposed: bool
+
+    @property
+    def axes(self) -> set[str]:
+        return {*self.rows, *self.groups, *self.contracted, *self.columns}
+
+    def of_matrices(self) -> tuple[tuple[str, ...], ...]:
+        of_matrix = (self.columns, self.contracted) if self.transposed else (self.contracted, self.columns)
+        return self.groups, *of_matrix
+
+
+def _division_of(lhs: jax.Array, rhs: Matrices, transposed: bool) -> _Division | None:
+    """How the types of both in an Explicit mesh divide the product; None: not at all."""
+    (*lead, rows, of_lhs), (*others, groups, h, n) = names_of(_spec(lhs)), names_of(_spec(rhs))
+    h, n = (n, h) if transposed else (h, n)
+    taken = {name for names in (*lead, *(others if isinstance(rhs, jax.Array) else ())) for name in names}
+
+    def free(names: tuple[str, ...]) -> tuple[str, ...]:
+        names = tuple([name for name in names if name not in taken])
+        taken.update(names)
+        return names
+
+    rows = free(rows)
+    divided = rows, free(groups), free(of_lhs) or free(h), free(n)
+    if not any(divided):
+        return None
+    meshes = [jax.typeof(a).sharding.mesh for a in jax.tree.leaves((lhs, rhs))]
+    return _Division(next(mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), *divided, transposed)
+
+
+def _spec(array: Any) -> PartitionSpec:
+    return jax.typeof(array.stack if isinstance(array, LayerOf) else array).sharding.spec
+
+
+def _on_shards(division: _Division, run: Any, lhs: jax.Array, rhs: Matrices, *groups: Any) -> jax.Array:
+    """`run` on each shard, with its rows' overlap with each of its groups."""
+    mesh, rows, of_groups, contracted, columns, _ = division
+    all_rows, all_groups, dtype = lhs.shape[-2], rhs.shape[-3], run.keywords["dtype"]
+    if contracted:
+        run = functools.partial(run, dtype="float32")
 
     def on_shard(lhs: jax.Array, rhs: Matrices, group_sizes: jax.Array, group_offset: jax.Array) -> jax.Array:
-        num_rows = lhs.shape[-2]
-        offsets = _group_offsets(group_sizes, all_rows) - lax.axis_index(axes) * num_rows
-        return run(lhs, rhs, jnp.diff(jnp.clip(offsets, 0, num_rows)), group_offset)
+        if rows:
+            offsets = _group_offsets(group_sizes, all_rows) - lax.axis_index(rows) * lhs.shape[-2]
+            group_sizes = jnp.diff(jnp.clip(offsets, 0, lhs.shape[-2]))
+        if of_groups:  # the offset is clipped, so that nothing overflows
+            own = lax.axis_index(of_groups) * rhs.shape[-3]
+            group_offset = jnp.clip(group_offset, -all_groups, group_sizes.shape[-1]) + own
+        out = run(lhs, rhs, group_sizes, group_offset)
+        return lax.psum(out, (*of_groups, *contracted)).astype(dtype) if of_groups or contracted else out
 
-    mesh = jax.typeof(lhs).sharding.mesh
-    rows, whole = PartitionSpec(*[None] * (lhs.ndim - 2), names, None), PartitionSpec()
+    def spec(array: Any, *own: tuple[str, ...]) -> PartitionSpec:
+        """That of an array whose last axes are divided so. Its leading axes keep what divides them."""
+        return spec_of((*names_of(jax.typeof(array).sharding.spec)[: array.ndim - len(own)], *own))
+
+    def manual(spec: PartitionSpec) -> PartitionSpec:
+        return spec_of([[n for n in names if n in division.axes] for names in names_of(spec)])
+
+    of_rhs = division.of_matrices()
+    if isinstance(rhs, LayerOf):
+        own = None if rhs.own is None else spec(rhs.own, *of_rhs)
+        specs = [spec(lhs, rows, contracted), LayerOf(spec(rhs.stack, (), *of_rhs), PartitionSpec(), own)]
+    else:
+        specs = [spec(lhs, rows, contracted), spec(rhs, *of_rhs)]
+    specs += [spec(x, *[()] * min(x.ndim, 1)) for x in groups]
+    args = jax.tree.map(lambda x, spec: placed(x, mesh, spec), [lhs, rhs, *groups], specs)
     on_shards = jax.shard_map(
         jax.checkpoint(on_shard),  # else JAX cannot lower its gradient inside another shard_map
         mesh=mesh,
-        in_specs=(rows, whole, whole, whole),
-        out_specs=rows,
-        axis_names=set(axes),
+        in_specs=tuple(jax.tree.map(manual, specs, is_leaf=lambda x: isinstance(x, PartitionSpec))),
+        out_specs=spec_of((*[()] * (lhs.ndim - 2), rows, columns)),
+        axis_names=division.axes,
     )
-    rhs = jax.tree.map(functools.partial(whole_along, axes=axes), rhs)
-    return on_shards(lhs, rhs, *[whole_along(x, mesh.axis_names) for x in groups])
+    return on_shards(*args)
 
 
 def _group_offsets(group_sizes: jax.Array, num_rows: int) -> jax.Array:
