@@ -163,10 +163,11 @@ def placed_by(kind, layout=LAYOUT, form="one", shape=(4, 2)):
     return mesh, args, place(mesh, layout, form, args)
 
 
+@pytest.mark.parametrize("shape", [(3, 2), (6, 2), (3, 4)], ids=str)
 @pytest.mark.parametrize("layout", ["exchange, width", "experts, hidden", "width"])
-def test_three_and_six_devices(layout):
-    """Numbers that are no powers of two, and odd ones, between which halves of w_gate_up travel otherwise."""
-    mesh, args, placed = placed_by(AxisType.Explicit, layout, shape=(3, 2))
+def test_numbers_of_devices_that_are_no_powers_of_two(layout, shape):
+    """Odd ones too, between which halves of w_gate_up travel otherwise."""
+    mesh, args, placed = placed_by(AxisType.Explicit, layout, shape=shape)
     with jax.set_mesh(mesh):
         got = jax.jit(gradients("one"))(*placed)
     for g, w in zip(got, gradients("one")(*args), strict=True):

@@ -80,7 +80,7 @@ def test_no_module_imports_itself_by_way_of_others():
 
 BELOW = {  # what users import -> the modules whose public names it lists
     "checkpoint": ["model.checkpoint"],
-    "nnx": ["model.nnx", "model.nnx_scan"],
+    "nnx": ["model.nnx", "model.nnx_scan", "model.nnx_variables"],
     "parallel": ["model.parallel", "model.exchange"],
     "presets": ["model.presets"],
     "profile": ["observe.profile"],

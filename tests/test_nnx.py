@@ -21,7 +21,7 @@ from test_package import run
 import ferrum_jax
 from ferrum_jax import LayerOf, checkpoint, presets
 from ferrum_jax.checkpoint import MoEParams
-from ferrum_jax.nnx import ExpertCounts, LoadBalancingLoss, MoE, RouterZLoss, ScoreBias, scan_layers
+from ferrum_jax.nnx import DroppedPairs, ExpertCounts, LoadBalancingLoss, MoE, RouterZLoss, ScoreBias, scan_layers
 
 T, H, F, E = 6, 8, 3, 8
 SMALL = {  # every kind of setting that the presets have, at a small size
@@ -382,8 +382,54 @@ def test_a_mesh_divides_the_layer(partition, spec, kind):
         how = {"sharding": sharding} if kind == AxisType.Auto else {}
         module = nnx.jit(lambda: build(partition=partition, **how))()
         got = nnx.jit(loss)(module, jax.device_put(x, spec))
-    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    halved = "F" in partition  # then gate and up are parameters of their own
+    assert (module.w_gate_up is None, module.w_gate is None) == (halved, not halved)
+    (got, gradients), (want, want_gradients) = got, want
+    np.testing.assert_allclose(got, want, rtol=1e-4)
+    for name, gradient in want_gradients.items():
+        names = ("w_gate", "w_up") if halved and name == "w_gate_up" else (name,)
+        g, w = jnp.concatenate([gradients[n][...] for n in names], -1), np.asarray(gradient[...])
         np.testing.assert_allclose(g, w, rtol=1e-4, atol=2e-5 * np.abs(w).max())
+
+
+def test_gate_and_up_of_a_layer_that_divides_f():
+    """The same layer, its parameters in two arrays: made, loaded, scanned, and given back as one."""
+    with jax.set_mesh(jax.make_mesh((1,), ("a",), axis_types=(AxisType.Auto,))):
+        whole, x = build(), tokens(T, H)
+        module = build(partition={"F": "a"})
+        jax.tree.map(np.testing.assert_array_equal, module.params(), whole.params())
+        again = MoE.from_params(whole.params(), SMALL["gpt_oss"], partition={"F": "a"})
+        assert again.b_up.shape == (E, F)
+        assert again.w_gate_up is None
+        np.testing.assert_allclose(call(again, x), call(whole, x), rtol=1e-5, atol=1e-6)
+        with pytest.raises(ValueError, match=r"w_gate_up must be \(8, 8, 6\)"):
+            again.load(whole.params()._replace(w_gate_up=np.zeros((E, H, F))))
+        make = nnx.vmap(lambda rngs: MoE(H, F, partition={"F": "a"}, **QUICK, num_experts=4, top_k=2, rngs=rngs))
+        blocks = make(nnx.Rngs(0).split(3))
+
+        def total(scan, blocks):
+            return jnp.sum(jnp.sin(scan(lambda moe, x: (x + moe(x), None), blocks, x)[0]))
+
+        plain = nnx.scan(lambda moe, x: x + moe(x), in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+        want = nnx.grad(lambda blocks: jnp.sum(jnp.sin(plain(blocks, x))))(blocks)
+        got = nnx.grad(functools.partial(total, ferrum_jax.nnx.scan_layers))(blocks)
+        for name, gradient in want.items():
+            np.testing.assert_allclose(got[name][...], gradient[...], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=lambda t: t.name)
+def test_capacity_and_chunks(kind):
+    """Dropped pairs are sown, those of all devices together."""
+    x, options = tokens(16, H), {"exchange": "padded", "capacity": 4, "chunks": 2}
+    with jax.set_mesh(jax.make_mesh((4,), ("a",), axis_types=(kind,))):
+        how = {"sharding": ferrum_jax.MoESharding("a", "a")} if kind == AxisType.Auto else {}
+        module = nnx.jit(lambda: build(partition={"E": "a"}, **options, **how))()
+        run = nnx.jit(nnx.capture(lambda module, x: module(x), DroppedPairs))
+        out, dropped = run(module, jax.device_put(x, jax.P("a")))
+    ids = np.asarray(build().route(build().logits(x)).expert_ids)
+    parts = (ids // (E // 4)).reshape(4 * 2, -1)  # the devices that the pairs of a device and chunk go to, one to each
+    assert int(sown(dropped, "dropped_pairs")) == sum(part.size - len(set(part)) for part in parts) > 0
+    assert np.all(np.isfinite(out))
 
 
 def test_partition_names_every_axis_and_survives_vmap():
@@ -398,7 +444,8 @@ def test_partition_names_every_axis_and_survives_vmap():
     specs = {name: tuple(v.get_metadata("out_sharding")) for name, v in nnx.state(layers, nnx.Param).items()}
     assert specs == {
         "router": ("layer", ("data", "host"), None),
-        "w_gate_up": ("layer", "expert", ("data", "host"), "model"),
+        "w_gate": ("layer", "expert", ("data", "host"), "model"),
+        "w_up": ("layer", "expert", ("data", "host"), "model"),
         "w_down": ("layer", "expert", "model", ("data", "host")),
         "shared_w_gate_up": ("layer", ("data", "host"), "model"),
         "shared_w_down": ("layer", "model", ("data", "host")),

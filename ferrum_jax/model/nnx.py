@@ -10,7 +10,7 @@ inside `nnx.scan`, `nnx.remat` and `nnx.jit`. `optax.tree.sum(balance)` adds a l
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Self
 
 import jax
@@ -21,7 +21,6 @@ try:
 except ImportError as error:
     raise ImportError("ferrum_jax.nnx needs flax: pip install '.[nnx]' from a clone") from error
 
-from ..core.sharding import by_compiler
 from ..core.signature import as_bool, as_int, one_of
 from ..core.types import MoESharding, RouterOutput
 from ..kernels import IMPLEMENTATIONS
@@ -29,33 +28,19 @@ from ..ops.grouped import as_precision
 from ..ops.losses import NORMALIZATIONS, expert_counts, load_balancing_loss, router_z_loss, update_routing_bias
 from ..ops.routing import route_topk
 from ..ops.scoring import checked_settings as checked_routing
-from .arguments import checked_settings, preset_of
+from .arguments import checked_exchange, checked_settings, preset_of
 from .layer import moe_mlp
 from .layouts import AXES, MoEParams, as_dtype, shape_of
+from .nnx_variables import DroppedPairs, ExpertCounts, LoadBalancingLoss, RouterZLoss, ScoreBias
+from .parameters import Initializer, halves, joined, matrices
 from .presets import Preset
+from .shared import product, shared_mlp
 
-Initializer = Callable[..., jax.Array]
 _BY_FAN_IN = jax.nn.initializers.lecun_normal()
-
-
-class ScoreBias(nnx.Variable):
-    """A bias that only takes part in the choice of experts. It is no `nnx.Param`, so no gradient trains it."""
-
-
-class LoadBalancingLoss(nnx.Intermediate):
-    """What `MoE` sows as `load_balancing_loss`: that function of its logits and choices, a float32 scalar."""
-
-
-class RouterZLoss(nnx.Intermediate):
-    """What `MoE` sows as `router_z_loss`: that function of its logits, a float32 scalar."""
-
-
-class ExpertCounts(nnx.Intermediate):
-    """What `MoE` sows as `expert_counts`: the pairs of each expert in this call, [E] int32."""
-
 
 _PARTITIONED = ("E", "H", "F")
 _ROUTER = ("router", "router_bias", "score_bias")  # whole along E on every device: the choice is among all experts
+_HALVES = {"w_gate_up": ("w_gate", "w_up"), "b_gate_up": ("b_gate", "b_up")}  # where F is divided
 _BIASES = ("router_bias", "score_bias", "b_gate_up", "b_down")
 
 
@@ -65,7 +50,8 @@ class MoE(nnx.Module):
     A `Preset` says what the layer does: one of `ferrum_jax.presets`, or settings by name. If both are given, a setting
     replaces the preset's. The parameters are attributes with the names and shapes of
     `ferrum_jax.checkpoint.MoEParams`, None where the preset has none; `score_bias` is a `ScoreBias`, the others are
-    `nnx.Param`s.
+    `nnx.Param`s. Where `partition` divides F, gate and up are parameters of their own, so that no matrix moves:
+    w_gate[E, H, F] and w_up in place of w_gate_up, b_gate[E, F] and b_up in place of b_gate_up.
 
     Args:
       hidden_width: H, entries of a token.
@@ -86,6 +72,7 @@ class MoE(nnx.Module):
         "sigmoid", else "softmax". For "deepseek", x is [..., T, H], leading axes are sequences, and the experts that
         count are those chosen without the score bias.
       flow, block_size, implementation, sharding: as in `moe_mlp`; `sharding` divides the experts' part of the layer.
+      exchange, capacity, chunks: as in `moe_mlp`. With a capacity, look at `DroppedPairs`.
       precision: of float32 products of the experts and of the shared MLP, as in `moe_mlp`. The router's product is
         always in full float32.
       rngs: its stream `params` makes the parameters.
@@ -106,10 +93,14 @@ class MoE(nnx.Module):
 
     router: Any
     w_gate_up: Any
+    w_gate: Any
+    w_up: Any
     w_down: Any
     router_bias: Any
     score_bias: Any
     b_gate_up: Any
+    b_gate: Any
+    b_up: Any
     b_down: Any
     shared_w_gate_up: Any
     shared_w_down: Any
@@ -134,6 +125,9 @@ class MoE(nnx.Module):
         precision: str | jax.lax.Precision | None = None,
         implementation: str | None = None,
         sharding: MoESharding | None = None,
+        exchange: str | None = None,
+        capacity: int | None = None,
+        chunks: int = 1,
         rngs: nnx.Rngs,
         **settings: Any,
     ):
@@ -141,7 +135,7 @@ class MoE(nnx.Module):
         self.dtype = None if dtype is None else as_dtype("MoE", "dtype", dtype)
         self.normalization, self.precision = normalization, precision
         self.flow, self.block_size, self.implementation = flow, block_size, implementation
-        self.sharding = sharding
+        self.sharding, self.exchange, self.capacity, self.chunks = sharding, exchange, capacity, chunks
         self._check_settings()
         partition = dict(partition or {})
         if unknown := partition.keys() - set(_PARTITIONED):
@@ -150,20 +144,23 @@ class MoE(nnx.Module):
         router_dtype = as_dtype("MoE", "router_dtype", router_dtype)
         size = self._axis_sizes(hidden_width, expert_width, shared_width)
         for name, axes in AXES.items():
+            for absent in (name, *_HALVES.get(name, ())):
+                setattr(self, absent, nnx.data(None))
             if not self._has(name, size["S"]):
-                setattr(self, name, nnx.data(None))
                 continue
             of_router, shape = name in _ROUTER, shape_of(axes, size)
             of = jnp.float32 if name == "score_bias" else router_dtype if of_router else param_dtype
             if name in _BIASES:
                 value = jnp.zeros(shape, of)
             else:
-                value = _matrices(router_init if of_router else kernel_init, rngs.params(), shape, of)
+                value = matrices(router_init if of_router else kernel_init, rngs.params(), shape, of)
             # An axis of 2F or 2S entries ("UF", "US") is divided as F is.
             letters = [axis[-1].replace("S", "F") for axis in axes.split()]
             spec = [None if of_router and letter == "E" else partition.get(letter) for letter in letters]
             kind = ScoreBias if name == "score_bias" else nnx.Param
-            setattr(self, name, kind(value, out_sharding=tuple(spec)) if any(spec) else kind(value))
+            names = _HALVES.get(name, (name,)) if partition.get("F") else (name,)
+            for part, array in zip(names, halves(value, len(names)), strict=True):
+                setattr(self, part, kind(array, out_sharding=tuple(spec)) if any(spec) else kind(array))
 
     def _check_settings(self) -> None:
         """Refuse now, with the same errors, what the layer's calls would refuse later."""
@@ -176,6 +173,7 @@ class MoE(nnx.Module):
         checked_routing("route_topk", num_experts, **self.preset)
         one_of("route_topk", "implementation", self.implementation, (None, *IMPLEMENTATIONS))
         checked_settings("moe_mlp", self.preset.activation, self.flow, self.block_size)
+        checked_exchange("moe_mlp", self.exchange, self.capacity, self.chunks, True)
 
     def _axis_sizes(self, hidden_width: int, expert_width: int, shared_width: int | None) -> dict[str, int]:
         """The sizes of the axes that `AXES` names."""
@@ -197,7 +195,8 @@ class MoE(nnx.Module):
     def __call__(self, x: jax.Array, *, token_mask: jax.Array | None = None) -> jax.Array:
         """The layer: each token through its experts, and through the shared MLP if there is one.
 
-        Inside `nnx.capture` it sows those of `LoadBalancingLoss`, `RouterZLoss` and `ExpertCounts` that are captured.
+        Inside `nnx.capture` it sows those of `LoadBalancingLoss`, `RouterZLoss`, `ExpertCounts` and `DroppedPairs` that
+        are captured.
 
         Args:
           x: [..., H] float16, bfloat16 or float32; all axes but the last are tokens.
@@ -218,12 +217,12 @@ class MoE(nnx.Module):
             x = jnp.where(mask[..., None], x, jnp.zeros((), x.dtype))
         logits = self.logits(x)
         routed = self.route(logits, token_mask=mask)
+        # Two different ones of the three dtypes promote to float32.
+        x = x.astype(self.dtype or (x.dtype if x.dtype == self.w_down.dtype else jnp.float32))
+        out, dropped = self._routed(x, routed)
         # Outside `nnx.capture`, flax's sow is deprecated: it would add an entry to the module at each call.
         if hasattr(self, "__captures__"):
-            self._sow(logits, routed.expert_ids, mask)
-        # Two different ones of the three dtypes promote to float32.
-        x = x.astype(self.dtype or (x.dtype if x.dtype == self.w_gate_up.dtype else jnp.float32))
-        out = self._routed(x, routed)
+            self._sow(logits, routed.expert_ids, mask, dropped)
         return (out if self.shared_w_down is None else _f32(out) + self._shared(x)).astype(x.dtype)
 
     def logits(self, x: jax.Array) -> jax.Array:
@@ -232,7 +231,7 @@ class MoE(nnx.Module):
         as_dtype("MoE", "x", x.dtype)
         if x.ndim < 1 or x.shape[-1] != width:
             raise ValueError(f"MoE: x must be [..., H] with H = {width}, the layer's hidden width; got shape {x.shape}")
-        logits = _product(x.astype(self.router.dtype), self.router[...], "highest")
+        logits = product(x.astype(self.router.dtype), self.router[...], "highest")
         return logits if self.router_bias is None else _plus(logits, self.router_bias[...])
 
     def route(self, logits: jax.Array, *, token_mask: jax.Array | None = None) -> RouterOutput:
@@ -295,43 +294,55 @@ class MoE(nnx.Module):
         """
         wrong = []
         for name, value in params._asdict().items():
-            have = None if getattr(self, name) is None else getattr(self, name).shape
+            parts = self._variables(name)
+            have = (*parts[0].shape[:-1], sum(part.shape[-1] for part in parts)) if parts else None
             got = None if value is None else tuple(value.shape)
             wrong += [] if have == got else [f"{name} must be {have}; got {got}"]
         if wrong:
             raise ValueError("MoE: params do not fit the layer: " + "; ".join(wrong))
         for name, value in params._asdict().items():
-            if value is not None:
-                variable = getattr(self, name)
+            parts = self._variables(name)
+            for variable, array in zip(parts, halves(value, len(parts)), strict=True):
                 own = variable.get_value()
                 where = own.sharding if getattr(own, "committed", True) else None
                 if isinstance(own, jax.ShapeDtypeStruct) and where is not None:
                     where = where.spec  # its mesh is abstract and has no devices; the mesh that is set has them
-                variable.set_value(jax.device_put(value.astype(own.dtype), where))
+                variable.set_value(jax.device_put(array.astype(own.dtype), where))
 
     def params(self) -> MoEParams:
-        """The layer's parameters, for `checkpoint.to_layout` or `moe_mlp`."""
-        return MoEParams(**{name: None if (v := getattr(self, name)) is None else v.get_value() for name in AXES})
+        """The layer's parameters, for `checkpoint.to_layout` or `moe_mlp`. Gate and up become one array."""
+        return MoEParams(**{name: joined([v.get_value() for v in self._variables(name)]) for name in AXES})
 
     # ---- parts
+
+    def _variables(self, name: str) -> list[Any]:
+        """The variables of a parameter: one, or none, or one for gate and one for up."""
+        return [v for n in (name, *_HALVES.get(name, ())) if (v := getattr(self, n)) is not None]
+
+    def _of_experts(self, name: str, dtype: Any) -> Any:
+        """A parameter of the experts, as `moe_mlp` takes it."""
+        parts = tuple([_cast(v, dtype) for v in self._variables(name)])
+        return parts if len(parts) > 1 else parts[0] if parts else None
 
     def _route(self, logits: jax.Array, bias: jax.Array | None, token_mask: jax.Array | None) -> RouterOutput:
         return route_topk(logits, **self.preset, bias=bias, token_mask=token_mask, implementation=self.implementation)
 
-    def _routed(self, x: jax.Array, routed: RouterOutput) -> jax.Array:
+    def _routed(self, x: jax.Array, routed: RouterOutput) -> tuple[jax.Array, jax.Array]:
+        """What the experts give, and how many pairs were dropped."""
         experts = functools.partial(
             moe_mlp,
             router_logits=None,
-            w_gate_up=_cast(self.w_gate_up, x.dtype),
-            w_down=_cast(self.w_down, x.dtype),
-            b_gate_up=_cast(self.b_gate_up, x.dtype),
-            b_down=_cast(self.b_down, x.dtype),
+            **{name: self._of_experts(name, x.dtype) for name in ("w_gate_up", "w_down", "b_gate_up", "b_down")},
             activation=self.preset.activation,
             flow=self.flow,
             block_size=self.block_size,
             precision=self.precision,
             implementation=self.implementation,
             sharding=self.sharding,
+            exchange=self.exchange,
+            capacity=self.capacity,
+            chunks=self.chunks,
+            return_dropped=True,
         )
         if not self.preset.weight_on_input:
             return experts(x, router_output=routed)
@@ -339,26 +350,20 @@ class MoE(nnx.Module):
         ids, weights = routed
         rows = (_f32(x)[..., None, :] * weights[..., None]).astype(x.dtype)
         single = RouterOutput(ids[..., None], jnp.ones_like(weights)[..., None])
-        return jnp.sum(_f32(experts(rows, router_output=single)), axis=-2)
+        out, dropped = experts(rows, router_output=single)
+        return jnp.sum(_f32(out), axis=-2), dropped
 
     def _shared(self, x: jax.Array) -> jax.Array:
-        act = checked_settings("MoE", self.preset.activation, None, None)
+        activation = checked_settings("MoE", self.preset.activation, None, None)
         precision = as_precision("MoE", self.precision, x.dtype) if x.dtype == jnp.float32 else None
+        variables = [self.shared_w_gate_up, self.shared_w_down, self.shared_gate]
+        return shared_mlp(x, [_cast(v, x.dtype) for v in variables if v is not None], activation, precision)
 
-        def mlp(x: jax.Array, w_gate_up: jax.Array, w_down: jax.Array, *shared_gate: jax.Array) -> jax.Array:
-            gate, up = jnp.split(_product(x, w_gate_up, precision), 2, axis=-1)
-            out = _product(act(gate, up).astype(x.dtype), w_down, precision)
-            for w_gate in shared_gate:
-                out *= jax.nn.sigmoid(_product(x, w_gate, precision))
-            return out
-
-        matrices = [self.shared_w_gate_up, self.shared_w_down, self.shared_gate]
-        return by_compiler(mlp)(x, *[_cast(w, x.dtype) for w in matrices if w is not None])
-
-    def _sow(self, logits: jax.Array, ids: jax.Array, token_mask: jax.Array | None) -> None:
+    def _sow(self, logits: jax.Array, ids: jax.Array, token_mask: jax.Array | None, dropped: jax.Array) -> None:
         num_experts = logits.shape[-1]
         counts = expert_counts(ids, num_experts, token_mask=token_mask)
         self.sow(ExpertCounts, "expert_counts", jnp.sum(counts, axis=range(counts.ndim - 1), dtype=jnp.int32))
+        self.sow(DroppedPairs, "dropped_pairs", dropped)
         self.sow(RouterZLoss, "router_z_loss", router_z_loss(logits, token_mask=token_mask))
         if self.normalization == "deepseek" and self.score_bias is not None:
             ids = self._route(logits, None, token_mask).expert_ids
@@ -373,13 +378,6 @@ class MoE(nnx.Module):
         self.sow(LoadBalancingLoss, "load_balancing_loss", balance)
 
 
-def _matrices(init: Initializer, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """A matrix, or one for each expert. Under vmap, an initialiser sees one expert's matrix and takes its fan-in."""
-    if len(shape) == 2:
-        return init(key, shape, dtype)
-    return jax.vmap(lambda key: init(key, shape[1:], dtype))(jax.random.split(key, shape[0]))
-
-
 def _cast(parameter: Any, dtype: Any) -> Any:
     return None if parameter is None else parameter.get_value().astype(dtype)
 
@@ -390,7 +388,3 @@ def _f32(x: jax.Array) -> jax.Array:
 
 def _plus(logits: jax.Array, bias: jax.Array) -> jax.Array:
     return logits + _f32(bias).reshape((1,) * (logits.ndim - 1) + bias.shape)
-
-
-def _product(x: jax.Array, matrix: jax.Array, precision: Any = None) -> jax.Array:
-    return jnp.matmul(x, matrix, precision=precision, preferred_element_type=jnp.float32)

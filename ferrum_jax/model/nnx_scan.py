@@ -10,7 +10,7 @@ from flax import nnx
 from ..core.types import LayerOf
 from .nnx import MoE
 
-_IN_PLACE = ("w_gate_up", "w_down", "b_gate_up", "b_down")
+_IN_PLACE = ("w_gate_up", "w_gate", "w_up", "w_down", "b_gate_up", "b_gate", "b_up", "b_down")
 
 
 def scan_layers(body: Callable[[Any, Any], tuple[Any, Any]], blocks: Any, x: Any) -> tuple[Any, Any]:
