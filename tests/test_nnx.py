@@ -418,6 +418,29 @@ def test_gate_and_up_of_a_layer_that_divides_f():
 
 
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=lambda t: t.name)
+def test_losses_counts_and_masks_on_a_mesh(kind):
+    """What is sown, its gradients, and the output, with a mask: those of one device."""
+    x, mask = tokens(4, 2, H), np.asarray(rng("mask").random((4, 2)) < 0.7)
+
+    def run(module, x, mask):
+        def loss(module, x):
+            kinds = LoadBalancingLoss, RouterZLoss, ExpertCounts
+            out, *found = nnx.capture(lambda module, x: module(x, token_mask=mask), *kinds)(module, x)
+            *losses, counts = map(sown, found, ("load_balancing_loss", "router_z_loss", "expert_counts"))
+            return sum(losses) + jnp.sum(jnp.sin(out)), (out, counts)
+
+        return nnx.value_and_grad(loss, has_aux=True)(module, x)
+
+    want = nnx.jit(run)(nnx.jit(build)(), x, mask)
+    with jax.set_mesh(jax.make_mesh((4,), ("a",), axis_types=(kind,))):
+        how = {"sharding": ferrum_jax.MoESharding("a", "a")} if kind == AxisType.Auto else {}
+        module = nnx.jit(lambda: build(partition={"E": "a"}, **how))()
+        got = nnx.jit(run)(module, *(jax.device_put(a, jax.P("a")) for a in (x, mask)))
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=lambda t: t.name)
 def test_capacity_and_chunks(kind):
     """Dropped pairs are sown, those of all devices together."""
     x, options = tokens(16, H), {"exchange": "padded", "capacity": 4, "chunks": 2}
