@@ -346,10 +346,13 @@ def test_named_error(name):
         run("one", *arguments("one"), sharding=sharding)
 
 
-def test_no_tokens():
-    mesh, (x, routing, *matrices), _ = placed_by(AxisType.Explicit)
+@pytest.mark.parametrize("spec", [P(), P("a")], ids=str)
+def test_no_tokens(spec):
+    mesh, (x, routing, *_), (_, _, *matrices) = placed_by(AxisType.Explicit)
     with jax.set_mesh(mesh):
-        assert run("one", x[:0], routing[:0], *matrices).shape == (0, SIZE.H)
+        x, routing = (jax.device_put(a[:0], spec) for a in (x, routing))
+        assert run("one", x, routing, *matrices).shape == (0, SIZE.H)
+        assert not any(np.any(g) for g in jax.jit(gradients("one"))(x, routing, *matrices))
 
 
 @pytest.mark.slow

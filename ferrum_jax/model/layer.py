@@ -123,9 +123,11 @@ def moe_mlp(
     settings = Settings(_OP, top_k, norm_topk_prob, activation, flow, block_size, precision, implementation)
     how = checked_exchange(_OP, exchange, capacity, chunks, return_dropped)
     division = division_of(_OP, sharding, x, (logits, routed), experts)
-    # Collectives refuse empty arrays, and JAX cannot export a shard_map of a symbolic number of tokens.
-    if division is None or not x.size or not isinstance(x.size, int):
-        out, dropped = local_layer(x, logits, routed, experts, settings), jnp.zeros((), jnp.int32)
+    dropped = jnp.zeros((), jnp.int32)
+    if division is None or not isinstance(x.size, int):  # JAX cannot export a shard_map of a symbolic number of tokens
+        out = local_layer(x, logits, routed, experts, settings)
+    elif not x.size:  # collectives refuse empty arrays
+        out = jnp.zeros_like(x)
     else:
         out, dropped = divided_layer(division, x, logits, routed, experts, settings, how)
     return (out, dropped) if return_dropped else out

@@ -152,7 +152,7 @@ def _division_of(lhs: jax.Array, rhs: Matrices, transposed: bool) -> _Division |
     """How the types of both in an Explicit mesh divide the product; None: not at all."""
     (*lead, rows, of_lhs), (*others, groups, h, n) = names_of(_spec(lhs)), names_of(_spec(rhs))
     h, n = (n, h) if transposed else (h, n)
-    taken = {name for names in (*lead, *(others if isinstance(rhs, jax.Array) else ())) for name in names}
+    taken = {name for names in (*lead, *others) for name in names}
 
     def free(names: tuple[str, ...]) -> tuple[str, ...]:
         names = tuple([name for name in names if name not in taken])
