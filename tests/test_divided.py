@@ -413,6 +413,24 @@ def test_arrays_that_are_not_on_the_mesh():
         np.testing.assert_allclose(second(x), want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=lambda t: t.name)
+def test_sixteen_bits_on_a_mesh_with_idle_axes(kind):
+    """XLA:CPU would end the process if the other axes were left to the compiler."""
+    args = [a.astype(jnp.bfloat16) for a in arguments("one")[:4]]
+    how = {"sharding": MoESharding("a")} if kind == AxisType.Auto else {}
+
+    def gradient(*args, **how):
+        return jax.grad(lambda *a: jnp.sum(moe_mlp(*a, top_k=K, **how).astype(jnp.float32)), (0, 2, 3))(*args)
+
+    want = gradient(*args)
+    with jax.set_mesh(jax.make_mesh((2, 2, 2), ("a", "b", "c"), axis_types=(kind,) * 3)):
+        placed = [jax.device_put(a, P("a") if i < 2 else P()) for i, a in enumerate(args)]
+        got = jax.jit(functools.partial(gradient, **how))(*placed)
+    for g, w in zip(got, want, strict=True):
+        w = np.asarray(w, np.float32)
+        np.testing.assert_allclose(np.asarray(g, np.float32), w, atol=2e-2 * abs(w).max())
+
+
 def test_explicit_and_auto_axes_in_one_mesh():
     """The types say what the Explicit axis divides, and the argument what both divide."""
     args = arguments("one")

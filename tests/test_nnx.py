@@ -382,6 +382,9 @@ def test_a_mesh_divides_the_layer(partition, spec, kind):
         how = {"sharding": sharding} if kind == AxisType.Auto else {}
         module = nnx.jit(lambda: build(partition=partition, **how))()
         got = nnx.jit(loss)(module, jax.device_put(x, spec))
+        again = MoE.from_params(module.params(), preset, partition=partition)
+        again.load(module.params())
+        jax.tree.map(np.testing.assert_array_equal, again.params(), module.params())
     halved = "F" in partition  # then gate and up are parameters of their own
     assert (module.w_gate_up is None, module.w_gate is None) == (halved, not halved)
     (got, gradients), (want, want_gradients) = got, want

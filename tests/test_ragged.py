@@ -265,6 +265,20 @@ def test_divided_in_an_explicit_mesh(name, form):
         np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("specs", [(P("a"), P()), (P(), P("a")), (P(None, "a"), P(None, "a"))], ids=str)
+def test_sixteen_bits_on_a_mesh_with_idle_axes(specs):
+    """XLA:CPU would end the process if the other axes were left to the compiler."""
+    lhs, rhs, sizes = ragged_args(rng("idle"), Size(8, 4, 2, 8), "bfloat16")
+    lhs, rhs = (jnp.nan_to_num(x) for x in (lhs, rhs))
+    gradient = jax.grad(lambda *a: jnp.sum(ferrum_jax.ragged_dot(*a, sizes).astype(jnp.float32)), (0, 1))
+    want = ferrum_jax.ragged_dot(lhs, rhs, sizes), *gradient(lhs, rhs)
+    with jax.set_mesh(jax.make_mesh((2, 2, 2), ("a", "b", "c"))):
+        args = [jax.device_put(x, spec) for x, spec in zip((lhs, rhs), specs, strict=True)]
+        got = jax.jit(lambda *a: (ferrum_jax.ragged_dot(*a, sizes), *gradient(*a)))(*args)
+    for g, w in zip(got, want, strict=True):
+        oracle.assert_near(g, np.asarray(w, np.float32), "bfloat16")
+
+
 def test_a_device_multiplies_its_own_rows():
     """Eagerly, without set_mesh. Nothing is gathered; the matrices' gradient is added up."""
     mesh = on_mesh(EXPLICIT, EXPLICIT)

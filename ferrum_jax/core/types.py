@@ -82,7 +82,7 @@ Axes = str | tuple[str, ...] | None
 class MoESharding(NamedTuple):
     """Which mesh axes divide a layer, for `moe_mlp` in a mesh of Auto axes, where arrays' types do not say it.
 
-    Each is a mesh axis, several, or None.
+    Each is a mesh axis, several, or None. Along axes that are not named all devices compute the same.
 
     tokens: as in a PartitionSpec, an entry for each axis of x before the last; a bare name stands for the first one's.
     experts: E of the matrices. An axis that divides tokens too exchanges tokens; with one that does not, each device

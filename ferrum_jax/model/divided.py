@@ -84,15 +84,16 @@ def _by_argument(op: str, sharding: MoESharding, x: jax.Array, experts: Experts)
         )
     tokens = names_of((*tokens, *[None] * (x.ndim - 1 - len(tokens))))
     by_letter = dict(zip("EFH", names_of(sharding[1:]), strict=True))
-    manual = tuple(dict.fromkeys(name for names in (*tokens, *by_letter.values()) for name in names))
-    free = [name for name in mesh.axis_names if name not in mesh.manual_axes]
-    if unknown := [name for name in manual if name not in free]:
+    named = [name for names in (*tokens, *by_letter.values()) for name in names]
+    # Axes that divide nothing are manual too, because kernels run only where the compiler divides nothing.
+    free = tuple([name for name in mesh.axis_names if name not in mesh.manual_axes])
+    if unknown := [name for name in named if name not in free]:
         raise ValueError(f"{op}: sharding must name axes of the mesh, {', '.join(free)}; got {unknown[0]!r}")
     own = [
         tuple(by_letter["F" if a == "G" else a] if len(axes) == 3 or a != "H" else () for a in axes)
         for axes in experts.axes
     ]
-    division = _division(mesh, manual, tokens, by_letter["E"], by_letter["F"], own, experts)
+    division = _division(mesh, free, tokens, by_letter["E"], by_letter["F"], own, experts)
     _check_sizes(op, division, x, experts)
     return division
 

@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ..core.sharding import names_of, placed, spec_of
+
 Initializer = Callable[..., jax.Array]
 
 
@@ -19,6 +21,9 @@ def matrices(init: Initializer, key: jax.Array, shape: tuple[int, ...], dtype: A
 def halves(value: Any, number: int) -> list[Any]:
     """The array, or with the number 2 its halves, gate and up. No arrays for the number 0."""
     width = value.shape[-1] // number if number else 0
+    if number > 1 and isinstance(value, jax.Array):  # JAX cannot cut an axis that an Explicit mesh divides
+        sharding = jax.typeof(value).sharding
+        value = placed(value, sharding.mesh, spec_of((*names_of(sharding.spec)[:-1], ())))
     return [value[..., i * width : (i + 1) * width] for i in range(number)]
 
 

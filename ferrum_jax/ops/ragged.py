@@ -9,7 +9,7 @@ from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
 from ..core.primitive import define
-from ..core.sharding import names_of, placed, spec_of
+from ..core.sharding import explicit_axes, names_of, placed, spec_of
 from ..core.signature import as_bool, checked, one_of
 from ..core.types import LayerOf
 from ..kernels import IMPLEMENTATIONS
@@ -130,18 +130,15 @@ def _product(
 
 
 class _Division(NamedTuple):
-    """The mesh, and those of its axes that divide rows, groups, the contracted axis H and columns."""
+    """The mesh; its axes over which the shard_map is opened; those that divide rows, groups, H and columns."""
 
     mesh: Any
+    manual: tuple[str, ...]
     rows: tuple[str, ...]
     groups: tuple[str, ...]
     contracted: tuple[str, ...]
     columns: tuple[str, ...]
     transposed: bool
-
-    @property
-    def axes(self) -> set[str]:
-        return {*self.rows, *self.groups, *self.contracted, *self.columns}
 
     def of_matrices(self) -> tuple[tuple[str, ...], ...]:
         of_matrix = (self.columns, self.contracted) if self.transposed else (self.contracted, self.columns)
@@ -152,7 +149,8 @@ def _division_of(lhs: jax.Array, rhs: Matrices, transposed: bool) -> _Division |
     """How the types of both in an Explicit mesh divide the product; None: not at all."""
     (*lead, rows, of_lhs), (*others, groups, h, n) = names_of(_spec(lhs)), names_of(_spec(rhs))
     h, n = (n, h) if transposed else (h, n)
-    taken = {name for names in (*lead, *others) for name in names}
+    of_batch = {name for names in (*lead, *others) for name in names}
+    taken = set(of_batch)
 
     def free(names: tuple[str, ...]) -> tuple[str, ...]:
         names = tuple([name for name in names if name not in taken])
@@ -164,7 +162,10 @@ def _division_of(lhs: jax.Array, rhs: Matrices, transposed: bool) -> _Division |
     if not any(divided):
         return None
     meshes = [jax.typeof(a).sharding.mesh for a in jax.tree.leaves((lhs, rhs))]
-    return _Division(next(mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), *divided, transposed)
+    mesh = next(mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types)
+    # Axes that divide nothing are manual too: XLA:CPU cannot add up 16-bit values over some axes of a mesh only.
+    manual = tuple([name for name in explicit_axes(mesh) if name not in of_batch])
+    return _Division(mesh, manual, *divided, transposed)
 
 
 def _spec(array: Any) -> PartitionSpec:
@@ -173,7 +174,7 @@ def _spec(array: Any) -> PartitionSpec:
 
 def _on_shards(division: _Division, run: Any, lhs: jax.Array, rhs: Matrices, *groups: Any) -> jax.Array:
     """`run` on each shard, with its rows' overlap with each of its groups."""
-    mesh, rows, of_groups, contracted, columns, _ = division
+    mesh, axes, rows, of_groups, contracted, columns, _ = division
     all_rows, all_groups, dtype = lhs.shape[-2], rhs.shape[-3], run.keywords["dtype"]
     if contracted:
         run = functools.partial(run, dtype="float32")
@@ -193,7 +194,7 @@ def _on_shards(division: _Division, run: Any, lhs: jax.Array, rhs: Matrices, *gr
         return spec_of((*names_of(jax.typeof(array).sharding.spec)[: array.ndim - len(own)], *own))
 
     def manual(spec: PartitionSpec) -> PartitionSpec:
-        return spec_of([[n for n in names if n in division.axes] for names in names_of(spec)])
+        return spec_of([[n for n in names if n in axes] for names in names_of(spec)])
 
     of_rhs = division.of_matrices()
     if isinstance(rhs, LayerOf):
@@ -208,7 +209,7 @@ def _on_shards(division: _Division, run: Any, lhs: jax.Array, rhs: Matrices, *gr
         mesh=mesh,
         in_specs=tuple(jax.tree.map(manual, specs, is_leaf=lambda x: isinstance(x, PartitionSpec))),
         out_specs=spec_of((*[()] * (lhs.ndim - 2), rows, columns)),
-        axis_names=division.axes,
+        axis_names=set(axes),
     )
     return on_shards(*args)
 
