@@ -334,7 +334,7 @@ MUTANTS = (
         "model/divided.py",
         "first_is_up = me % 2 == 1",
         "first_is_up = me % 2 == 0",
-        "test_divided.py::test_three_and_six_devices[width]",
+        "test_divided.py::test_numbers_of_devices_that_are_no_powers_of_two[width-(3, 2)]",
     ),
     # ---- around the ops
     Mutant(

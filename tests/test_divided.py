@@ -163,8 +163,15 @@ def placed_by(kind, layout=LAYOUT, form="one", shape=(4, 2)):
     return mesh, args, place(mesh, layout, form, args)
 
 
-@pytest.mark.parametrize("shape", [(3, 2), (6, 2), (3, 4)], ids=str)
-@pytest.mark.parametrize("layout", ["exchange, width", "experts, hidden", "width"])
+@pytest.mark.parametrize(
+    ("layout", "shape"),
+    [
+        *((layout, (3, 2)) for layout in ("exchange, width", "experts, hidden", "width")),
+        *(("exchange, width", shape) for shape in ((6, 2), (3, 4))),
+        *(pytest.param(name, (6, 2), marks=pytest.mark.full) for name in ("experts, hidden", "width")),
+    ],
+    ids=str,
+)
 def test_numbers_of_devices_that_are_no_powers_of_two(layout, shape):
     """Odd ones too, between which halves of w_gate_up travel otherwise."""
     mesh, args, placed = placed_by(AxisType.Explicit, layout, shape=shape)

@@ -229,8 +229,21 @@ LAYOUTS = {  # the axes' kinds; the shardings of lhs, rhs and sizes; and the col
 }
 
 
-@pytest.mark.parametrize("form", ["plain", "transposed", "of a stack"])
-@pytest.mark.parametrize("name", LAYOUTS)
+USUAL = {
+    *((name, "plain") for name in LAYOUTS),
+    *(("the sum divided too", form) for form in ("transposed", "of a stack")),
+    *(("groups and columns", form) for form in ("transposed", "of a stack")),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        pytest.param(name, form, marks=[] if (name, form) in USUAL else [pytest.mark.full])
+        for name in LAYOUTS
+        for form in ("plain", "transposed", "of a stack")
+    ],
+)
 def test_divided_in_an_explicit_mesh(name, form):
     """Values, gradients and second derivatives, the collectives, and the result divided as lhs's rows."""
     kinds, of_lhs, of_rhs, of_sizes, expected = LAYOUTS[name]
