@@ -330,6 +330,13 @@ MUTANTS = (
         "test_divided.py::test_values_gradients_and_collectives[exchange, width-biased-AxisType.Explicit]",
     ),
     Mutant(
+        "every chunk has the whole capacity",
+        "model/spread.py",
+        "(how.chunks * devices)",
+        "devices",
+        "test_parallel.py::test_chunks[padded]",
+    ),
+    Mutant(
         "gate and up are exchanged when their columns travel",
         "model/divided.py",
         "first_is_up = me % 2 == 1",

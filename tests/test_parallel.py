@@ -279,14 +279,11 @@ def left_behind(ids, devices, num_experts, capacity, exchange):
     return dropped
 
 
-@pytest.mark.parametrize("exchange", ["padded", "ragged"])
-def test_overflow_is_counted_exactly_and_adds_nothing(exchange):
-    devices, capacity = 4, 13  # 16, shared by four: 4 rows from each, or 16 from any
-    x, _, weights, *rest = arguments()
+def with_gradients_and_count(devices, **options):
+    """A function of (x, ids, ...): the results with their gradients, and what each device dropped."""
 
     def run(*args):
-        fixed = {"axis_name": "d", "exchange": exchange, "capacity": capacity, "return_dropped": True}
-        out, dropped = layer(*args, run=moe_mlp, **fixed)
+        out, dropped = layer(*args, run=moe_mlp, axis_name="d", return_dropped=True, **options)
         return out, dropped[None]
 
     sharded = jax.shard_map(run, mesh=mesh_of(devices), in_specs=P("d"), out_specs=P("d"))
@@ -296,6 +293,14 @@ def test_overflow_is_counted_exactly_and_adds_nothing(exchange):
         out, vjp, dropped = jax.vjp(lambda x, *rest: sharded(x, ids, *rest), x, *rest, has_aux=True)
         return (out, *vjp(cotangent(out))), dropped
 
+    return f
+
+
+@pytest.mark.parametrize("exchange", ["padded", "ragged"])
+def test_overflow_is_counted_exactly_and_adds_nothing(exchange):
+    devices, capacity = 4, 13  # 16, shared by four: 4 rows from each, or 16 from any
+    x, _, weights, *rest = arguments()
+    f = with_gradients_and_count(devices, exchange=exchange, capacity=capacity)
     balanced = (np.arange(24 * 3).reshape(24, 3) % SIZE.E).astype(np.int32)
     counts = []
     for ids in (*routings(devices), balanced):
@@ -313,19 +318,7 @@ def test_chunks(exchange):
     """Each chunk has an exchange of its own and its share of the capacity; gradients are exact."""
     devices, chunks, capacity = 4, 3, 13  # 8 rows a chunk
     x, _, weights, *rest = arguments()
-
-    def run(*args):
-        fixed = {"axis_name": "d", "exchange": exchange, "capacity": capacity, "return_dropped": True}
-        out, dropped = layer(*args, run=moe_mlp, chunks=chunks, **fixed)
-        return out, dropped[None]
-
-    sharded = jax.shard_map(run, mesh=mesh_of(devices), in_specs=P("d"), out_specs=P("d"))
-
-    @jax.jit
-    def f(x, ids, *rest):
-        out, vjp, dropped = jax.vjp(lambda x, *rest: sharded(x, ids, *rest), x, *rest, has_aux=True)
-        return (out, *vjp(cotangent(out))), dropped
-
+    f = with_gradients_and_count(devices, exchange=exchange, capacity=capacity, chunks=chunks)
     for ids in routings(devices)[:3]:
         by_chunk = ids.reshape(devices, chunks, -1, SIZE.K).swapaxes(0, 1)  # each with a part of every device's tokens
         gone = [left_behind(c.reshape(-1, SIZE.K), devices, SIZE.E, 8, exchange) for c in by_chunk]

@@ -80,11 +80,11 @@ class Exchange(NamedTuple):
 def checked_exchange(op: str, exchange: Any, capacity: Any, chunks: Any, return_dropped: Any) -> Exchange:
     """These settings, checked. Whoever limits the capacity has to look at what is dropped."""
     one_of(op, "exchange", exchange, (None, *EXCHANGES))
+    return_dropped = as_bool(op, "return_dropped", return_dropped)
     if capacity is not None:
         capacity = as_int(op, "capacity", capacity)
-        if not as_bool(op, "return_dropped", return_dropped):
+        if not return_dropped:
             raise ValueError(f"{op}: capacity may drop pairs; pass return_dropped=True to get their count too")
-    as_bool(op, "return_dropped", return_dropped)
     return Exchange(exchange, capacity, as_int(op, "chunks", chunks))
 
 

@@ -68,8 +68,8 @@ def moe_mlp(
         expert, and is counted: pass `return_dropped=True`. None: the worst case, T*D*min(K, E/D) rows (T*D*K with
         `router_output`, which may name an expert twice). "gather" sends no such rows, and drops nothing.
       chunks: into how many equal parts, one after the other, a device's tokens are cut, each with an exchange of its
-        own and its share of `capacity`. The rows of one part are in memory at a time, and those of the next can travel
-        while one is computed. Each part is computed again for its gradients, as `jax.checkpoint` does.
+        own and its share of `capacity`. On a GPU the rows of two parts are in memory at a time: those of one travel
+        while those of the other are computed. Each part is computed again for its gradients, as `jax.checkpoint` does.
       return_dropped: also return how many pairs of this device's tokens were dropped, exactly.
       block_size: as in `ferrum_jax.moe_mlp`; None: for the rows of an average expert, as if routing were balanced.
       precision: as in `ferrum_jax.moe_mlp`.

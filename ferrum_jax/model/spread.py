@@ -62,7 +62,7 @@ def exchanged_layer(
         out, dropped = layer(*tokens)
     else:
         # A part waits for the last but one: while one is computed, the rows of the next can travel. Each is computed
-        # again for its gradient. So the rows of two parts are in memory at a time.
+        # again for its gradient. So a GPU holds the rows of two parts at a time; XLA drops the barrier on a CPU.
         parts = list(zip(*[jnp.split(a, how.chunks) for a in tokens], strict=True))
         done: list[Any] = []
         for x, ids, weights in parts:
@@ -85,6 +85,7 @@ def _one_exchange(
     how: Exchange,
     axis_name: Any,
 ) -> tuple[jax.Array, jax.Array]:
+    """One exchange of these tokens: their results, and how many of their pairs were dropped."""
     devices, held = lax.axis_size(axis_name), experts.number
     if settings.block_size is None:
         settings = settings._replace(block_size=usual_block_size(ids.size, held))

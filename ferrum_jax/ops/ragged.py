@@ -163,7 +163,7 @@ def _division_of(lhs: jax.Array, rhs: Matrices, transposed: bool) -> _Division |
         return None
     meshes = [jax.typeof(a).sharding.mesh for a in jax.tree.leaves((lhs, rhs))]
     mesh = next(mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types)
-    # Axes that divide nothing are manual too: XLA:CPU cannot add up 16-bit values over some axes of a mesh only.
+    # Axes that divide nothing are manual too, because kernels run only where the compiler divides nothing.
     manual = tuple([name for name in explicit_axes(mesh) if name not in of_batch])
     return _Division(mesh, manual, *divided, transposed)
 
