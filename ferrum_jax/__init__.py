@@ -5,6 +5,7 @@ from . import parallel as parallel
 from . import presets as presets
 from . import profile as profile
 from . import viz as viz
+from .core.quantized import QuantizedMatrices
 from .core.types import LayerOf, MoePlan, MoeRouting, MoESharding, RouterOutput, TokenPairs
 from .core.which import which
 from .kernels import export_checks, interpret_kernels
@@ -16,6 +17,7 @@ from .ops.capacity import limit_capacity
 from .ops.combine import moe_combine, moe_dispatch
 from .ops.grouped import grouped_matmul
 from .ops.losses import expert_counts, load_balancing_loss, router_z_loss, update_routing_bias
+from .ops.quantize import quantize
 from .ops.ragged import ragged_dot
 from .ops.route_plan import moe_route_plan
 from .ops.routing import route_topk, route_topk_softmax
@@ -35,6 +37,7 @@ __all__ = [
     "MoESharding",
     "MoePlan",
     "MoeRouting",
+    "QuantizedMatrices",
     "RouterOutput",
     "RoutingStats",
     "TokenPairs",
@@ -55,6 +58,7 @@ __all__ = [
     "moe_plan",
     "moe_route_plan",
     "pack_gate_up",
+    "quantize",
     "ragged_dot",
     "route_topk",
     "route_topk_into_host",

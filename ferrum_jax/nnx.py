@@ -12,6 +12,9 @@ from .model.nnx_variables import (
     LoadBalancingLoss as LoadBalancingLoss,
 )
 from .model.nnx_variables import (
+    Quantized as Quantized,
+)
+from .model.nnx_variables import (
     RouterZLoss as RouterZLoss,
 )
 from .model.nnx_variables import (

@@ -1,7 +1,6 @@
 """Checkpoints: every layout through a file and back, each model's block from its own tensors, errors, laziness."""
 
 import re
-import sys
 import tracemalloc
 import weakref
 from collections.abc import Mapping
@@ -319,7 +318,7 @@ def test_a_mapping_that_reads_on_access_has_one_tensor_alive_at_a_time():
 
 
 @pytest.mark.parametrize("layout", ["qwen3_moe", "gpt_oss"])
-def test_beside_the_result_there_is_one_experts_matrix(layout, tmp_path):
+def test_beside_the_result_there_is_no_copy(layout, tmp_path):
     hidden, width = 64, 1024
     shapes = tensor_shapes(layout, 8, hidden, width)
     path = saved(tmp_path, {name: np.ones(shape, np.float32) for name, shape in shapes.items()})
@@ -330,10 +329,7 @@ def test_beside_the_result_there_is_one_experts_matrix(layout, tmp_path):
     finally:
         tracemalloc.stop()
     result = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    matrix = 4 * hidden * width
-    largest = matrix * (2 if layout == "gpt_oss" else 1)
-    # The last to be read is a w_down, when all of the result is there.
-    assert result + matrix <= peak < result + largest + matrix // 2, (result, matrix, peak)
+    assert result <= peak < result + 4 * hidden * width // 2, (result, peak)  # the files are mapped, not copied
 
 
 # ---- errors
@@ -410,39 +406,19 @@ def test_dtypes():
     assert "must be a mapping of names to arrays, or a path; got list" in refused([], error=TypeError)
 
 
-@pytest.mark.parametrize(
-    ("layout", "name", "remedy"),
-    [
-        ("deepseek_v3", "experts.0.gate_proj.weight_scale_inv", "fp8 with block scales.*fp8_cast_bf16.py"),
-        ("gpt_oss", "experts.gate_up_proj_blocks", r"MXFP4.*Mxfp4Config\(dequantize=True\)"),
-        ("gpt_oss", "experts.down_proj_scales", r"MXFP4.*Mxfp4Config\(dequantize=True\)"),
-        ("kimi_k2", "experts.0.up_proj.weight_packed", "unquantised"),
-        ("qwen3_moe", "experts.0.up_proj.weight_scale", "unquantised"),
-        ("llama4", "experts.gate_up_proj_scale", "unquantised"),
-        ("mixtral_fused", "experts.gate_up_proj_scale_inv", "fp8 with block scales"),
-        ("mixtral", "experts.0.w1.scale", "unquantised"),
-    ],
-)
-def test_quantised_checkpoints_are_refused_by_name(layout, name, remedy):
-    tensors = checkpoint(layout) | {PREFIX + name: np.ones(3, np.uint8)}
-    with pytest.raises(NotImplementedError, match=f"{re.escape(PREFIX + name)} .*{remedy}"):
-        load_moe(tensors, layout, prefix=PREFIX)
-
-
 def test_a_routers_own_scale_says_nothing_of_quantised_tensors():
     message = refused(checkpoint("olmoe") | {PREFIX + "router.scale": np.ones(H, np.float32)})
     assert message.splitlines()[1:] == ["  router.scale, of shape (4,), is not of this layout"]
 
 
-@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2], ids=lambda d: np.dtype(d).name)
-def test_floats_of_eight_bits_are_refused_by_dtype(dtype, tmp_path):
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_floats_of_eight_bits_without_a_scale_are_refused(dtype, tmp_path):
     tensors = checkpoint("mixtral")
     name = PREFIX + "experts.1.w2.weight"
     tensors[name] = tensors[name].astype(dtype)
-    for source, called in ((tensors, np.dtype(dtype).name), (saved(tmp_path, tensors), "F8_")):
-        message = refused(source, "mixtral", NotImplementedError)
-        assert f"{name} has dtype {called}" in message
-        assert "convert them to bfloat16" in message
+    for source, file in ((tensors, ""), (saved(tmp_path, tensors), r" \(in model.safetensors\)")):
+        with pytest.raises(ValueError, match=f"{re.escape(name)}{file} has dtype {dtype}, and no scale beside it"):
+            load_moe(source, "mixtral", prefix=PREFIX)
 
 
 def test_gguf_files_are_refused(tmp_path):
@@ -464,12 +440,9 @@ def test_to_layout_names_what_does_not_fit():
         to_layout(params, "qwen9")
 
 
-def test_a_path_needs_safetensors_and_files(tmp_path, monkeypatch):
+def test_a_folder_without_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no \*.safetensors"):
         load_moe(tmp_path, "olmoe")
-    monkeypatch.setitem(sys.modules, "safetensors", None)
-    with pytest.raises(ImportError, match=r"pip install '\.\[checkpoint\]'"):
-        load_moe(tmp_path / "model.safetensors", "olmoe")
 
 
 def test_every_preset_has_its_layout():

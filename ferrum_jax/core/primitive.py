@@ -22,6 +22,7 @@ from jax.sharding import AxisType, PartitionSpec
 from .. import kernels
 from . import lowering
 from . import signature as signatures
+from .settings import one_of
 from .sharding import equally_varying, in_auto_mesh, result_specs
 
 # The name of an operand, or the names of several, -> the function that returns the cotangent of it, or of each.
@@ -47,7 +48,7 @@ class Op:
 
     def __call__(self, *args: Any, implementation: str | None = None, **params: Any) -> Any:
         """Check the arguments and bind one equation. Returns a single result by itself, several as a list."""
-        signatures.one_of(self.name, "implementation", implementation, (None, *kernels.IMPLEMENTATIONS))
+        one_of(self.name, "implementation", implementation, (None, *kernels.IMPLEMENTATIONS))
         args += (None,) * (len(self.signature.operands) - len(args))
         arrays = signatures.checked(self.name, self.signature, *args)
         return self.bind(*arrays, implementation=implementation, **params)

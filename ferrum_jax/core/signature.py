@@ -6,11 +6,11 @@ The line gives every operand's name, kind and trailing axes. An operand whose na
 stands in its place. All operands may have further leading (batch) axes, the same number of them, of equal sizes or of
 size 1, which broadcasts. The public function checks its arguments against this line, once. The shapes, dtypes and
 shardings of the results follow from it too. `KINDS` lists the kinds. `matrices` are rows for which a public function
-also takes a `LayerOf`. A result may also be a `product`: rows of the dtype that the op's parameter `dtype` names.
+also takes a `LayerOf` and `QuantizedMatrices`, and for `biases` a `LayerOf`. A result may also be a `product`: rows of
+the dtype that the op's parameter `dtype` names.
 """
 
 import functools
-import operator
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .qarray import as_quantized, is_quantized
+from .quantized import checked_quantized
+from .settings import INT32_MAX, ROW_DTYPES
 from .types import LayerOf
-
-INT32_MAX = 2**31 - 1
-ROW_DTYPES = ("float16", "bfloat16", "float32")
 
 
 class Kind(NamedTuple):
@@ -49,9 +49,12 @@ def _is_integer(dtype: Any) -> bool:
 KINDS = {
     "rows": Kind(_is_row, "be float16, bfloat16 or float32", alike=True),
     "matrices": Kind(_is_row, "be float16, bfloat16 or float32", alike=True),
+    "biases": Kind(_is_row, "be float16, bfloat16 or float32", alike=True),
     "logits": Kind(_is_row, "be float16, bfloat16 or float32"),
     "weights": Kind(_is_float, "be floating point", "float32"),
     "ids": Kind(_is_integer, "hold integers", "int32"),
+    "bytes": Kind(lambda dtype: dtype == jnp.uint8, "be uint8"),
+    "scales": Kind(lambda dtype: _is_row(dtype) or dtype == jnp.uint8, "be uint8, float16, bfloat16 or float32"),
     "counts": Kind(_is_integer, "hold integers", "int32"),
 }
 
@@ -94,55 +97,7 @@ def parse(text: str) -> Signature:
     return Signature(terms(operands), terms(results))
 
 
-# ---- arguments that are no arrays
-
-
-def as_int(op: str, name: str, value: Any, least: int = 1, most: int = INT32_MAX) -> int:
-    """Check a static size, and return it: a Python int in [least, most], and no bool."""
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(
-            f"{op}: {name} must be a Python int, known when the function is traced; got {type(value).__name__}"
-        ) from None
-    if not least <= number <= most:
-        raise ValueError(f"{op}: {name} must be in [{least}, {most}]; got {number}")
-    return number
-
-
-def as_size(op: str, name: str, value: Any, least: int = 1) -> Any:
-    """`as_int` for a size that may also be a symbol of `jax.export`, whose range nobody checks."""
-    from jax import export
-
-    return value if export.is_symbolic_dim(value) else as_int(op, name, value, least)
-
-
-def as_bool(op: str, name: str, value: Any) -> bool:
-    """Check a static yes or no, and return it. It must be a bool: Python takes other values for true, even "no"."""
-    if not isinstance(value, bool | np.bool_):
-        raise TypeError(f"{op}: {name} must be True or False; got {type(value).__name__}")
-    return bool(value)
-
-
-def one_of(op: str, name: str, value: Any, allowed: Sequence[Any]) -> None:
-    """Check a static choice."""
-    if value not in allowed:
-        raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
-
-
-def as_mask(op: str, token_mask: Any, shape: tuple[int, ...]) -> jax.Array:
-    """Check a mask of tokens, and return it as an array."""
-    mask = jnp.asarray(token_mask)
-    if mask.dtype != jnp.bool_:
-        raise TypeError(f"{op}: token_mask must be bool; got {mask.dtype}")
-    if mask.shape != shape:
-        raise ValueError(f"{op}: token_mask must have shape {shape}, one entry a token; got {mask.shape}")
-    return mask
-
-
-# ---- arguments that are arrays
+# ---- checks
 
 
 def checked(op: str, signature: Signature | str, *args: Any) -> list[Any]:
@@ -158,8 +113,13 @@ def checked(op: str, signature: Signature | str, *args: Any) -> list[Any]:
             continue
         kind = KINDS[term.kind]
         array: Any
-        if term.kind == "matrices" and isinstance(arg, LayerOf):
+        if term.kind == "matrices" and is_quantized(arg):
+            array = checked_quantized(op, term.name, as_quantized(op, term.name, arg))
+            array = array.astype(alike[1]) if alike else array
+            shape = array.shape
+        elif term.kind in ("matrices", "biases") and isinstance(arg, LayerOf):
             array = _checked_layer(op, term, arg)
+            array = array.astype(alike[1]) if alike and is_quantized(array.stack) else array
             shape = (*[1] * len(lead or ()), *array.shape)  # it serves all slices of a batch
         else:
             fits_as_it_is = isinstance(arg, jax.Array) and (
@@ -168,7 +128,7 @@ def checked(op: str, signature: Signature | str, *args: Any) -> list[Any]:
             array = arg if fits_as_it_is else _as_kind(op, term, kind, arg)
             shape = array.shape
         arrays.append(array)
-        if kind.alike:
+        if kind.alike and not is_quantized(array.stack if isinstance(array, LayerOf) else array):
             first, dtype = alike = alike or (term.name, array.dtype)
             if array.dtype != dtype:
                 raise TypeError(f"{op}: {term.name} must have the dtype of {first}, {dtype}; got {array.dtype}")
@@ -178,16 +138,17 @@ def checked(op: str, signature: Signature | str, *args: Any) -> list[Any]:
 
 def _checked_layer(op: str, term: Term, arg: LayerOf) -> LayerOf:
     """A LayerOf of arrays. An error names the field that is wrong."""
-    stack = Term(f"{term.name}.stack", "matrices", ("L", *term.axes))
-    layer, own = Term(f"{term.name}.layer", "ids", ()), Term(f"{term.name}.own", "matrices", term.axes, optional=True)
-    parts = (stack, arg.stack), (own, arg.own), (layer, arg.layer)
+    stack = Term(f"{term.name}.stack", term.kind, ("L", *term.axes))
+    layer, own = Term(f"{term.name}.layer", "ids", ()), Term(f"{term.name}.own", term.kind, term.axes, optional=True)
+    own_array = None if is_quantized(arg.stack) else arg.own  # what is quantised has no gradient
+    parts = (stack, arg.stack), (own, own_array), (layer, arg.layer)
     for part, array in parts:
         if array is not None and np.ndim(array) != len(part.axes):
             raise ValueError(f"{op}: {part.name} must be [{', '.join(part.axes)}]; got shape {np.shape(array)}")
     arrays = checked(op, Signature((stack, own, layer), ()), *[array for _, array in parts])
     if not arrays[0].shape[0]:
         raise ValueError(f"{op}: {stack.name} must hold at least one layer, L >= 1; got shape {arrays[0].shape}")
-    if names := jax.typeof(arrays[0]).sharding.spec[0]:
+    if names := jax.typeof(jax.tree.leaves(arrays[0])[0]).sharding.spec[0]:
         raise ValueError(
             f"{op}: {stack.name} must be whole along L on each device, which reads one layer of it; "
             f"the mesh divides it over {names!r}"
@@ -274,3 +235,13 @@ def sizes_of(terms: Sequence[Term], arrays: Sequence[Any]) -> dict[str, Any]:
         own, lead = array.shape[:leading], sizes["..."]
         sizes["..."] = own if not lead or own == lead else broadcast(own, lead)
     return sizes
+
+
+def as_mask(op: str, token_mask: Any, shape: tuple[int, ...]) -> jax.Array:
+    """Check a mask of tokens, and return it as an array."""
+    mask = jnp.asarray(token_mask)
+    if mask.dtype != jnp.bool_:
+        raise TypeError(f"{op}: token_mask must be bool; got {mask.dtype}")
+    if mask.shape != shape:
+        raise ValueError(f"{op}: token_mask must have shape {shape}, one entry a token; got {mask.shape}")
+    return mask

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import export
 
+from .quantized import QuantizedMatrices
+
 PACKED, PAIR_IDS = "packed", "pair_ids"  # the kinds of block-aligned tables: what a live slot holds
 
 
@@ -26,7 +28,7 @@ class LayerOf:
     `moe_mlp`, `grouped_matmul`, `ragged_dot`, `parallel.moe_mlp` and `nnx.MoE` take it where matrices or biases go. Its
     values are those of stack[layer].
 
-    stack: [L, E, H, N], the matrices of L layers; of biases [L, E, N].
+    stack: [L, E, H, N], the matrices of L layers, an array or `QuantizedMatrices`; of biases [L, E, N].
     layer: an int, or an int32 scalar that may be traced. Outside [0, L) it is clamped.
     own: [E, H, N], stack[layer] itself, as `jax.lax.scan` hands it to its body. Its values are never read, except those
         of biases, which are small. The gradient goes to it, and the stack is a constant. Without it the gradient goes
@@ -54,7 +56,7 @@ class LayerOf:
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of one layer's array."""
-        return jnp.shape(self.stack)[1:]
+        return self.stack.shape[1:] if isinstance(self.stack, QuantizedMatrices) else jnp.shape(self.stack)[1:]
 
     @property
     def ndim(self) -> int:
@@ -65,15 +67,17 @@ class LayerOf:
         return self.stack.dtype
 
     def astype(self, dtype: Any) -> Any:
-        """Itself, if it has this dtype; else a copy of the layer's array, cast."""
+        """Itself, if it has this dtype or is quantised; else a copy of the layer's array, cast."""
+        if isinstance(self.stack, QuantizedMatrices):
+            return dataclasses.replace(self, stack=self.stack.astype(dtype), own=None)
         return self if self.dtype == dtype else self.copy().astype(dtype)
 
-    def copy(self) -> jax.Array:
-        """One layer's array: `own` if it is given, else a copy out of the stack."""
+    def copy(self) -> Any:
+        """One layer's array or quantised matrices: `own` if it is given, else a copy out of the stack."""
         if self.own is not None:
             return self.own
         layer = jnp.clip(self.layer, 0, self.stack.shape[0] - 1)
-        return jax.lax.dynamic_index_in_dim(self.stack, layer, keepdims=False)
+        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), self.stack)
 
 
 Axes = str | tuple[str, ...] | None

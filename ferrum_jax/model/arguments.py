@@ -4,10 +4,13 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ..core.signature import Signature, Term, as_bool, as_int, checked, one_of, parse
+from ..core.quantized import QuantizedMatrices
+from ..core.settings import as_bool, as_int, one_of
+from ..core.signature import Signature, Term, checked, parse
 from ..core.types import PACKED, PAIR_IDS, LayerOf
 from ..ops.activations import ACTIVATIONS
 from ..ops.grouped_ops import Matrices
+from ..ops.quantized_ops import is_quantized
 from ..ops.routing import as_pair
 from .exchange import EXCHANGES
 from .presets import Preset
@@ -47,6 +50,13 @@ class Experts(NamedTuple):
         gate_up, down = (f"E{width}H", "EHF") if self.transpose_rhs else (f"EH{width}", "EFH")
         down_bias = () if self.down_bias is None else ("EH",)
         return *[gate_up] * len(self.gate_up), down, *[f"E{width}"] * len(self.gate_up_bias), *down_bias
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the caller calls each of `arrays`."""
+        marks = [""] if len(self.gate_up) == 1 else ["[0]", "[1]"]
+        biases = [f"b_gate_up{mark}" for mark in marks[: len(self.gate_up_bias)]]
+        return *[f"w_gate_up{mark}" for mark in marks], "w_down", *biases, *["b_down"] * (self.down_bias is not None)
 
     def of(self, arrays: Sequence[Any]) -> "Experts":
         """The same with other arrays, in the order of `arrays`."""
@@ -99,15 +109,17 @@ def checked_experts(
         raise TypeError(f"{op}: b_gate_up must be a pair if w_gate_up is one, and only then")
     if interleaved and len(gate_up) == 2:
         raise ValueError(f"{op}: interleaved must be False with a pair (w_gate, w_up)")
-    if len({isinstance(part, LayerOf) for part in gate_up}) == 2:
-        raise TypeError(f"{op}: w_gate_up must be a pair of arrays or a pair of LayerOf; got one of each")
+    if len({type(part) if isinstance(part, LayerOf | QuantizedMatrices) else None for part in gate_up}) == 2:
+        raise TypeError(
+            f"{op}: w_gate_up must be a pair of arrays, of QuantizedMatrices or of LayerOf, not of two kinds"
+        )
     width, mark = ("G", [""]) if len(gate_up) == 1 else ("F", ["[0]", "[1]"])
     shape, down_shape = (("E", width, "H"), ("E", "H", "F")) if transpose_rhs else (("E", "H", width), ("E", "F", "H"))
     terms = [
         *[Term(f"w_gate_up{i}", "matrices", shape) for i in mark],
         Term("w_down", "matrices", down_shape),
-        *[Term(f"b_gate_up{i}", "matrices", ("E", width)) for i in mark if biases],
-        Term("b_down", "matrices", ("E", "H"), optional=True),
+        *[Term(f"b_gate_up{i}", "biases", ("E", width)) for i in mark if biases],
+        Term("b_down", "biases", ("E", "H"), optional=True),
     ]
     arrays = checked(op, Signature(tuple(terms), ()), *gate_up, w_down, *biases, b_down)
     for term, array in zip(terms, arrays, strict=True):
@@ -132,7 +144,7 @@ def _parts(op: str, name: str, arrays: Any) -> tuple[Any, ...]:
     if not isinstance(arrays, tuple | list):
         return () if arrays is None else (arrays,)
     if len(arrays) != 2:
-        raise TypeError(f"{op}: {name} must be an array, a LayerOf or a pair of them; got {len(arrays)} entries")
+        raise TypeError(f"{op}: {name} must be one array, or a pair of arrays; got {len(arrays)} entries")
     return tuple(arrays)
 
 
@@ -154,13 +166,14 @@ def checked_tokens(
     routed = (None, None) if router_output is None else as_pair(op, router_output)
     x, logits, ids, weights = checked(op, _TOKENS, x, router_logits, *routed)
     first, axis = experts.gate_up[0], 2 if experts.transpose_rhs else 1
-    name = "w_gate_up" if len(experts.gate_up) == 1 else "w_gate_up[0]"
+    name = experts.names[0]
     if first.shape[axis] != x.shape[-1]:
         raise ValueError(
             f"{op}: {name} must have {x.shape[-1]} entries along axis {axis}, H of x; got shape {first.shape}"
         )
-    if first.dtype != x.dtype:
-        raise TypeError(f"{op}: {name} must have the dtype of x, {x.dtype}; got {first.dtype}")
+    for name, array in zip(experts.names, experts.arrays, strict=True):
+        if not is_quantized(array) and array.dtype != x.dtype:
+            raise TypeError(f"{op}: {name} must have the dtype of x, {x.dtype}; got {array.dtype}")
     name, other = ("router_output", ids) if logits is None else ("router_logits", logits)
     if other.shape[:-1] != x.shape[:-1]:
         raise ValueError(

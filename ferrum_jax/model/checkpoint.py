@@ -12,70 +12,64 @@ and makes tensors of parameters again.
 """
 
 import os
-import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
-from .layouts import AXES, LAYOUTS, Layout, MoEParams, Tensor, as_dtype, shape_of
-
-_UNQUANTISED = "convert them to bfloat16 first, or take the model's unquantised checkpoint"
-# Dtypes that only quantised checkpoints have, as NumPy, PyTorch and safetensors call them.
-_FEW_BITS = re.compile(r"(torch\.)?float[468]_.*|F[468](_.*)?")
-# These endings mean a quantised tensor only where the tensor that they scale is there too: experts.0.w1.scale beside
-# experts.0.w1. A router or a norm may have a scale of its own.
-_SCALES = ("_scale", ".scale")
-# Endings of names that only quantised checkpoints have, what such tensors are, and how to get plain ones.
-_QUANTISED = (
-    (
-        ("_scale_inv",),
-        "fp8 with block scales",
-        "convert them to bfloat16 first, with inference/fp8_cast_bf16.py of https://github.com/deepseek-ai/DeepSeek-V3",
-    ),
-    (
-        ("_blocks", "_scales"),
-        "MXFP4",
-        "convert them to bfloat16 first: load the model in transformers with "
-        "quantization_config=Mxfp4Config(dequantize=True), and save_pretrained it",
-    ),
-    (
-        ("weight_packed", "qweight", "qzeros", *_SCALES),
-        "packed integers or scaled floats",
-        _UNQUANTISED,
-    ),
-)
+from ..core.quantized import QuantizedMatrices
+from ..ops.activations import SWIGLU_LIMIT
+from .axes import as_dtype, axis_sizes, expected, filled, part, pieces, shape_of, show
+from .found import Config, config_of_quantization, found_tensors
+from .layouts import AXES, LAYOUTS, Layout, MoEParams
+from .presets import PRESETS, Preset
+from .quantized_params import dequantized, kinds_of, put, quantized_matrix, refuse, tensors_of
+from .tensor_files import config_of, read, source_of
 
 
 def load_moe(
-    tensors: Mapping[str, Any] | str | os.PathLike[str], layout: str | Layout, *, prefix: str = ""
+    tensors: Mapping[str, Any] | str | os.PathLike[str],
+    layout: str | Layout,
+    *,
+    prefix: str = "",
+    dequantize: Any = None,
+    preset: Preset | None = None,
 ) -> MoEParams:
     """One MoE block's parameters, as `moe_mlp` takes them, from a checkpoint.
 
     Everything is checked before anything is copied. Then tensors are read one after the other, and fused tensors one
     expert after the other, so that memory holds the result and at most one expert's matrix beside it.
 
+    Matrices that are published quantised stay so: they become `QuantizedMatrices`, whose numbers and scales are those
+    of the files. Read are fp8 (e4m3fn) with scales for blocks, rows or whole matrices; MXFP4; and integers of 4 and 8
+    bits by groups, of compressed-tensors, GPTQ (without act-order) and AWQ. Names and shapes say which it is. Scales of
+    activations are not read.
+
     Args:
       tensors: a mapping of names to arrays of NumPy, JAX or PyTorch (on the CPU), or to objects that have `shape` and
         are read when they are indexed (h5py, zarr). Or a path: of a safetensors file, or of a folder of such files, as
-        the hub has them. A path needs the package `safetensors`: `pip install '.[checkpoint]'` from a clone.
+        the hub has them. If the folder has a model.safetensors.index.json, that says which file holds what.
       layout: a name in `LAYOUTS`, such as "mixtral", "qwen3_moe", "olmoe", "deepseek_v3" or "gpt_oss", or your own
         sequence of `Tensor`.
       prefix: the beginning of the names of the block's tensors, such as "model.layers.3.mlp.". Tensors whose names
         begin otherwise are ignored. Those that begin so must be the layout's, and all of them.
+      dequantize: a dtype, float16, bfloat16 or float32, of which quantised matrices become plain arrays. None: they
+        stay quantised.
+      preset: of the model, with which the folder's config.json must agree, if there is one, about top_k,
+        norm_topk_prob, scale, groups, and the limit of the activation. None: that of the layout's name.
 
     Returns:
       MoEParams of NumPy arrays in the checkpoint's dtypes, so that `jax.device_put` can put each where it belongs.
+      The dtype that `QuantizedMatrices` stand for is that of the router.
 
     Raises:
       TypeError: tensors that are no arrays, or not float16, bfloat16 or float32, or of two dtypes in one parameter.
       ValueError: an unknown layout; tensors that are missing, misshapen, or not the layout's: all are named, with the
-        shapes that were expected.
-      NotImplementedError: a quantised checkpoint, or one in GGUF; the message says what to do.
-      ImportError: a path, without the package `safetensors`.
+        shapes that were expected; quantised tensors that do not fit together, or of two formats; a config.json that
+        disagrees with the preset; a damaged file.
+      NotImplementedError: a quantised format that is not read, or a checkpoint in GGUF.
+      FileNotFoundError: no such path, or a file that the index names is missing.
 
     >>> import numpy as np
     >>> gate, up, down = (np.full(shape, i, "float32") for i, shape in enumerate([(3, 2), (3, 2), (2, 3)]))
@@ -86,28 +80,44 @@ def load_moe(
     >>> params.router.shape, params.w_gate_up.shape, params.w_gate_up[0, 0].tolist()
     ((2, 4), (4, 2, 6), [0.0, 0.0, 0.0, 1.0, 1.0, 1.0])
     """
-    op, chosen, source = "load_moe", _checked_layout("load_moe", layout), _source(tensors, prefix)
-    names = [name.removeprefix(prefix) for name in source if name.startswith(prefix)]
-    if not names:
-        raise ValueError(f"{op}: no tensor's name begins with the prefix {prefix!r}")
-    _refuse_quantised(names, prefix)
-    # Ask the mapping again for each tensor instead of keeping them: it may read a tensor each time it is asked.
-    shapes = {name: _shape(prefix + name, source[prefix + name]) for name in names}
-    size, wanted = _expected(chosen, shapes)
+    op, chosen = "load_moe", _checked_layout("load_moe", layout)
+    dequantize = None if dequantize is None else as_dtype(op, "dequantize", dequantize)
+    source, config = source_of(tensors, prefix), config_of(tensors)
+    _check_preset(layout, preset, config)
+    quantization = config_of_quantization(config)
+    found, others = found_tensors(source, prefix, chosen, quantization)
+    if not found and (not others or others[0].startswith(".")):
+        hint = _prefixes(source, prefix, chosen)
+        raise ValueError(f"{op}: no tensor's name begins with the prefix {prefix!r}; {hint}")
+    shapes = {name: tensor.shape for name, tensor in found.items()}
+    size, wanted = expected(chosen, shapes)
+    shapes = {name: filled(shape, shape_of(found[name].tensor.axes, size)) for name, shape in shapes.items()}
     wrong = [
-        f"{name} is missing: it should have shape {_show(axes, size)}"
+        f"{name} is missing: it should have shape {show(axes, size)}"
         if name not in shapes
-        else f"{name} should have shape {_show(axes, size)}; got {shapes[name]}"
+        else f"{found[name].named(name)} should have shape {show(axes, size)}; got {shapes[name]}"
         for name, axes in wanted.items()
         if shapes.get(name) != shape_of(axes, size)
     ]
-    wrong += [f"{name}, of shape {shapes[name]}, is not of this layout" for name in shapes if name not in wanted]
-    _refuse(f"{op}: the tensors under the prefix {prefix!r} are not those of layout {_name(layout)}", wrong)
+    strange = {name: source[prefix + name].shape for name in others} | {n: shapes[n] for n in found if n not in wanted}
+    wrong += [f"{name}, of shape {tuple(shape)}, is not of this layout" for name, shape in strange.items()]
+    layouts = _fitting(source, prefix, quantization, layout) if wrong else ""
+    what = f"{op}: the tensors under the prefix {prefix!r} are not those of layout {_name(layout)}"
+    refuse(what + layouts, wrong)
+    kinds = kinds_of(found, shapes, quantization)
 
-    params: dict[str, np.ndarray] = {}
-    for tensor in chosen:
-        for name, expert, index in _pieces(tensor, size["E"]):
-            piece = _read(source[prefix + name][index])
+    params: dict[str, Any] = {}
+    for tensor in sorted(chosen, key=lambda tensor: tensor.param != "router"):  # whose dtype the others ask for
+        for name, expert, index in pieces(tensor, size["E"]):
+            if tensor.param in kinds:
+                kind, dtype = kinds[tensor.param], params["router"].dtype
+                matrix = quantized_matrix(found[name], expert, shapes[name], kind, dtype)
+                if dequantize is None:
+                    put(params, tensor, expert, matrix, size)
+                    continue
+                piece = dequantized(found[name], matrix, dequantize)
+            else:
+                piece = read(source[found[name].tensors[""]], index)
             if tensor.param not in params:
                 dtype = as_dtype(op, prefix + name, piece.dtype)
                 params[tensor.param] = np.empty(shape_of(AXES[tensor.param], size), dtype)
@@ -117,8 +127,8 @@ def load_moe(
                     f"{op}: {prefix}{name} must have the dtype of the other tensors of {tensor.param}, {param.dtype}; "
                     f"got {piece.dtype}"
                 )
-            part = _part(param, tensor, expert, size)
-            part[...] = piece.reshape(part.shape)
+            place = part(param, tensor, expert, size)
+            place[...] = piece.reshape(place.shape)
             del piece  # before the next one is read
     return MoEParams(**params)
 
@@ -131,11 +141,13 @@ def to_layout(params: MoEParams, layout: str | Layout, *, prefix: str = "") -> d
       layout, prefix: as in `load_moe`.
 
     Returns:
-      New NumPy arrays, contiguous, as `safetensors.numpy.save_file` needs them.
+      New NumPy arrays, contiguous, as `safetensors.numpy.save_file` needs them. `QuantizedMatrices` become the tensors
+      that they were read from, byte for byte. Those that were not read from a checkpoint become fp8 with `_scale_inv`
+      or `_scale`, MXFP4, or integers of compressed-tensors.
 
     Raises:
       ValueError: an unknown layout; a parameter that the layout has no tensor for; a parameter that it has a tensor for
-        and that is None; shapes that do not fit together.
+        and that is None; shapes that do not fit together; quantised matrices that cannot be published so.
 
     >>> import numpy as np
     >>> params = MoEParams(np.ones((2, 4)), np.ones((4, 2, 6)), np.ones((4, 3, 2)))
@@ -143,24 +155,29 @@ def to_layout(params: MoEParams, layout: str | Layout, *, prefix: str = "") -> d
     {'gate.weight': (4, 2), 'experts.gate_up_proj': (4, 6, 2), 'experts.down_proj': (4, 2, 3)}
     """
     op, chosen = "to_layout", _checked_layout("to_layout", layout)
-    arrays = {name: np.asarray(value) for name, value in params._asdict().items() if value is not None}
+    given = {name: value for name, value in params._asdict().items() if value is not None}
+    arrays: dict[str, Any] = {name: jax.tree.map(np.asarray, value) for name, value in given.items()}
     needed = {tensor.param for tensor in chosen}
-    size = _axis_sizes((AXES[name], array.shape) for name, array in arrays.items())
+    size = axis_sizes((AXES[name], array.shape) for name, array in arrays.items())
     wrong = [f"{name} is None, and the layout has it" for name in MoEParams._fields if name in needed - arrays.keys()]
     wrong += [f"{name} is given, and the layout has no such tensor" for name in arrays if name not in needed]
     wrong += [
-        f"{name} should have shape {_show(AXES[name], size)}; got {array.shape}"
+        f"{name} should have shape {show(AXES[name], size)}; got {array.shape}"
         for name, array in arrays.items()
         if array.shape != shape_of(AXES[name], size)
     ]
-    _refuse(f"{op}: params do not fit layout {_name(layout)}", wrong)
+    refuse(f"{op}: params do not fit layout {_name(layout)}", wrong)
 
     tensors = {}
     for tensor in chosen:
         for expert in range(size["E"]) if "{}" in tensor.name else (None,):
-            part = _part(arrays[tensor.param], tensor, expert, size)
+            array = arrays[tensor.param]
+            if isinstance(array, QuantizedMatrices):
+                tensors |= tensors_of(op, prefix, array, tensor, expert)
+                continue
+            view = part(array, tensor, expert, size)
             # Always a contiguous copy: safetensors writes an array's memory as it lies, and ignores strides.
-            tensors[prefix + tensor.name.format(expert)] = np.array(part, order="C").reshape(
+            tensors[prefix + tensor.name.format(expert)] = np.array(view, order="C").reshape(
                 shape_of(tensor.axes, size)
             )
     return tensors
@@ -190,147 +207,52 @@ def _name(layout: str | Layout) -> str:
     return repr(layout) if isinstance(layout, str) else "of the caller's own"
 
 
-def _refuse(what: str, wrong: list[str], most: int = 20) -> None:
-    if wrong:
-        more = [f"and {len(wrong) - most} more"] if len(wrong) > most else []
-        raise ValueError(what + ":\n  " + "\n  ".join(wrong[:most] + more))
+# ---- errors
 
 
-# ---- where tensors come from
+def _check_preset(layout: str | Layout, preset: Preset | None, config: Mapping[str, Any]) -> None:
+    """Refuse a config.json that says something else than the preset about the routing."""
+    if preset is None and isinstance(layout, str):
+        preset = PRESETS.get(layout.removesuffix("_fused"))
+    if preset is None:
+        return
+    groups = config.get("n_group") if config.get("n_group") != 1 else None
+    said = {
+        "top_k": config.get("num_experts_per_tok"),
+        "norm_topk_prob": config.get("norm_topk_prob"),
+        "scale": config.get("routed_scaling_factor"),
+        "num_groups": groups,
+        "group_top_k": config.get("topk_group") if groups else None,
+    }
+    wrong = [
+        f"{name} is {value} in config.json, and {getattr(preset, name)} in the preset"
+        for name, value in said.items()
+        if value is not None and value != getattr(preset, name)
+    ]
+    if config.get("n_group") == 1 and preset.num_groups:
+        wrong.append(f"num_groups is 1 in config.json, and {preset.num_groups} in the preset")
+    if preset.activation == "swiglu_oai" and config.get("swiglu_limit", SWIGLU_LIMIT) != SWIGLU_LIMIT:
+        wrong.append(f"swiglu_limit is {config['swiglu_limit']} in config.json, and {SWIGLU_LIMIT} in 'swiglu_oai'")
+    refuse("load_moe: config.json disagrees with the preset; pass preset=dataclasses.replace(...) of your model", wrong)
 
 
-class _Slice:
-    """A tensor in a safetensors file. It is read when it is indexed."""
-
-    def __init__(self, file: Any, name: str):
-        self._slice = file.get_slice(name)
-        self.shape = tuple(self._slice.get_shape())
-        self.dtype = self._slice.get_dtype()  # the file's name of the dtype, because NumPy lacks some of them
-
-    def __getitem__(self, index: Any) -> np.ndarray:
-        return self._slice[index]
-
-
-def _source(tensors: Any, prefix: str) -> Mapping[str, Any]:
-    if isinstance(tensors, str | os.PathLike):
-        return _in_files(Path(tensors), prefix)
-    if isinstance(tensors, Mapping):
-        return tensors
-    raise TypeError(f"load_moe: tensors must be a mapping of names to arrays, or a path; got {type(tensors).__name__}")
+def _prefixes(source: Mapping[str, Any], prefix: str, layout: Layout) -> str:
+    """Words for an error: which prefixes there would be."""
+    if any(name.startswith(prefix + ".") for name in source):
+        return f"{prefix + '.'!r}? Its final dot is part of a prefix"
+    router = next(tensor.name for tensor in layout if tensor.param == "router")
+    found = [name.removesuffix(router) for name in source if name.endswith(router)]
+    if found:
+        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+        return f"{', '.join(map(repr, found[:5]))}{more} would have a {router}"
+    return f"no tensor is named {router} either; the first names are {', '.join(list(source)[:3])}"
 
 
-def _in_files(path: Path, prefix: str) -> dict[str, _Slice]:
-    paths = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    if path.suffix.lower() == ".gguf" or (not paths and any(path.glob("*.gguf"))):
-        raise NotImplementedError(
-            f"load_moe: {path} is in GGUF, which is not read: its tensors are in blocks of quantised numbers; take the "
-            "model's checkpoint in safetensors"
-        )
-    try:
-        from safetensors import safe_open
-    except ImportError as error:
-        raise ImportError(
-            "load_moe: a path needs the package safetensors: pip install '.[checkpoint]' from a clone"
-        ) from error
-    if not paths:
-        raise FileNotFoundError(f"load_moe: {path} holds no *.safetensors")
-    found: dict[str, _Slice] = {}
-    for each in paths:
-        file = safe_open(each, framework="numpy")
-        for name in file.keys():  # noqa: SIM118 - a file is no mapping
-            if name in found:
-                raise ValueError(f"load_moe: {name} stands in two files of {path}; the second is {each.name}")
-            if name.startswith(prefix):
-                found[name] = _Slice(file, name)
-    return found
-
-
-def _shape(name: str, value: Any) -> tuple[int, ...]:
-    if not hasattr(value, "shape") or not hasattr(value, "__getitem__"):
-        raise TypeError(
-            f"load_moe: {name} must be an array, or have shape and be read when it is indexed; got "
-            f"{type(value).__name__}"
-        )
-    if _FEW_BITS.fullmatch(dtype := str(getattr(value, "dtype", ""))):
-        raise NotImplementedError(
-            f"load_moe: {name} has dtype {dtype}, so that the tensors are scaled floats of few bits: {_UNQUANTISED}"
-        )
-    return tuple(value.shape)
-
-
-def _read(value: Any) -> np.ndarray:
-    try:
-        return np.asarray(value)
-    except TypeError:  # NumPy cannot convert PyTorch's bfloat16; JAX can
-        return np.asarray(jnp.from_dlpack(value))
-
-
-def _refuse_quantised(names: list[str], prefix: str) -> None:
-    scaled = {stem for name in names for stem in (name, name.removesuffix(".weight"))}
-    for name in names:
-        for endings, what, remedy in _QUANTISED:
-            if name.endswith(endings) and (not name.endswith(_SCALES) or name[: -len("_scale")] in scaled):
-                raise NotImplementedError(f"load_moe: {prefix}{name} says that the tensors are {what}: {remedy}")
-
-
-# ---- shapes
-
-
-def _axis_sizes(terms: Iterable[tuple[str, tuple[int, ...]]]) -> dict[str, int]:
-    """The size of every axis, by vote, so that an error names the one tensor that differs from all others."""
-    votes: dict[str, Counter[int]] = {}
-    for axes, shape in terms:
-        labels = axes.split()
-        for label, entries in zip(labels, shape, strict=False) if len(labels) == len(shape) else ():
-            votes.setdefault(label.strip("U"), Counter())[entries // 2 if "U" in label else entries] += 1
-    return {letter: vote.most_common(1)[0][0] for letter, vote in votes.items()} | {"U": 2, "1": 1}
-
-
-def _expected(layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, int], dict[str, str]]:
-    """The size of every axis, and the axes of every tensor that should be there."""
-    terms, experts = [], []
-    for tensor in layout:
-        pattern = re.compile(re.escape(tensor.name).replace(re.escape("{}"), "(0|[1-9][0-9]*)"))
-        matches = [match for match in map(pattern.fullmatch, shapes) if match]
-        terms += [(tensor.axes, shapes[match[0]]) for match in matches]
-        experts += [int(match[1]) for match in matches if match.groups()]
-    size = _axis_sizes(terms)
-    if experts:
-        size.setdefault("E", max(experts) + 1)
-    names = ((tensor, name) for tensor in layout for name, _, _ in _pieces(tensor, size.get("E", 1)))
-    return size, {name: tensor.axes for tensor, name in names}
-
-
-def _show(axes: str, size: Mapping[str, int]) -> str:
-    names = [f"2{label.replace('U', '')}" if "U" in label else label for label in axes.split()]
-    known = zip(names, shape_of(axes, size), strict=True)
-    return f"[{', '.join(name if entries < 0 or name == '1' else f'{name}={entries}' for name, entries in known)}]"
-
-
-# ---- parts of parameters
-
-
-def _pieces(tensor: Tensor, num_experts: int) -> Iterator[tuple[str, int | None, Any]]:
-    """The parts of a tensor that are read one at a time: the name, the expert's number, and the index to read with."""
-    if "{}" in tensor.name:
-        yield from ((tensor.name.format(e), e, slice(None)) for e in range(num_experts))
-    elif len(tensor.axes.split()) == 3:
-        yield from ((tensor.name, e, e) for e in range(num_experts))
-    else:
-        yield tensor.name, None, slice(None)
-
-
-def _part(param: np.ndarray, tensor: Tensor, expert: int | None, size: Mapping[str, int]) -> np.ndarray:
-    """The part of a parameter that a tensor (or one expert's part of a tensor) goes to, as a view.
-
-    The view's axes have the tensor's order.
-    """
-    letters = AXES[tensor.param].replace(" ", "")
-    view = param.reshape([size[letter] for letter in letters])
-    if expert is not None:
-        view, letters = view[expert], letters[1:]
-    if tensor.half is not None:
-        view = view[(slice(None),) * letters.index("U") + (tensor.half,)]
-        letters = letters.replace("U", "")
-    order = [letter for letter in tensor.axes.replace(" ", "") if letter in letters]
-    return view.transpose([letters.index(letter) for letter in order])
+def _fitting(source: Mapping[str, Any], prefix: str, config: Config, layout: str | Layout) -> str:
+    """Words for an error: the layouts whose names are those under the prefix."""
+    fitting = []
+    for name, each in LAYOUTS.items():
+        found, others = found_tensors(source, prefix, each, config)
+        if name != layout and not others and {t.tensor for t in found.values()} == {*each}:
+            fitting.append(name)
+    return f"; the names are those of layout {' or '.join(map(repr, fitting))}" if fitting else ""

@@ -16,7 +16,8 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, PartitionSpec
 
-from ..core.sharding import explicit_axes, names_of, placed, spec_of
+from ..core.sharding import explicit_axes, names_of, placed
+from ..core.stored import names_of_array, on_leaves, specs_of
 from ..core.types import LayerOf, MoESharding
 from .arguments import Exchange, Experts
 from .local import Settings, local_layer, routing_of
@@ -58,7 +59,7 @@ def division_of(op: str, sharding: MoESharding | None, x: jax.Array, routing: An
     mesh = next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
     if mesh is None:
         return None
-    own = [names_of(jax.typeof(_one_layer(a)).sharding.spec)[-len(axes) :] for a, axes in _with_axes(experts)]
+    own = [names_of_array(a) for a in experts.arrays]
 
     def first(letters: str) -> Names:
         """The names of the first of the experts' axes of these letters that is divided."""
@@ -122,12 +123,11 @@ def divided_layer(
     """
     place = functools.partial(placed, mesh=division.mesh)
     entries = [names or None for names in division.tokens]
-    tokens, matrices = PartitionSpec(*entries, None), [spec_of(names) for names in division.stored]
+    tokens = PartitionSpec(*entries, None)
+    each = zip(experts.names, experts.arrays, experts.axes, division.stored, strict=True)
     specs = [
-        LayerOf(PartitionSpec(None, *spec), PartitionSpec(), None if a.own is None else spec)
-        if isinstance(a, LayerOf)
-        else spec
-        for a, spec in zip(experts.arrays, matrices, strict=True)
+        specs_of(settings.op, name, array, names, division.mesh, axes.index("G") if "G" in axes else None)
+        for name, array, axes, names in each
     ]
     arrays = jax.tree.map(lambda a, spec: place(a, spec=spec), list(experts.arrays), specs)
 
@@ -193,9 +193,11 @@ def _halves_together(array: Any, axes: Names, axis: int) -> jax.Array:
     up, which is block D + d. So block b goes to device b modulo D, in two steps, each a permutation of the devices.
     """
     array = array.copy() if isinstance(array, LayerOf) else array
+    return array if lax.axis_size(axes) == 1 else on_leaves(functools.partial(_exchanged_halves, axes), array, axis)
+
+
+def _exchanged_halves(axes: Names, array: jax.Array, axis: int) -> jax.Array:
     devices, me = lax.axis_size(axes), lax.axis_index(axes)
-    if devices == 1:
-        return array
     even, odd = jnp.split(array, 2, axis)
     # With an even D, the second half of the devices sends its odd block first: no two blocks of a step then meet.
     late = [devices % 2 == 0 and d >= devices // 2 for d in range(devices)]
@@ -218,7 +220,7 @@ def _gathered(division: Division, arrays: list[Any]) -> list[Any]:
             return array
         array = array.copy() if isinstance(array, LayerOf) else array
         for axis, names in parts:
-            array = lax.all_gather(array, names, axis=axis, tiled=True)
+            array = on_leaves(lambda x, axis, n=names: lax.all_gather(x, n, axis=axis, tiled=True), array, axis)
         return checkpoint_name(array, _GATHERED)
 
     return [whole(a, parts) for a, parts in zip(arrays, _parts(division), strict=True)]
@@ -249,7 +251,3 @@ _DECODE = "; leave these axes out of sharding.tokens, and each device has all to
 
 def _with_axes(experts: Experts) -> Any:
     return zip(experts.arrays, experts.axes, strict=True)
-
-
-def _one_layer(array: Any) -> Any:
-    return array.stack if isinstance(array, LayerOf) else array

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ..core.signature import INT32_MAX, as_int, checked
+from ..core.settings import INT32_MAX, as_int
+from ..core.signature import checked
 from .exchanged_rows import bounds_of, packed_rows_of
 
 EXCHANGES = ("gather", "padded", "ragged")

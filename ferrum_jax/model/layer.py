@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..core.signature import one_of
+from ..core.settings import one_of
 from ..core.types import MoESharding, RouterOutput
 from ..kernels import IMPLEMENTATIONS
-from ..ops.grouped import as_precision
+from ..ops.grouped import as_activations, as_precision
 from ..ops.grouped_ops import Matrices
 from .arguments import checked_exchange, checked_experts, checked_settings, checked_tokens
 from .divided import divided_layer, division_of
@@ -35,6 +35,7 @@ def moe_mlp(
     flow: str | None = None,
     block_size: int | None = None,
     precision: str | jax.lax.Precision | None = None,
+    activations: str | None = None,
     implementation: str | None = None,
     sharding: MoESharding | None = None,
     exchange: str | None = None,
@@ -70,7 +71,8 @@ def moe_mlp(
       router_logits: [..., T, E] float16, bfloat16 or float32, for `route_topk_softmax`; None with `router_output`.
       w_gate_up: [E, H, 2F] of x's dtype, gate then up. Or a pair (w_gate, w_up) of [E, H, F], which is not
         concatenated. Instead of an array, here and below, a `LayerOf` reads it in place out of a stack of layers.
-      w_down: [E, F, H] of x's dtype.
+        Matrices may also be `QuantizedMatrices`, whatever x's dtype, which have no gradient.
+      w_down: [E, F, H] of x's dtype, or quantised.
       top_k: K, experts per token; needed with `router_logits`.
       norm_topk_prob: as in `route_topk_softmax`; of no effect with `router_output`.
       router_output: expert_ids[..., T, K] and expert_weights[..., T, K] made elsewhere. An id outside [0, E) is no
@@ -89,6 +91,8 @@ def moe_mlp(
         average expert, so that most experts' matrices are read once; 64 for a symbolic number of tokens.
       precision: of float32 products with the matrices and of their gradients, as in `grouped_matmul`: "tensorfloat32"
         allows TF32. None: what `jax.default_matmul_precision` says, and full float32 if that is not set.
+      activations: "float8_e4m3fn": rows are rounded to fp8 before both products, as in `grouped_matmul`; for
+        `QuantizedMatrices` of "fp8" alone. Where F is divided, each device rounds its part.
       implementation: None, "xla" or "triton", of each op; Pallas has no kernel of tables, and None takes its products
         where they were measured faster.
       sharding: which axes of the mesh around the call (`jax.set_mesh`) divide the layer. None: as said above.
@@ -102,8 +106,9 @@ def moe_mlp(
       TypeError: an argument of another dtype, a size that is no int, a bool that is none, a pair of one array and one
         `LayerOf`, biases in another form than the matrices.
       ValueError: ranks or shapes that do not fit, sizes out of range, both or neither of `router_logits` and
-        `router_output`, an unknown `activation`, `flow`, `precision` or `implementation`, `sharding` without a mesh or
-        over axes that it lacks, sizes that the mesh axes do not divide, an unknown `exchange`, a `capacity` < 1 or
+        `router_output`, an unknown `activation`, `flow`, `precision`, `activations` or `implementation`,
+        `activations` without "fp8" matrices, `sharding` without a mesh or over axes that it lacks, sizes or blocks of
+        `QuantizedMatrices` that the mesh axes do not divide, an unknown `exchange`, a `capacity` < 1 or
         without `return_dropped`, `chunks` that do not divide a device's tokens.
       NotImplementedError: the implementation asked for cannot run here; the message says why.
 
@@ -120,7 +125,10 @@ def moe_mlp(
     experts = checked_experts(_OP, w_gate_up, w_down, b_gate_up, b_down, interleaved, transpose_rhs)
     x, logits, routed = checked_tokens(_OP, experts, top_k, x, router_logits, router_output)
     precision = as_precision(_OP, precision, x.dtype)
-    settings = Settings(_OP, top_k, norm_topk_prob, activation, flow, block_size, precision, implementation)
+    activations = as_activations(_OP, activations, *experts.gate_up, experts.down)
+    settings = Settings(
+        _OP, top_k, norm_topk_prob, activation, flow, block_size, precision, activations, implementation
+    )
     how = checked_exchange(_OP, exchange, capacity, chunks, return_dropped)
     division = division_of(_OP, sharding, x, (logits, routed), experts)
     dropped = jnp.zeros((), jnp.int32)

@@ -7,14 +7,9 @@ transformers' modeling files, which `presets` links to, and the conversions betw
 https://github.com/huggingface/transformers/blob/main/src/transformers/conversion_mapping.py.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
-
-import jax.numpy as jnp
-
-from ..core.signature import ROW_DTYPES
 
 
 class MoEParams(NamedTuple):
@@ -26,7 +21,7 @@ class MoEParams(NamedTuple):
 
     #: [H, E]: logits = x @ router.
     router: Any
-    #: [E, H, 2F], gate then up, and [E, F, H]: as `moe_mlp` takes them.
+    #: [E, H, 2F], gate then up, and [E, F, H]: as `moe_mlp` takes them, arrays or `QuantizedMatrices`.
     w_gate_up: Any
     w_down: Any
     #: [E]: logits = x @ router + router_bias.
@@ -36,7 +31,7 @@ class MoEParams(NamedTuple):
     #: [E, 2F] and [E, H]: as `moe_mlp` takes them.
     b_gate_up: Any = None
     b_down: Any = None
-    #: [H, 2S], gate then up, and [S, H]: the MLP that every token goes through.
+    #: [H, 2S], gate then up, and [S, H]: the MLP that every token goes through. Quantised, too, if it is published so.
     shared_w_gate_up: Any = None
     shared_w_down: Any = None
     #: [H, 1]: the shared MLP's output is multiplied by sigmoid(x @ shared_gate).
@@ -137,15 +132,3 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
         "minimax_m2_fused": (*_MINIMAX, *_FUSED),
     }
 )
-
-
-def shape_of(axes: str, size: Mapping[str, int]) -> tuple[int, ...]:
-    """The shape of an array with these axes. Where a size is unknown, its entry is negative, and no array has it."""
-    return tuple(math.prod(size.get(letter, -1) for letter in label) for label in axes.split())
-
-
-def as_dtype(op: str, name: str, dtype: Any) -> Any:
-    """A dtype that parameters may have, or the TypeError that says which those are."""
-    if jnp.dtype(dtype).name not in ROW_DTYPES:
-        raise TypeError(f"{op}: {name} must be float16, bfloat16 or float32; got {jnp.dtype(dtype)}")
-    return jnp.dtype(dtype)

@@ -31,6 +31,7 @@ class Settings(NamedTuple):
     flow: str | None
     block_size: int | None
     precision: str
+    activations: str | None
     implementation: str | None
 
 
@@ -69,6 +70,7 @@ def local_layer(x: jax.Array, logits: jax.Array | None, routed: Any, experts: Ex
     def times(rows: jax.Array, matrices: Matrices, **how: Any) -> jax.Array:
         how = {"activation": None, "dtype": x.dtype.name, "top_k": 1} | how
         how |= {"packed_rows": plan is not None, "precision": settings.precision, "implementation": implementation}
+        how |= {"activations": settings.activations}
         return product(rows, matrices, *routing, **how)
 
     def of_rows(bias: jax.Array) -> jax.Array:

@@ -21,7 +21,7 @@ try:
 except ImportError as error:
     raise ImportError("ferrum_jax.nnx needs flax: pip install '.[nnx]' from a clone") from error
 
-from ..core.signature import as_bool, as_int, one_of
+from ..core.settings import as_bool, as_int, one_of
 from ..core.types import MoESharding, RouterOutput
 from ..kernels import IMPLEMENTATIONS
 from ..ops.grouped import as_precision
@@ -29,10 +29,12 @@ from ..ops.losses import NORMALIZATIONS, expert_counts, load_balancing_loss, rou
 from ..ops.routing import route_topk
 from ..ops.scoring import checked_settings as checked_routing
 from .arguments import checked_exchange, checked_settings, preset_of
+from .axes import as_dtype, shape_of
 from .layer import moe_mlp
-from .layouts import AXES, MoEParams, as_dtype, shape_of
+from .layouts import AXES, MoEParams
+from .nnx_parameters import HALVES, attributes_of, load_params, params_of, quantize_experts
 from .nnx_variables import DroppedPairs, ExpertCounts, LoadBalancingLoss, RouterZLoss, ScoreBias
-from .parameters import Initializer, halves, joined, matrices
+from .parameters import Initializer, halves, matrices
 from .presets import Preset
 from .shared import product, shared_mlp
 
@@ -40,7 +42,6 @@ _BY_FAN_IN = jax.nn.initializers.lecun_normal()
 
 _PARTITIONED = ("E", "H", "F")
 _ROUTER = ("router", "router_bias", "score_bias")  # whole along E on every device: the choice is among all experts
-_HALVES = {"w_gate_up": ("w_gate", "w_up"), "b_gate_up": ("b_gate", "b_up")}  # where F is divided
 _BIASES = ("router_bias", "score_bias", "b_gate_up", "b_down")
 
 
@@ -50,8 +51,9 @@ class MoE(nnx.Module):
     A `Preset` says what the layer does: one of `ferrum_jax.presets`, or settings by name. If both are given, a setting
     replaces the preset's. The parameters are attributes with the names and shapes of
     `ferrum_jax.checkpoint.MoEParams`, None where the preset has none; `score_bias` is a `ScoreBias`, the others are
-    `nnx.Param`s. Where `partition` divides F, gate and up are parameters of their own, so that no matrix moves:
-    w_gate[E, H, F] and w_up in place of w_gate_up, b_gate[E, F] and b_up in place of b_gate_up.
+    `nnx.Param`s; matrices that are quantised (`from_params`, `quantize`) are `Quantized`, which nothing trains. Where
+    `partition` divides F, gate and up are parameters of their own, so that no matrix moves: w_gate[E, H, F] and w_up
+    in place of w_gate_up, b_gate[E, F] and b_up in place of b_gate_up.
 
     Args:
       hidden_width: H, entries of a token.
@@ -75,6 +77,7 @@ class MoE(nnx.Module):
       exchange, capacity, chunks: as in `moe_mlp`. With a capacity, look at `DroppedPairs`.
       precision: of float32 products of the experts and of the shared MLP, as in `moe_mlp`. The router's product is
         always in full float32.
+      activations: as in `moe_mlp`; for experts that are quantised to "fp8".
       rngs: its stream `params` makes the parameters.
       **settings: fields of `Preset`: num_experts, top_k, scoring, norm_topk_prob, activation, shared_experts,
         router_bias, expert_bias, score_bias and the others.
@@ -123,6 +126,7 @@ class MoE(nnx.Module):
         flow: str | None = None,
         block_size: int | None = None,
         precision: str | jax.lax.Precision | None = None,
+        activations: str | None = None,
         implementation: str | None = None,
         sharding: MoESharding | None = None,
         exchange: str | None = None,
@@ -133,7 +137,7 @@ class MoE(nnx.Module):
     ):
         self.preset = preset_of("MoE", preset, settings)
         self.dtype = None if dtype is None else as_dtype("MoE", "dtype", dtype)
-        self.normalization, self.precision = normalization, precision
+        self.normalization, self.precision, self.activations = normalization, precision, activations
         self.flow, self.block_size, self.implementation = flow, block_size, implementation
         self.sharding, self.exchange, self.capacity, self.chunks = sharding, exchange, capacity, chunks
         self._check_settings()
@@ -144,7 +148,7 @@ class MoE(nnx.Module):
         router_dtype = as_dtype("MoE", "router_dtype", router_dtype)
         size = self._axis_sizes(hidden_width, expert_width, shared_width)
         for name, axes in AXES.items():
-            for absent in (name, *_HALVES.get(name, ())):
+            for absent in (name, *HALVES.get(name, ())):
                 setattr(self, absent, nnx.data(None))
             if not self._has(name, size["S"]):
                 continue
@@ -158,7 +162,7 @@ class MoE(nnx.Module):
             letters = [axis[-1].replace("S", "F") for axis in axes.split()]
             spec = [None if of_router and letter == "E" else partition.get(letter) for letter in letters]
             kind = ScoreBias if name == "score_bias" else nnx.Param
-            names = _HALVES.get(name, (name,)) if partition.get("F") else (name,)
+            names = HALVES.get(name, (name,)) if partition.get("F") else (name,)
             for part, array in zip(names, halves(value, len(names)), strict=True):
                 setattr(self, part, kind(array, out_sharding=tuple(spec)) if any(spec) else kind(array))
 
@@ -169,6 +173,7 @@ class MoE(nnx.Module):
         as_int("MoE", "shared_experts", self.preset.shared_experts, least=0)
         one_of("MoE", "normalization", self.normalization, NORMALIZATIONS)
         as_precision("MoE", self.precision, jnp.float32)
+        one_of("MoE", "activations", self.activations, (None, "float8_e4m3fn"))
         num_experts = as_int("MoE", "num_experts", self.preset.num_experts)
         checked_routing("route_topk", num_experts, **self.preset)
         one_of("route_topk", "implementation", self.implementation, (None, *IMPLEMENTATIONS))
@@ -292,36 +297,30 @@ class MoE(nnx.Module):
         Raises:
           ValueError: a parameter that only one of the two has, or that has another shape; all are named.
         """
-        wrong = []
-        for name, value in params._asdict().items():
-            parts = self._variables(name)
-            have = (*parts[0].shape[:-1], sum(part.shape[-1] for part in parts)) if parts else None
-            got = None if value is None else tuple(value.shape)
-            wrong += [] if have == got else [f"{name} must be {have}; got {got}"]
-        if wrong:
-            raise ValueError("MoE: params do not fit the layer: " + "; ".join(wrong))
-        for name, value in params._asdict().items():
-            parts = self._variables(name)
-            for variable, array in zip(parts, halves(value, len(parts)), strict=True):
-                own = variable.get_value()
-                where = own.sharding if getattr(own, "committed", True) else None
-                if isinstance(own, jax.ShapeDtypeStruct) and where is not None:
-                    where = where.spec  # its mesh is abstract and has no devices; the mesh that is set has them
-                variable.set_value(jax.device_put(array.astype(own.dtype), where))
+        load_params(self, params)
 
     def params(self) -> MoEParams:
         """The layer's parameters, for `checkpoint.to_layout` or `moe_mlp`. Gate and up become one array."""
-        return MoEParams(**{name: joined([v.get_value() for v in self._variables(name)]) for name in AXES})
+        return params_of(self)
+
+    def quantize(self, format: str, **how: Any) -> None:
+        """Round the experts' matrices to few bits, in place: they become variables of type `Quantized`.
+
+        The router, biases and the shared MLP stay as they are. Gate and up begin a block each.
+
+        Args:
+          format, **how: as in `ferrum_jax.quantize`, without `parts`.
+
+        Raises:
+          TypeError, ValueError: as `ferrum_jax.quantize`; ValueError for matrices that are quantised already.
+        """
+        quantize_experts(self, format, **how)
 
     # ---- parts
 
-    def _variables(self, name: str) -> list[Any]:
-        """The variables of a parameter: one, or none, or one for gate and one for up."""
-        return [v for n in (name, *_HALVES.get(name, ())) if (v := getattr(self, n)) is not None]
-
     def _of_experts(self, name: str, dtype: Any) -> Any:
         """A parameter of the experts, as `moe_mlp` takes it."""
-        parts = tuple([_cast(v, dtype) for v in self._variables(name)])
+        parts = tuple([_cast(getattr(self, attribute), dtype) for attribute in attributes_of(self, name)])
         return parts if len(parts) > 1 else parts[0] if parts else None
 
     def _route(self, logits: jax.Array, bias: jax.Array | None, token_mask: jax.Array | None) -> RouterOutput:
@@ -337,6 +336,7 @@ class MoE(nnx.Module):
             flow=self.flow,
             block_size=self.block_size,
             precision=self.precision,
+            activations=self.activations,
             implementation=self.implementation,
             sharding=self.sharding,
             exchange=self.exchange,

@@ -7,6 +7,10 @@ class ScoreBias(nnx.Variable):
     """A bias that only takes part in the choice of experts. It is no `nnx.Param`, so no gradient trains it."""
 
 
+class Quantized(nnx.Variable):
+    """Quantised matrices of a layer. They are no `nnx.Param`, so no gradient and no optimiser touches them."""
+
+
 class LoadBalancingLoss(nnx.Intermediate):
     """What `MoE` sows as `load_balancing_loss`: that function of its logits and choices, a float32 scalar."""
 

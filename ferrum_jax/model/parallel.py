@@ -10,7 +10,7 @@ import jax
 from jax import lax
 
 from ..core.types import RouterOutput
-from ..ops.grouped import as_precision
+from ..ops.grouped import as_activations, as_precision
 from ..ops.grouped_ops import Matrices
 from .arguments import checked_exchange, checked_experts, checked_settings, checked_tokens
 from .local import Settings
@@ -35,6 +35,7 @@ def moe_mlp(
     return_dropped: bool = False,
     block_size: int | None = None,
     precision: str | lax.Precision | None = None,
+    activations: str | None = None,
     implementation: str | None = None,
     activation: str | Callable[[jax.Array, jax.Array], jax.Array] = "silu",
     flow: str | None = None,
@@ -72,7 +73,7 @@ def moe_mlp(
         while those of the other are computed. Each part is computed again for its gradients, as `jax.checkpoint` does.
       return_dropped: also return how many pairs of this device's tokens were dropped, exactly.
       block_size: as in `ferrum_jax.moe_mlp`; None: for the rows of an average expert, as if routing were balanced.
-      precision: as in `ferrum_jax.moe_mlp`.
+      precision, activations: as in `ferrum_jax.moe_mlp`.
       implementation: None, "xla" or "triton", of each op; Pallas has no kernel of tables, and None takes its products
         where they were measured faster.
       activation, flow, interleaved, transpose_rhs: as in `ferrum_jax.moe_mlp`.
@@ -114,7 +115,10 @@ def moe_mlp(
     experts = checked_experts(_OP, w_gate_up, w_down, b_gate_up, b_down, interleaved, transpose_rhs)
     x, logits, routed = checked_tokens(_OP, experts, top_k, x, router_logits, router_output, devices)
     precision = as_precision(_OP, precision, x.dtype)
-    settings = Settings(_OP, top_k, norm_topk_prob, activation, flow, block_size, precision, implementation)
+    activations = as_activations(_OP, activations, *experts.gate_up, experts.down)
+    settings = Settings(
+        _OP, top_k, norm_topk_prob, activation, flow, block_size, precision, activations, implementation
+    )
     out, dropped = exchanged_layer(x, logits, routed, experts, settings, how, axis_name=axis_name)
     return (out, dropped) if return_dropped else out
 

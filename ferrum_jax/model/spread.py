@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
+from ..core.settings import as_int
 from ..core.sharding import equally_varying, in_auto_mesh, sharded_like, tokens_of
-from ..core.signature import as_int
 from ..ops.combine import moe_combine, moe_dispatch
 from ..ops.table_sizes import usual_block_size
 from ..ops.tables import moe_build_pairs_by_token

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from ..core.signature import INT32_MAX, as_bool, as_int
+from ..core.settings import INT32_MAX, as_bool, as_int
 from ..core.types import PAIR_IDS, MoePlan, MoeRouting, TokenPairs
 
 _OP = "check_routing"

@@ -7,7 +7,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ..core.signature import as_int
+from ..core.settings import as_int
 from ..core.types import MoeRouting
 from ..ops.routing import route_topk_softmax
 from .check import as_integers, distinct_rule, entry_rules, first_wrong

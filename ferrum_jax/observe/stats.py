@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
-from ..core.signature import INT32_MAX, as_int
+from ..core.settings import INT32_MAX, as_int
 from ..core.types import RouterOutput
 from ..ops.losses import expert_counts
 from ..ops.routing import as_pair

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..core.signature import as_int
+from ..core.settings import as_int
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

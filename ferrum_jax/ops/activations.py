@@ -5,9 +5,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+SWIGLU_LIMIT = 7  # of "swiglu_oai"
+
 
 def _swiglu_oai(gate: jax.Array, up: jax.Array) -> jax.Array:
-    gate, up = jnp.minimum(gate, 7), jnp.clip(up, -7, 7)
+    gate, up = jnp.minimum(gate, SWIGLU_LIMIT), jnp.clip(up, -SWIGLU_LIMIT, SWIGLU_LIMIT)
     return (up + 1) * gate * jax.nn.sigmoid(1.702 * gate)
 
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..core.primitive import define
-from ..core.signature import INT32_MAX, as_int, as_size, checked, one_of
+from ..core.settings import INT32_MAX, as_int, as_size, one_of
+from ..core.signature import checked
 from ..core.types import RouterOutput
 from .routing import as_pair
 from .scoring import rankable

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from ..core.primitive import define
-from ..core.signature import as_bool, checked, one_of
+from ..core.settings import as_bool, one_of
+from ..core.signature import checked
 from ..core.types import MoePlan, TokenPairs
 from ..kernels import IMPLEMENTATIONS
 from .rows import add_rows, rows_at

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..core.signature import INT32_MAX, ROW_DTYPES, as_int, checked, one_of, parse
+from ..core.settings import INT32_MAX, ROW_DTYPES, as_int, one_of
+from ..core.signature import checked, parse
 from ..core.types import PACKED, LayerOf, MoePlan, MoeRouting
 from ..kernels import IMPLEMENTATIONS
 from .activations import ACTIVATIONS
-from .grouped_ops import TABLES, product
+from .grouped_ops import TABLES, Matrices, product
 from .tables import rows_per_row
 
 # JAX's names of precisions, and what they mean here. `jax.default_matmul_precision` also takes names of algorithms,
@@ -23,7 +24,7 @@ PRECISIONS = {
 
 def grouped_matmul(
     lhs: jax.Array,
-    rhs: jax.Array | LayerOf,
+    rhs: Matrices,
     routing: MoeRouting | MoePlan,
     *,
     top_k: int | None = None,
@@ -31,6 +32,7 @@ def grouped_matmul(
     row_weights: jax.Array | None = None,
     preferred_element_type: Any = None,
     precision: str | lax.Precision | None = None,
+    activations: str | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """Multiply each row by its expert's matrix: out[s] = lhs[s // top_k] @ rhs[e] for the slots s of expert e's blocks.
@@ -46,7 +48,9 @@ def grouped_matmul(
     Args:
       lhs: [..., M, H] float16, bfloat16 or float32.
       rhs: [..., E, H, N] of lhs's dtype. A leading axis of size 1 is shared by the batch, not copied. Or a `LayerOf` of
-        [E, H, N], which serves the whole batch.
+        [E, H, N], which serves the whole batch. Or `QuantizedMatrices` of this shape, or a `LayerOf` of them; lhs then
+        has any of the three dtypes, and no gradient goes to the matrices. Without a kernel, a matrix's numbers become
+        float32 as they are used, a few columns at a time.
       routing: of either kind, [...]; its block size is S / number of blocks. Its kind, E, K and P are checked against
         lhs, rhs and `top_k`, as far as it knows them. A block counts if it starts before `total_tokens_post_pad` and
         its expert is in [0, E). A slot in such a block counts if it is in [0, P). All others are passed over, wherever
@@ -67,7 +71,10 @@ def grouped_matmul(
         "tensorfloat32" and "default": operands may be rounded: to TF32, with 10 bits of mantissa, on NVIDIA GPUs that
         have it; elsewhere as XLA does by default. JAX's other names and `jax.lax.Precision` are taken for one of these
         two. None: what `jax.default_matmul_precision` says around the call, and full float32 if that is not set or
-        names an algorithm. Operands of 16 bits are never rounded.
+        names an algorithm. Operands of 16 bits are never rounded, and float32 rows never beside quantised matrices.
+      activations: "float8_e4m3fn": rows are rounded to fp8 before they are multiplied by `QuantizedMatrices` of "fp8".
+        Each 128 entries of a row have a float32 scale, their largest magnitude / 448, or 1 for zeros. Numbers are
+        rounded to nearest, ties to even; NaN stays. The gradient is that of rows that are not rounded. None: no.
       implementation: None (see `which`), "xla", "triton" or "pallas".
 
     Returns:
@@ -76,7 +83,8 @@ def grouped_matmul(
     Raises:
       TypeError: an argument of another dtype, a `routing` that is no table, a `top_k` that is no int.
       ValueError: ranks or shapes that do not fit, a routing of another kind, E, K or P, `top_k` < 1, P past int32, an
-        odd N with an `activation`, an unknown `activation`, `precision` or `implementation`.
+        odd N with an `activation`, an unknown `activation`, `precision`, `activations` or `implementation`,
+        `activations` without "fp8" matrices, `QuantizedMatrices` whose fields do not fit together.
       NotImplementedError: the implementation asked for cannot run here; the message says why.
 
     Blocks of one expert as units of work are from MegaBlocks, https://arxiv.org/abs/2211.15841; gathering rows inside
@@ -117,6 +125,7 @@ def grouped_matmul(
         dtype=as_dtype(op, preferred_element_type, lhs.dtype),
         packed_rows=routing.kind == PACKED,
         precision=as_precision(op, precision, lhs.dtype),
+        activations=as_activations(op, activations, rhs),
         implementation=implementation,
     )
 
@@ -159,6 +168,15 @@ def as_precision(op: str, precision: Any, dtype: Any) -> str:
     if dtype != jnp.float32:
         return "highest"
     return PRECISIONS.get(jax.config.jax_default_matmul_precision if name is None else name, "highest")
+
+
+def as_activations(op: str, activations: Any, *matrices: Any) -> str | None:
+    """The ops' parameter `activations`, checked: only products with fp8 matrices round their rows."""
+    one_of(op, "activations", activations, (None, "float8_e4m3fn"))
+    formats = [getattr(m.stack if isinstance(m, LayerOf) else m, "format", None) for m in matrices]
+    if activations and any([form != "fp8" for form in formats]):
+        raise ValueError(f"{op}: activations={activations!r} needs QuantizedMatrices of format 'fp8'; got {formats}")
+    return activations
 
 
 _ARGUMENTS = parse(f"lhs: rows[M,H], rhs: matrices[E,H,N], {TABLES}, row_weights?: weights[P]")

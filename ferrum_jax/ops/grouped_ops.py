@@ -21,11 +21,14 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from ..core.primitive import Op, define
+from ..core.quantized import QuantizedMatrices
 from ..core.types import LayerOf
 from .activations import ACTIVATIONS
-from .grouped_meaning import outer_products, products
+from .grouped_meaning import Tables, outer_products, products
+from .quantized_ops import is_quantized, quantized_product
+from .rows import add_choices
 
-Matrices = jax.Array | LayerOf
+Matrices = jax.Array | LayerOf | QuantizedMatrices
 
 
 def product(
@@ -43,6 +46,7 @@ def product(
     dtype: str,
     packed_rows: bool,
     precision: str,
+    activations: str | None = None,
     implementation: str | None,
 ) -> jax.Array:
     """`grouped_matmul` of checked arguments.
@@ -59,6 +63,14 @@ def product(
         "precision": precision,
         "implementation": implementation,
     }
+    if is_quantized(rhs):
+        quantized = functools.partial(
+            quantized_product, lhs, tables=tables, transpose_rhs=transpose_rhs, activations=activations, **settings
+        )
+        if activation is None and row_weights is None:
+            return quantized(rhs)
+        parts = [quantized(part, dtype=unfinished(dtype)) for part in (rhs, up) if part is not None]
+        return _finish(parts, row_weights, tables, rhs.shape[-3], activation, dtype)
     matrices, stack, layer = _operands(rhs, lead)
     if activation is None and row_weights is None:
         return (_transposed if transpose_rhs else _matmul).bind(lhs, matrices, *tables, stack, layer, **settings)
@@ -122,6 +134,18 @@ def _activated_meaning(
     dtype: str,
     **settings: Any,  # the other parameters of `grouped_matmul`
 ) -> jax.Array:
+    tables, settings = (slots, blocks, total), settings | {"dtype": unfinished(dtype)}
+    parts = [_matmul.bind(lhs, rhs, *tables, stack, layer, **settings)]
+    if up is not None or up_stack is not None:
+        parts.append(_matmul.bind(lhs, up, *tables, up_stack, up_layer, **settings))
+    return _finish(parts, row_weights, tables, _shape(rhs, stack)[-3], activation, dtype)
+
+
+def _finish(
+    parts: list[jax.Array], row_weights: Any, tables: Tables, num_experts: int, activation: str | None, dtype: str
+) -> jax.Array:
+    """Rows of a product, or of gate and of up, after the activation and times the row weights."""
+
     # The gradient keeps the product, and computes the activation's many float32 intermediates again from it.
     @jax.checkpoint
     def finish(parts: list[jax.Array], weights: jax.Array | None) -> jax.Array:
@@ -132,13 +156,8 @@ def _activated_meaning(
             (rows,) = parts
         return (rows if weights is None else rows * jnp.expand_dims(weights, -1)).astype(dtype)
 
-    tables, settings = (slots, blocks, total), settings | {"dtype": unfinished(dtype)}
-    parts = [_matmul.bind(lhs, rhs, *tables, stack, layer, **settings)]
-    if up is not None or up_stack is not None:
-        parts.append(_matmul.bind(lhs, up, *tables, up_stack, up_layer, **settings))
     parts = checkpoint_name(parts, "moe_gate_up") if activation else parts
     if row_weights is not None:
-        num_experts = _shape(rhs, stack)[-3]
         row_weights = _masked.bind(row_weights, *tables, num_experts=num_experts, implementation=None)
     return finish(parts, row_weights)
 
@@ -185,10 +204,7 @@ def _transposed_jvp(primals: Any, results: Any, tangents: Any, **params: Any) ->
 def _to_rows(op: Op, ct: Any, rows: Any, rhs: Any, *rest: Any, top_k: int, **how: Any) -> jax.Array:
     """The cotangent of `rows` by the product that transposes theirs. A row's `top_k` choices are added up."""
     out = op.bind(ct.astype(rows.dtype), rhs, *rest, top_k=1, dtype=rows.dtype.name, **how)
-    if top_k == 1:
-        return out
-    by_row = out.reshape(*out.shape[:-2], rows.shape[-2], top_k, out.shape[-1])
-    return jnp.sum(by_row, axis=-2, dtype=jnp.float32).astype(rows.dtype)
+    return add_choices(out, rows.shape[-2], top_k, rows.dtype)
 
 
 def _into(stack: Any, layer: Any, matrices: jax.Array) -> jax.Array:

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ..core.signature import INT32_MAX, as_int, as_mask, checked, one_of
+from ..core.settings import INT32_MAX, as_int, one_of
+from ..core.signature import as_mask, checked
 from .tables import moe_build_pairs_by_token
 
 NORMALIZATIONS = ("huggingface", "switch", "deepseek")

@@ -9,11 +9,12 @@ from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
 from ..core.primitive import define
+from ..core.settings import as_bool, one_of
 from ..core.sharding import explicit_axes, names_of, placed, spec_of
-from ..core.signature import as_bool, checked, one_of
-from ..core.types import LayerOf
+from ..core.signature import checked
+from ..core.stored import names_of_array, specs_of
 from ..kernels import IMPLEMENTATIONS
-from .grouped import as_dtype, as_precision
+from .grouped import as_activations, as_dtype, as_precision
 from .grouped_ops import Matrices, product
 from .table_sizes import aligned_rows, usual_block_size
 
@@ -29,6 +30,7 @@ def ragged_dot(
     transpose_rhs: bool = False,
     preferred_element_type: Any = None,
     precision: str | lax.Precision | None = None,
+    activations: str | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """Multiply each row by its group's matrix: `jax.lax.ragged_dot`, with an offset as in megablox' gmm.
@@ -50,7 +52,7 @@ def ragged_dot(
     Args:
       lhs: [..., M, H] float16, bfloat16 or float32, rows by group.
       rhs: [..., G, H, N] of lhs's dtype, G >= 1. A leading axis of size 1 is shared by the batch, not copied. Or a
-        `LayerOf` of [G, H, N], which serves the whole batch.
+        `LayerOf` of [G, H, N], which serves the whole batch. Or `QuantizedMatrices`, as in `grouped_matmul`.
       group_sizes: [..., G] of any integer dtype; with a `group_offset` [..., A], the sizes of all groups, A >= G. A
         negative size counts as 0. Sizes that add up to more than M are cut off at M.
       group_offset: [...] of any integer dtype, without leading axes a scalar. It may be out of range: there are no
@@ -58,6 +60,7 @@ def ragged_dot(
       transpose_rhs: rhs is [..., G, N, H], and each row is multiplied by the transposed matrix.
       preferred_element_type: the result's dtype, float16, bfloat16 or float32; default: lhs's.
       precision: of float32 operands, in this product and its gradients, as in `grouped_matmul`.
+      activations: as in `grouped_matmul`. Where an Explicit mesh divides H, a device rounds its part of each row.
       implementation: None (see `which`), "xla", "triton" or "pallas", of the product and of the table that it reads;
         with "pallas", which has no kernel of tables, the table is made as with None.
 
@@ -67,7 +70,8 @@ def ragged_dot(
     Raises:
       TypeError: an argument of another dtype, a `transpose_rhs` that is no bool.
       ValueError: ranks or shapes that do not fit, no groups, sizes of fewer groups than rhs holds, or without an offset
-        of more, M past int32, an unknown `precision` or `implementation`.
+        of more, M past int32, an unknown `precision`, `activations` or `implementation`, `activations` without "fp8"
+        matrices, quantised matrices whose blocks an Explicit mesh would cut.
       NotImplementedError: the implementation asked for cannot run here; the message says why.
 
     The offset is that of https://github.com/jax-ml/jax, jax/experimental/pallas/ops/tpu/megablox.
@@ -97,6 +101,7 @@ def ragged_dot(
         transpose_rhs=transposed,
         dtype=as_dtype(_OP, preferred_element_type, lhs.dtype),
         precision=as_precision(_OP, precision, lhs.dtype),
+        activations=as_activations(_OP, activations, rhs),
         implementation=implementation,
     )
     if offset is None:
@@ -147,7 +152,7 @@ class _Division(NamedTuple):
 
 def _division_of(lhs: jax.Array, rhs: Matrices, transposed: bool) -> _Division | None:
     """How the types of both in an Explicit mesh divide the product; None: not at all."""
-    (*lead, rows, of_lhs), (*others, groups, h, n) = names_of(_spec(lhs)), names_of(_spec(rhs))
+    (*lead, rows, of_lhs), (*others, groups, h, n) = names_of_array(lhs), names_of_array(rhs)
     h, n = (n, h) if transposed else (h, n)
     of_batch = {name for names in (*lead, *others) for name in names}
     taken = set(of_batch)
@@ -166,10 +171,6 @@ def _division_of(lhs: jax.Array, rhs: Matrices, transposed: bool) -> _Division |
     # Axes that divide nothing are manual too, because kernels run only where the compiler divides nothing.
     manual = tuple([name for name in explicit_axes(mesh) if name not in of_batch])
     return _Division(mesh, manual, *divided, transposed)
-
-
-def _spec(array: Any) -> PartitionSpec:
-    return jax.typeof(array.stack if isinstance(array, LayerOf) else array).sharding.spec
 
 
 def _on_shards(division: _Division, run: Any, lhs: jax.Array, rhs: Matrices, *groups: Any) -> jax.Array:
@@ -197,11 +198,8 @@ def _on_shards(division: _Division, run: Any, lhs: jax.Array, rhs: Matrices, *gr
         return spec_of([[n for n in names if n in axes] for names in names_of(spec)])
 
     of_rhs = division.of_matrices()
-    if isinstance(rhs, LayerOf):
-        own = None if rhs.own is None else spec(rhs.own, *of_rhs)
-        specs = [spec(lhs, rows, contracted), LayerOf(spec(rhs.stack, (), *of_rhs), PartitionSpec(), own)]
-    else:
-        specs = [spec(lhs, rows, contracted), spec(rhs, *of_rhs)]
+    of_rhs = *names_of_array(rhs)[: rhs.ndim - 3], *of_rhs
+    specs = [spec(lhs, rows, contracted), specs_of(_OP, "rhs", rhs, of_rhs, mesh)]
     specs += [spec(x, *[()] * min(x.ndim, 1)) for x in groups]
     args = jax.tree.map(lambda x, spec: placed(x, mesh, spec), [lhs, rhs, *groups], specs)
     on_shards = jax.shard_map(

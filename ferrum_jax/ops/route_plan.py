@@ -5,7 +5,8 @@ from typing import Any
 import jax
 
 from ..core.primitive import define
-from ..core.signature import as_bool, as_int, checked, one_of
+from ..core.settings import as_bool, as_int, one_of
+from ..core.signature import checked
 from ..core.types import MoePlan, RouterOutput
 from ..kernels import IMPLEMENTATIONS
 from .routing import route_jvp, route_meaning, route_topk, with_leading_axes

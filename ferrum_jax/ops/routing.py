@@ -8,7 +8,8 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from ..core.primitive import define
-from ..core.signature import as_mask, checked, one_of
+from ..core.settings import one_of
+from ..core.signature import as_mask, checked
 from ..core.types import RouterOutput
 from ..kernels import IMPLEMENTATIONS
 from .scoring import Selection, Weighing, checked_settings, rankable, select, weigh, weigh_ids, weight_tangent

@@ -1,5 +1,7 @@
 """Rows by index, in jnp: taken without reading past the end, and added up in a fixed order."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -43,3 +45,11 @@ def add_rows(terms: jax.Array, dest: jax.Array, num_rows: int) -> jax.Array:
     longest = jnp.max(counts)
     _, sums = lax.while_loop(lambda state: state[0] < longest, add_neighbours, (jnp.ones_like(longest), terms[order]))
     return jnp.where(counts[:, None] > 0, sums.at[offsets[:-1]].get(mode="clip"), 0)
+
+
+def add_choices(rows: jax.Array, num_rows: int, top_k: int, dtype: Any) -> jax.Array:
+    """[..., num_rows, N] of this dtype: of `top_k` rows that belong to one, the sum, in float32."""
+    if top_k == 1:
+        return rows
+    by_row = rows.reshape(*rows.shape[:-2], num_rows, top_k, rows.shape[-1])
+    return jnp.sum(by_row, axis=-2, dtype=jnp.float32).astype(dtype)

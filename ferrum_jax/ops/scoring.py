@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..core.primitive import define
-from ..core.signature import as_bool, as_int, one_of
+from ..core.settings import as_bool, as_int, one_of
 
 SCORINGS = ("softmax", "topk_softmax", "sigmoid", "sqrt_softplus")
 GROUP_SCORES = ("top2_sum", "max")

@@ -2,7 +2,7 @@
 
 from jax.core import min_dim
 
-from ..core.signature import INT32_MAX, as_int, as_size
+from ..core.settings import INT32_MAX, as_int, as_size
 
 
 def max_aligned_rows(num_pairs: int, num_experts: int, block_size: int) -> int:

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..core.primitive import define
-from ..core.signature import INT32_MAX, as_bool, as_int, checked, one_of
+from ..core.settings import INT32_MAX, as_bool, as_int, one_of
+from ..core.signature import checked
 from ..core.types import PACKED, PAIR_IDS, MoePlan, MoeRouting, TokenPairs
 from ..kernels import IMPLEMENTATIONS
 from .table_sizes import aligned_rows
