@@ -48,7 +48,7 @@ FORMS: tuple[str, ...] = (
 
 BLOCK = 128  # the rows and the columns of a matrix that share a scale in "fp8_block"
 
-# In an int32, AWQ puts these columns of eight, the first into the lowest 4 bits.
+# Of eight columns, AWQ puts these into an int32, the first into its lowest 4 bits.
 AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 
 NUMPY_NAMES = (
@@ -91,7 +91,7 @@ def spread(rng: np.random.Generator, choices: Iterable[int], shape: tuple[int, .
 
 
 def random_scales(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Numbers from about 0.01 to 1. Those of a dtype with a sign have either sign, as a reader must not care."""
+    """Numbers from about 0.01 to 1, of either sign if the dtype has one: a reader only multiplies by them."""
     if dtype == ml_dtypes.float8_e8m0fnu:
         return rng.integers(120, 128, shape).astype(np.uint8).view(dtype)
     return np.asarray(rng.choice([-1, 1], shape) * 10 ** rng.uniform(-2, 0, shape)).astype(dtype)
@@ -149,7 +149,8 @@ def integers(form: str, rng: np.random.Generator, out: int, inn: int, group: int
     wide_zeros, wide_scales = (x.repeat(group, axis=1)[:, :inn] for x in (zeros, exact(scales)))
     w = (codes - wide_zeros) * wide_scales
     if form.startswith("ct"):
-        tensors = {".weight_packed": pack(codes, bits, 1), ".weight_scale": scales, ".weight_shape": np.int64(w.shape)}
+        tensors = {".weight_packed": pack(codes, bits, 1), ".weight_scale": scales}
+        tensors[".weight_shape"] = np.array(w.shape, np.int64)
         if not symmetric:
             tensors[".weight_zero_point"] = pack(zeros, bits, 0)
     elif form == "awq4":
@@ -166,6 +167,7 @@ def matrix(form: str, rng: np.random.Generator, out: int, inn: int, group: int =
 
     All codes occur if there are as many elements. GPTQ and AWQ need multiples of 8 (gptq8: of 4) for out and inn.
     """
+    assert form in FORMS, form
     tensors, w = fp8(form, rng, out, inn) if form.startswith("fp8") else integers(form, rng, out, inn, group)
     return {ending: np.array(x, order="C") for ending, x in tensors.items()}, w
 

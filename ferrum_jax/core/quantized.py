@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import AxisType, PartitionSpec
 
 from .settings import ROW_DTYPES, as_int, one_of
+from .sharding import in_auto_mesh
 
 FP8_MAX = 448  # the largest number of float8_e4m3fn
 ACTIVATION_BLOCK = 128  # the entries of a row that share a scale, where rows are rounded to fp8
@@ -103,10 +105,19 @@ class QuantizedMatrices:
 
     def dequantize(self, dtype: Any = None) -> jax.Array:
         """The array [..., H, N] of this dtype, by default its own: float32 products, rounded once."""
-        of_row = scale_rows(self.shape[-1], self.block[0], self.parts)
-        scales, zeros = jax.tree.map(lambda x: jnp.take(x, of_row, axis=-2), (self.scales, self.zeros))
-        weights = entries(self.format, self.block[1], jnp.asarray(self.values), scales, zeros)
-        return jnp.swapaxes(weights, -1, -2).astype(self.dtype if dtype is None else dtype)
+        dtype = self.dtype if dtype is None else dtype
+
+        def floats(values: jax.Array, scales: jax.Array, zeros: jax.Array | None) -> jax.Array:
+            of_row = scale_rows(self.shape[-1], self.block[0], self.parts)
+            scales, zeros = jax.tree.map(lambda x: jnp.take(x, of_row, axis=-2), (scales, zeros))
+            return jnp.swapaxes(entries(self.format, self.block[1], values, scales, zeros), -1, -2).astype(dtype)
+
+        leaves = jax.tree.map(jnp.asarray, (self.values, self.scales, self.zeros))
+        sharding = jax.typeof(leaves[0]).sharding
+        if AxisType.Explicit not in sharding.mesh.axis_types:
+            return floats(*leaves)
+        *lead, n, h = sharding.spec
+        return in_auto_mesh(floats, sharding.mesh, PartitionSpec(*lead, h, n))(*leaves)
 
 
 jax.tree_util.register_dataclass(QuantizedMatrices, ("values", "scales", "zeros"), QuantizedMatrices.facts)

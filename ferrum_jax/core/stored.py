@@ -1,5 +1,6 @@
 """Matrices that a mesh divides, in the form in which they are stored: an array, quantised, or a layer of a stack."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -40,40 +41,40 @@ def specs_of(op: str, name: str, array: Any, names: Sequence[Names], mesh: Any, 
     for axis in (-1, -2):
         if not names[axis]:
             continue
-        if _one_block(array, axis):
+        size, block = _size(array, axis)
+        if block is None or block >= size:
             of_scales[axis] = ()
             continue
         devices = math.prod(mesh.shape[name] for name in names[axis])
         parts = 2 if halves is not None and halves == len(names) + axis else 1
-        own, block = array.shape[axis] // (devices * parts), array.block[0 if axis == -1 else 1]
-        if own % (block or own):
+        own = array.shape[axis] // (devices * parts)
+        if own % block:
             raise ValueError(
                 f"{op}: {name} has blocks of {block} entries, which share a scale, and "
                 f"{' and '.join(map(repr, names[axis]))} would cut them: each device would have {own} entries"
             )
     *_, of_h, of_n = of_scales
     scales = spec_of((*lead, of_n, of_h))
-    return _like(array, spec_of((*lead, n, h)), scales)
+    zeros = None if array.zeros is None else scales
+    return dataclasses.replace(array, values=spec_of((*lead, n, h)), scales=scales, zeros=zeros)
 
 
 def on_leaves(function: Callable[[jax.Array, int], jax.Array], array: Any, axis: int) -> Any:
-    """The array with `function(x, axis)` of all that is stored of it, and that is divided along this axis."""
+    """A device's array with `function(x, axis)` of all that is stored of it, and that the mesh divides along this axis.
+
+    Where all devices share a scale, a device's part is smaller than a block.
+    """
     if not isinstance(array, QuantizedMatrices):
         return function(array, axis)
     place = axis - array.ndim
     stored = {-1: -2, -2: -1}.get(place, place) + array.ndim
     scales, zeros = array.scales, array.zeros
-    if place < -2 or not _one_block(array, place):
+    size, block = _size(array, place) if place >= -2 else (0, 0)
+    if block is not None and block <= size:
         scales, zeros = (None if x is None else function(x, stored) for x in (scales, zeros))
-    new = _like(array, function(array.values, stored), scales)
-    return new if zeros is None else jax.tree.unflatten(jax.tree.structure(array), [new.values, scales, zeros])
+    return dataclasses.replace(array, values=function(array.values, stored), scales=scales, zeros=zeros)
 
 
-def _one_block(array: QuantizedMatrices, axis: int) -> bool:
-    """Whether all entries of a part share their scale along this axis, N (-1) or H (-2)."""
-    return array.scales.shape[-2 if axis == -1 else -1] == (array.parts if axis == -1 else 1)
-
-
-def _like(array: QuantizedMatrices, values: Any, scales: Any) -> Any:
-    leaves = [values, scales] if array.zeros is None else [values, scales, scales]
-    return jax.tree.unflatten(jax.tree.structure(array), leaves)
+def _size(array: QuantizedMatrices, axis: int) -> tuple[int, int | None]:
+    """The entries along N (-1) of one part, or along H (-2), and those of a block."""
+    return array.shape[axis] // (array.parts if axis == -1 else 1), array.block[0 if axis == -1 else 1]

@@ -101,9 +101,10 @@ def load_moe(
     ]
     strange = {name: source[prefix + name].shape for name in others} | {n: shapes[n] for n in found if n not in wanted}
     wrong += [f"{name}, of shape {tuple(shape)}, is not of this layout" for name, shape in strange.items()]
-    layouts = _fitting(source, prefix, quantization, layout) if wrong else ""
+    hint = _fitting(source, prefix, quantization, layout) if wrong else ""
+    hint = hint or ("" if found else _prefixes(source, prefix, chosen))
     what = f"{op}: the tensors under the prefix {prefix!r} are not those of layout {_name(layout)}"
-    refuse(what + layouts, wrong)
+    refuse(what + (f"; {hint}" if hint else ""), wrong)
     kinds = kinds_of(found, shapes, quantization)
 
     params: dict[str, Any] = {}
@@ -255,4 +256,4 @@ def _fitting(source: Mapping[str, Any], prefix: str, config: Config, layout: str
         found, others = found_tensors(source, prefix, each, config)
         if name != layout and not others and {t.tensor for t in found.values()} == {*each}:
             fitting.append(name)
-    return f"; the names are those of layout {' or '.join(map(repr, fitting))}" if fitting else ""
+    return f"the names are those of layout {' or '.join(map(repr, fitting))}" if fitting else ""

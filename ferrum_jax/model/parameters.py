@@ -22,8 +22,8 @@ def matrices(init: Initializer, key: jax.Array, shape: tuple[int, ...], dtype: A
 
 def halves(value: Any, number: int) -> list[Any]:
     """The array, or with the number 2 its halves, gate and up. No arrays for the number 0."""
-    if number > 1 and isinstance(value, QuantizedMatrices):
-        return [_quantized_half(value, i) for i in range(number)]
+    if isinstance(value, QuantizedMatrices):
+        return [value] if number == 1 else [_quantized_half(value, i) for i in range(number)]
     width = value.shape[-1] // number if number else 0
     if number > 1 and isinstance(value, jax.Array):  # JAX cannot cut an axis that an Explicit mesh divides
         sharding = jax.typeof(value).sharding

@@ -116,7 +116,7 @@ def _scales(form: str, low: jax.Array, high: jax.Array, zero_points: bool, dtype
     """The scale of each block whose smallest and largest entries, or 0, these are; and the zero points."""
     amax = jnp.maximum(-low, high)
     if form == "mxfp4":
-        exponent = lax.bitcast_convert_type(amax, jnp.int32) >> 23
+        exponent = (lax.bitcast_convert_type(amax, jnp.int32) >> 23) & 255
         scales = jnp.where(amax == 0, 127, jnp.where(exponent == 255, 255, jnp.maximum(exponent - 2, 0)))
         return scales.astype(jnp.uint8), None
     largest = 2 ** FORMATS[form].bits - 1
