@@ -15,6 +15,7 @@ from meshes import mesh_of
 from oracle import assert_near
 from test_nnx import call, make, tokens
 from test_published import PREFIX, assert_bytes_equal, block, gpt_oss
+from test_quantized import rare
 
 from ferrum_jax import QuantizedMatrices, presets, quantize
 from ferrum_jax.checkpoint import load_moe, to_layout
@@ -138,7 +139,7 @@ def test_orbax_round_trip(tmp_path):
     np.testing.assert_array_equal(call(restored, tokens(6, 32)), call(module, tokens(6, 32)))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["int4", rare("fp8"), rare("mxfp4")])
 def test_scan_layers_reads_them_in_place(form):
     def build(key):
         module = MoE(32, 64, SMALL, rngs=nnx.Rngs(key))

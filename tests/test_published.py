@@ -12,6 +12,7 @@ from cases import rng
 from oracle import ACTIVATIONS, assert_close, f64
 from test_checkpoint import route
 from test_mlp import dense
+from test_quantized import rare
 
 from ferrum_jax import QuantizedMatrices, RouterOutput, moe_mlp, presets, quantize
 from ferrum_jax.checkpoint import LAYOUTS, load_moe, to_layout
@@ -153,8 +154,14 @@ def test_gpt_oss(tmp_path):
     assert_close(got, *dense(x, ids, weights, gate_up, down, ACTIVATIONS["swiglu_oai"], **biases), "float32")
 
 
-@pytest.mark.parametrize("form", formats.FORMS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("form", "dtype"),
+    [
+        (f, d) if (f, d) in (("fp8_block", "float32"), ("gptq4", "float32"), ("ct_int4", "bfloat16")) else rare(f, d)
+        for f in formats.FORMS
+        for d in ("float32", "bfloat16")
+    ],
+)
 def test_a_loaded_block_runs(form, dtype, tmp_path):
     tensors, floats = block(form)
     config = {"quantization_config": formats.config(form)}

@@ -42,6 +42,17 @@ KINDS = {
 }
 
 
+USUAL = ("fp8 blocks", "mxfp4", "int4 zeros")
+
+
+def rare(*values):
+    """A cell that repeats others: it is part of a full run alone."""
+    return pytest.param(*values, marks=pytest.mark.full)
+
+
+ALL_KINDS = [*USUAL, *[rare(kind) for kind in KINDS if kind not in USUAL]]
+
+
 def stored(kind, *shape, parts=1, seed=0):
     """Random matrices of this kind [..., H, N], and what they stand for in float64."""
     form, dtype, block, zero_points = KINDS[kind]
@@ -212,8 +223,10 @@ def test_matrices_of_no_entries():
 # ---- products
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [(k, d) if d == "float32" or k == "int4 zeros" else rare(k, d) for k in KINDS for d in DTYPES],
+)
 def test_ragged_dot_of_any_rows(kind, dtype):
     sizes = np.array([3, 0, 4, 1, 2], np.int32)
     x = rng("rows").normal(size=(T + 1, H)).astype(np.float32).astype(np.dtype(dtype))
@@ -230,7 +243,7 @@ def test_ragged_dot_of_any_rows(kind, dtype):
 
 
 @pytest.mark.parametrize("flow", ["packed", "pair_ids"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL_KINDS)
 def test_the_layer(kind, flow):
     x, logits, quantized, floats = layer_of(kind)
     ids, weights = ferrum_jax.route_topk_softmax(logits, K)
@@ -240,7 +253,7 @@ def test_the_layer(kind, flow):
         assert_close(got, *dense(x, ids, weights, *floats, ACTIVATIONS["silu"], **more), "float32")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL_KINDS)
 def test_gradients_are_those_of_the_dequantised_matrices(kind):
     """To x, to the router, to biases: and none to the scales. In both flows, with a pair for gate and up too."""
     x, logits, (gate_up, down), _ = layer_of(kind)
@@ -263,8 +276,10 @@ def test_gradients_are_those_of_the_dequantised_matrices(kind):
         )
 
 
-@pytest.mark.parametrize("flow", ["packed", "pair_ids"])
-@pytest.mark.parametrize("kind", ["fp8 blocks", "int4 zeros"])
+@pytest.mark.parametrize(
+    ("kind", "flow"),
+    [("fp8 blocks", "packed"), ("int4 zeros", "pair_ids"), rare("fp8 blocks", "pair_ids"), rare("mxfp4", "packed")],
+)
 def test_finite_differences_to_second_order(kind, flow):
     x, _, matrices, _ = layer_of(kind)
     logits = np.argsort(rng("l").random((T, E)), axis=-1).astype(np.float32)  # too far apart to cross
@@ -408,8 +423,18 @@ def put(mesh, q, names, halves=None):
     return jax.tree.map(lambda a, spec: jax.device_put(a, NamedSharding(mesh, spec)), q, specs)
 
 
-@pytest.mark.parametrize("kind", ["fp8 blocks", "mxfp4", "int4 zeros", "fp8 whole"])
-@pytest.mark.parametrize("what", ["E", "F", "stored H", "tokens and E"])
+WAYS = ("E", "F", "stored H", "tokens and E")
+MORE = (("mxfp4", "stored H"), ("int4 zeros", "F"), ("fp8 whole", "F"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "what"),
+    [
+        (k, w) if k == "fp8 blocks" or (k, w) in MORE else rare(k, w)
+        for k in ("fp8 blocks", "mxfp4", "int4 zeros", "fp8 whole")
+        for w in WAYS
+    ],
+)
 def test_a_layer_that_a_mesh_divides(kind, what):
     """By the types of an Explicit mesh and by `sharding`: the output and the gradients are those of one device."""
     form, _, block, zero_points = KINDS[kind]

@@ -117,7 +117,7 @@ class QuantizedMatrices:
         if AxisType.Explicit not in sharding.mesh.axis_types:
             return floats(*leaves)
         *lead, n, h = sharding.spec
-        return in_auto_mesh(floats, sharding.mesh, PartitionSpec(*lead, h, n))(*leaves)
+        return in_auto_mesh(floats, sharding.mesh, sharding.update(spec=PartitionSpec(*lead, h, n)))(*leaves)
 
 
 jax.tree_util.register_dataclass(QuantizedMatrices, ("values", "scales", "zeros"), QuantizedMatrices.facts)
