@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from cases import rng
 from conftest import KERNELS
+from test_quantized import KINDS, E, H, layer_of, stored
 
 import ferrum_jax
 from ferrum_jax.ops.grouped_ops import product
@@ -277,3 +279,29 @@ def test_a_layer_of_more_elements_than_32_bits_count(flow, pair, name):
 def _layers(key, shape):
     keys = jax.random.split(key, shape[0])
     return jax.lax.map(lambda key: jax.random.normal(key, shape[1:], jnp.bfloat16) / 32, keys)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_quantised_matrices(kind, dtype):
+    """The product, its transposed form, and the layer in both flows, forward and by gradient."""
+    sizes, x = np.array([3, 0, 4, 1, 2], np.int32), rng("gpu", kind).normal(size=(10, H)).astype(np.float32)
+    rows, owner = x.astype(np.dtype(dtype)), np.repeat(np.arange(E), sizes)
+    q, w = stored(kind, E, H, H, parts=2)
+    for transpose in (False, True):
+        matrices = np.swapaxes(w, -1, -2) if transpose else w
+        product = functools.partial(ferrum_jax.ragged_dot, rhs=q, group_sizes=sizes, transpose_rhs=transpose)
+        got, pull = jax.vjp(jax.jit(product), jnp.asarray(rows))
+        terms = np.einsum("mh,mhn->mn", np.abs(oracle.f64(rows)), np.abs(matrices[owner]))
+        want = np.einsum("mh,mhn->mn", oracle.f64(rows), matrices[owner])
+        oracle.assert_close(got, want, terms, dtype, terms=H)
+        (back,) = pull(got)
+        terms = np.einsum("mn,mhn->mh", np.abs(oracle.f64(got)), np.abs(matrices[owner]))
+        oracle.assert_close(back, np.einsum("mn,mhn->mh", oracle.f64(got), matrices[owner]), terms, dtype, terms=H)
+    x, logits, quantized, floats = layer_of(kind)
+    floats = [jnp.asarray(w, jnp.float32) for w in floats]
+    for flow in ("packed", "pair_ids"):
+        layer = functools.partial(ferrum_jax.moe_mlp, top_k=2, flow=flow)
+        run = jax.jit(jax.value_and_grad(lambda x, *m, f=layer: jnp.sum(jnp.sin(f(x, logits, *m)))))
+        for got, want in zip(run(x, *quantized), run(x, *floats), strict=True):
+            oracle.assert_near(got, want, "float32")

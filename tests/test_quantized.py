@@ -336,14 +336,16 @@ def test_every_transformation():
 
 def test_an_exported_program():
     x, logits, matrices, _ = layer_of("fp8 blocks")
-    leaves, tree = jax.tree.flatten(matrices)
+    matrices = [dataclasses.replace(q, published=("fp8", (("", "float8_e4m3fn", 2),))) for q in matrices]
 
-    def run(x, logits, *leaves):
-        return moe_mlp(x, logits, *jax.tree.unflatten(tree, leaves), top_k=K, activations="float8_e4m3fn")
+    def run(x, logits, *matrices):
+        return moe_mlp(x, logits, *matrices, top_k=K, activations="float8_e4m3fn"), matrices[0]
 
     exported = export.export(jax.jit(run), platforms=("cpu", "cuda"), disabled_checks=ferrum_jax.export_checks())
-    again = export.deserialize(exported(x, logits, *leaves).serialize())
-    assert_near(again.call(x, logits, *leaves), run(x, logits, *leaves), "float32")
+    again = export.deserialize(exported(x, logits, *matrices).serialize())
+    (got, same), (want, _) = again.call(x, logits, *matrices), run(x, logits, *matrices)
+    assert_near(got, want, "float32")
+    assert jax.tree.structure(same) == jax.tree.structure(matrices[0])
 
 
 def test_matrices_are_turned_into_floats_as_they_are_used():
@@ -569,7 +571,15 @@ def test_arrays_of_qwix(kind, how):
     x, w = r.normal(size=(6, H)).astype(np.float32), r.normal(size=(E, H, 24)).astype(np.float32)
     array = qwix.quantize(jnp.asarray(w), kind, **how)
     sizes = np.array([1, 2, 0, 3, 0], np.int32)
-    assert_near(ragged_dot(x, array, sizes), ragged_dot(x, qwix.dequantize(array), sizes), "float32")
+    want = ragged_dot(x, qwix.dequantize(array), sizes)
+    assert_near(ragged_dot(x, array, sizes), want, "float32")
+    once = QuantizedMatrices.of(array)
+    assert_near(ragged_dot(x, once, sizes), want, "float32")
+    assert_near(
+        moe_mlp(x, x[:, :E], array, jnp.ones((E, 12, H)), top_k=K),
+        moe_mlp(x, x[:, :E], once, jnp.ones((E, 12, H)), top_k=K),
+        "float32",
+    )
 
 
 def test_arrays_of_qwix_that_are_none_of_the_formats():

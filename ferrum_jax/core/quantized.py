@@ -5,12 +5,14 @@ file holds the formats' arithmetic, in both directions, and the checks of what a
 """
 
 import dataclasses
+import json
+import sys
 from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import export, lax
 from jax.sharding import AxisType, PartitionSpec
 
 from .settings import ROW_DTYPES, as_int, one_of
@@ -99,6 +101,11 @@ class QuantizedMatrices:
         """The bytes of all that is stored."""
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self))
 
+    @classmethod
+    def of(cls, array: Any) -> "QuantizedMatrices":
+        """A `qwix.QArray` of int4, int8 or float8_e4m3fn, stored as it is here. Others are a NotImplementedError."""
+        return as_quantized("QuantizedMatrices.of", "array", array)
+
     def astype(self, dtype: Any) -> Self:
         """The same numbers, standing for an array of this dtype."""
         return dataclasses.replace(self, dtype=jnp.dtype(dtype))
@@ -120,7 +127,25 @@ class QuantizedMatrices:
         return in_auto_mesh(floats, sharding.mesh, sharding.update(spec=PartitionSpec(*lead, h, n)))(*leaves)
 
 
+def _written(facts: tuple[Any, ...]) -> bytes:
+    return json.dumps([fact.name if isinstance(fact, np.dtype) else fact for fact in facts]).encode()
+
+
+def _read(data: bytes) -> tuple[Any, ...]:
+    def as_tuple(fact: Any) -> Any:
+        return tuple(map(as_tuple, fact)) if isinstance(fact, list) else fact
+
+    facts = dict(zip(QuantizedMatrices.facts, as_tuple(json.loads(data)), strict=True))
+    return tuple((facts | {"dtype": jnp.dtype(facts["dtype"])}).values())
+
+
 jax.tree_util.register_dataclass(QuantizedMatrices, ("values", "scales", "zeros"), QuantizedMatrices.facts)
+export.register_pytree_node_serialization(
+    QuantizedMatrices,
+    serialized_name="ferrum_jax.QuantizedMatrices",
+    serialize_auxdata=_written,
+    deserialize_auxdata=_read,
+)
 
 
 def scale_rows(width: int, block: int | None, parts: int) -> np.ndarray:
@@ -264,3 +289,45 @@ def checked_quantized(op: str, name: str, w: QuantizedMatrices) -> QuantizedMatr
                 f"{op}: {name}.{field} must have shape {want}, one for each block {w.block}; got {x.shape}"
             )
     return w
+
+
+# ---- arrays of qwix
+
+
+def is_qarray(array: Any) -> bool:
+    """Whether this is a `qwix.QArray`."""
+    # Whoever has an array of qwix has imported it.
+    qwix = sys.modules.get("qwix")
+    return qwix is not None and isinstance(array, qwix.QArray)
+
+
+def as_quantized(op: str, name: str, array: Any) -> QuantizedMatrices:
+    """The same as a `QuantizedMatrices`, which a qwix.QArray is copied to: its numbers are stored transposed there."""
+    if isinstance(array, QuantizedMatrices):
+        return array
+    numbers, scale, zero = array.qvalue, array.scale, array.zero_point
+    kind = jnp.dtype(array.qtype).name if not isinstance(array.qtype, str) else array.qtype
+    tiles = [size // count for size, count in zip(numbers.shape, scale.shape, strict=True)]
+    refusal = None
+    if kind not in ("int8", "int4", "float8_e4m3fn"):
+        refusal = f"qtype {kind}, which is none of int8, int4 and float8_e4m3fn"
+    elif kind != "float8_e4m3fn" and tiles[-1] != 1:
+        refusal = f"a scale for {tiles[-1]} columns together; integers have one for each column"
+    elif zero is not None and zero.shape != scale.shape:
+        refusal = f"zero points of shape {zero.shape} beside scales of shape {scale.shape}"
+    if refusal:
+        raise NotImplementedError(f"{op}: {name} is a qwix.QArray with {refusal}")
+    lead = numbers.shape[:-2]
+    scale, zero = (
+        None if x is None else jnp.swapaxes(jnp.broadcast_to(x, (*lead, *x.shape[-2:])), -1, -2) for x in (scale, zero)
+    )
+    numbers, block = jnp.swapaxes(numbers, -1, -2), (tiles[-1], tiles[-2])
+    if kind == "float8_e4m3fn":
+        values = lax.bitcast_convert_type(numbers.astype(jnp.float8_e4m3fn), jnp.uint8)
+        return QuantizedMatrices(values, scale, None, "fp8", block, 1, array.dtype)
+    middle = 8 if kind == "int4" else 128
+    values = (numbers.astype(jnp.int32) + middle).astype(jnp.uint8)
+    if kind == "int4":
+        values = values[..., ::2] | (values[..., 1::2] << 4)
+    zeros = None if zero is None else (zero.astype(jnp.int32) + middle).astype(jnp.uint8)
+    return QuantizedMatrices(values, scale, zeros, kind, block, 1, array.dtype)

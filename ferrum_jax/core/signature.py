@@ -19,10 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .qarray import as_quantized, is_quantized
-from .quantized import checked_quantized
+from .quantized import as_quantized, checked_quantized
 from .settings import INT32_MAX, ROW_DTYPES
-from .types import LayerOf
+from .types import LayerOf, is_quantized
 
 
 class Kind(NamedTuple):
@@ -113,14 +112,12 @@ def checked(op: str, signature: Signature | str, *args: Any) -> list[Any]:
             continue
         kind = KINDS[term.kind]
         array: Any
-        if term.kind == "matrices" and is_quantized(arg):
-            array = checked_quantized(op, term.name, as_quantized(op, term.name, arg))
-            array = array.astype(alike[1]) if alike else array
-            shape = array.shape
-        elif term.kind in ("matrices", "biases") and isinstance(arg, LayerOf):
+        if term.kind in ("matrices", "biases") and isinstance(arg, LayerOf):
             array = _checked_layer(op, term, arg)
-            array = array.astype(alike[1]) if alike and is_quantized(array.stack) else array
             shape = (*[1] * len(lead or ()), *array.shape)  # it serves all slices of a batch
+        elif term.kind == "matrices" and is_quantized(arg):
+            array = checked_quantized(op, term.name, as_quantized(op, term.name, arg))
+            shape = array.shape
         else:
             fits_as_it_is = isinstance(arg, jax.Array) and (
                 arg.dtype == kind.used_in if kind.used_in else arg.dtype.name in ROW_DTYPES
@@ -128,7 +125,7 @@ def checked(op: str, signature: Signature | str, *args: Any) -> list[Any]:
             array = arg if fits_as_it_is else _as_kind(op, term, kind, arg)
             shape = array.shape
         arrays.append(array)
-        if kind.alike and not is_quantized(array.stack if isinstance(array, LayerOf) else array):
+        if kind.alike and not is_quantized(array):
             first, dtype = alike = alike or (term.name, array.dtype)
             if array.dtype != dtype:
                 raise TypeError(f"{op}: {term.name} must have the dtype of {first}, {dtype}; got {array.dtype}")
@@ -140,7 +137,7 @@ def _checked_layer(op: str, term: Term, arg: LayerOf) -> LayerOf:
     """A LayerOf of arrays. An error names the field that is wrong."""
     stack = Term(f"{term.name}.stack", term.kind, ("L", *term.axes))
     layer, own = Term(f"{term.name}.layer", "ids", ()), Term(f"{term.name}.own", term.kind, term.axes, optional=True)
-    own_array = None if is_quantized(arg.stack) else arg.own  # what is quantised has no gradient
+    own_array = None if is_quantized(arg) else arg.own  # what is quantised has no gradient
     parts = (stack, arg.stack), (own, own_array), (layer, arg.layer)
     for part, array in parts:
         if array is not None and np.ndim(array) != len(part.axes):

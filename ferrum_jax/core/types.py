@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import export
 
-from .quantized import QuantizedMatrices
+from .quantized import QuantizedMatrices, is_qarray
 
 PACKED, PAIR_IDS = "packed", "pair_ids"  # the kinds of block-aligned tables: what a live slot holds
 
@@ -56,7 +56,7 @@ class LayerOf:
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of one layer's array."""
-        return self.stack.shape[1:] if isinstance(self.stack, QuantizedMatrices) else jnp.shape(self.stack)[1:]
+        return (self.stack.shape if is_quantized(self.stack) else jnp.shape(self.stack))[1:]
 
     @property
     def ndim(self) -> int:
@@ -78,6 +78,12 @@ class LayerOf:
             return self.own
         layer = jnp.clip(self.layer, 0, self.stack.shape[0] - 1)
         return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), self.stack)
+
+
+def is_quantized(matrices: Any) -> bool:
+    """Whether these matrices, or the stack that they are a layer of, are quantised."""
+    stored = matrices.stack if isinstance(matrices, LayerOf) else matrices
+    return isinstance(stored, QuantizedMatrices) or is_qarray(stored)
 
 
 Axes = str | tuple[str, ...] | None

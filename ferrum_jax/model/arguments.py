@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 from ..core.quantized import QuantizedMatrices
 from ..core.settings import as_bool, as_int, one_of
 from ..core.signature import Signature, Term, checked, parse
-from ..core.types import PACKED, PAIR_IDS, LayerOf
+from ..core.types import PACKED, PAIR_IDS, LayerOf, is_quantized
 from ..ops.activations import ACTIVATIONS
 from ..ops.grouped_ops import Matrices
-from ..ops.quantized_ops import is_quantized
 from ..ops.routing import as_pair
 from .exchange import EXCHANGES
 from .presets import Preset

@@ -320,7 +320,7 @@ UNREAD = (".input_scale", "_input_scale", ".activation_scale")
 def published_as(w: QuantizedMatrices) -> Published:
     """How to write these matrices: as they were read, or in the usual form of their format."""
     if w.published is not None:
-        return w.published
+        return Published(*w.published)
     scales = "float8_e8m0fnu" if w.scales.dtype == np.uint8 else w.scales.dtype.name
     if w.format == "fp8":
         ending = "_scale_inv" if None not in w.block and w.block != (1, None) else "_scale"

@@ -22,10 +22,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from ..core.primitive import Op, define
 from ..core.quantized import QuantizedMatrices
-from ..core.types import LayerOf
+from ..core.types import LayerOf, is_quantized
 from .activations import ACTIVATIONS
 from .grouped_meaning import Tables, outer_products, products
-from .quantized_ops import is_quantized, quantized_product
+from .quantized_ops import quantized_product
 from .rows import add_choices
 
 Matrices = jax.Array | LayerOf | QuantizedMatrices

@@ -53,11 +53,6 @@ def quantized_product(
     )
 
 
-def is_quantized(matrices: Any) -> bool:
-    """Whether these matrices, or the stack that they are a layer of, are quantised."""
-    return isinstance(matrices.stack if isinstance(matrices, LayerOf) else matrices, QuantizedMatrices)
-
-
 def _meaning(
     transposed: bool,
     rows: jax.Array,
