@@ -51,6 +51,84 @@ IN_SUMS = "return jnp.sum(jnp.where(valid, weights[..., None] * taken, 0), axis=
 UP = 'Tensor(f"experts.{{}}.{up}.weight", "w_gate_up", "F H", '
 
 MUTANTS = (
+    # ---- quantised matrices
+    Mutant(
+        "a subnormal product of e8m0 is 0",
+        "core/quantized.py",
+        "jnp.where(shifted > 0, normal, subnormal)",
+        "jnp.where(shifted > 0, normal, 0)",
+        "test_quantized.py::test_every_number_times_every_power_of_two[mxfp4-e2m1-16]",
+    ),
+    Mutant(
+        "the second number of a byte comes first",
+        "core/quantized.py",
+        "values = jnp.where(nibble, values >> 4, values & 15)",
+        "values = jnp.where(nibble, values & 15, values >> 4)",
+        "test_quantized.py::test_the_array_bit_for_bit[int4-1]",
+    ),
+    Mutant(
+        "up goes on with the block of gate",
+        "core/quantized.py",
+        "return np.concatenate([each + i * -(-part // block) for i in range(parts)]).astype(np.int32)",
+        "return (np.arange(width, dtype=np.int32) // block).astype(np.int32)",
+        "test_quantized.py::test_the_array_bit_for_bit[fp8 blocks-2]",
+    ),
+    Mutant(
+        "a tile of a matrix takes the scales of the first one",
+        "ops/quantized_meaning.py",
+        "lax.dynamic_slice_in_dim(of_row, first, tile)",
+        "lax.dynamic_slice_in_dim(of_row, 0 * first, tile)",
+        "test_quantized.py::test_matrices_of_several_tiles",
+    ),
+    Mutant(
+        "rows are not rounded to fp8",
+        "ops/quantized_meaning.py",
+        "rounded_rows(lhs) if activations else lhs",
+        "lhs",
+        "test_quantized.py::test_rows_are_rounded_to_fp8[float32]",
+    ),
+    Mutant(
+        "tangents are rounded to fp8",
+        "ops/quantized_ops.py",
+        "bind(tangents[0], *primals[1:], activations=None, **params)",
+        "bind(tangents[0], *primals[1:], activations=activations, **params)",
+        "test_quantized.py::test_rows_are_rounded_to_fp8[float32]",
+    ),
+    Mutant(
+        "numbers of fp8 are cut off to those below",
+        "ops/quantize.py",
+        "to_fp8(x / scales.astype(jnp.float32))",
+        "to_fp8(x / scales.astype(jnp.float32) * 0.97)",
+        "test_quantized.py::test_fp8_is_rounded_to_nearest_and_saturates",
+    ),
+    Mutant(
+        "GPTQ's zero points are one too small",
+        "model/published.py",
+        "_transposed(zeros + np.uint8(shift))",
+        "_transposed(zeros)",
+        "test_published.py::test_each_form_is_read_means_the_same_and_is_written_back[gptq4-True]",
+    ),
+    Mutant(
+        "AWQ's columns are in the order of their bits",
+        "model/published.py",
+        "codes[..., np.argsort(_AWQ_ORDER)]",
+        "codes[..., :]",
+        "test_published.py::test_each_form_is_read_means_the_same_and_is_written_back[awq4-True]",
+    ),
+    Mutant(
+        "gate and up of gpt-oss do not alternate",
+        "model/quantized_params.py",
+        "return array.reshape(2, n // 2, width).swapaxes(0, 1)",
+        "return array",
+        "test_published.py::test_gpt_oss",
+    ),
+    Mutant(
+        "devices get the scales of the first one",
+        "core/stored.py",
+        "            of_scales[axis] = ()\n            continue\n        devices",
+        "            of_scales[axis] = ()\n            continue\n        of_scales[axis] = ()\n        devices",
+        "test_quantized.py::test_a_layer_that_a_mesh_divides[int4 zeros-F]",
+    ),
     # ---- sums in 16 bits. Some are written out, since jnp.sum and XLA's products add 16-bit values in float32
     Mutant(
         "combine adds in 16 bits",
@@ -111,8 +189,8 @@ MUTANTS = (
     ),
     Mutant(
         "a token's gradient adds its choices in 16 bits",
-        "ops/grouped_ops.py",
-        "return jnp.sum(by_row, axis=-2, dtype=jnp.float32).astype(rows.dtype)",
+        "ops/rows.py",
+        "return jnp.sum(by_row, axis=-2, dtype=jnp.float32).astype(dtype)",
         "return sum(jnp.moveaxis(by_row, -2, 0))",
         f"test_grouped.py::test_values_and_gradients_with_garbage[xla-{MANY}-True-float16]",
     ),
@@ -141,8 +219,8 @@ MUTANTS = (
     Mutant(
         "the padding of a block reads row 0",
         "ops/grouped_meaning.py",
-        "rows, columns = (jnp.where(named, _rows(x, slice_id, slot, k), 0) for",
-        "rows, columns = (_rows(x, slice_id, slot, k) for",
+        "rows, columns = (jnp.where(named, rows_of(x, slice_id, slot, k), 0) for",
+        "rows, columns = (rows_of(x, slice_id, slot, k) for",
         f"test_grouped.py::test_values_and_gradients_with_garbage[xla-{WIDE}-True-float32]",
     ),
     # ---- transposes and derivatives
@@ -155,11 +233,9 @@ MUTANTS = (
     ),
     Mutant(
         "the rows of a token's choices are taken for those of K tokens",
-        "ops/grouped_ops.py",
-        "by_row = out.reshape(*out.shape[:-2], rows.shape[-2], top_k, out.shape[-1])\n"
-        "    return jnp.sum(by_row, axis=-2,",
-        "by_row = out.reshape(*out.shape[:-2], top_k, rows.shape[-2], out.shape[-1])\n"
-        "    return jnp.sum(by_row, axis=-3,",
+        "ops/rows.py",
+        "by_row = rows.reshape(*rows.shape[:-2], num_rows, top_k, rows.shape[-1])\n    return jnp.sum(by_row, axis=-2,",
+        "by_row = rows.reshape(*rows.shape[:-2], top_k, num_rows, rows.shape[-1])\n    return jnp.sum(by_row, axis=-3,",
         f"test_grouped.py::test_values_and_gradients_with_garbage[xla-{WIDE}-True-float32]",
     ),
     Mutant(

@@ -365,6 +365,19 @@ def test_matrices_are_turned_into_floats_as_they_are_used():
             assert memory.temp_size_in_bytes < 4 * hidden * 4 * width, (form, dtype, memory.temp_size_in_bytes)
 
 
+def test_matrices_of_several_tiles():
+    """Wide matrices are turned into floats a few of their rows at a time, each with the scales of its own."""
+    q, w = stored("fp8 blocks", 2, 512, 4100, parts=2)  # 2,050 columns of a part end in a short block
+    x, sizes = rng("wide").normal(size=(3, 512)).astype(np.float32), np.array([2, 1], np.int32)
+    owner = np.repeat(np.arange(2), sizes)
+    out, pull = jax.vjp(jax.jit(lambda x: ragged_dot(x, q, sizes)), x)
+    want, size = (np.einsum("mh,mhn->mn", f(f64(x)), f(w[owner])) for f in (np.asarray, np.abs))
+    assert_close(out, want, size, "float32", terms=512)
+    g = f64(out)
+    want, size = (np.einsum("mn,mhn->mh", f(g), f(w[owner])) for f in (np.asarray, np.abs))
+    assert_close(pull(out)[0], want, size, "float32", terms=4100)
+
+
 # ---- rows rounded to fp8
 
 
