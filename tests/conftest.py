@@ -38,8 +38,13 @@ def pytest_collection_modifyitems(items):
     """Drop the tests that cannot run here.
 
     These are tests of Pallas on ops that it refuses (test_implementations tests the refusal), tests of Pallas with a
-    JAX that is too old for it, and tests that need more GPUs than the machine has.
+    JAX that is too old for it, and tests that need more GPUs than the machine has. Pallas' interpreter is slow, and
+    its float16 products repeat those of bfloat16, so they are part of a full run alone.
     """
+    for item in items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        if params.get("implementation") == "pallas-interpreted" and params.get("dtype") == "float16":
+            item.add_marker(pytest.mark.full)
     items[:] = [item for item in items if not (refused(item) or lacks_pallas(item) or lacks_gpus(item))]
 
 

@@ -271,7 +271,7 @@ MUTANTS = (
         "model/local.py",
         "elif interleaved:",
         "elif not interleaved:",
-        "test_forms.py::test_equals_the_usual_form[interleaved-biased]",
+        "test_forms.py::test_equals_the_usual_form[interleaved-packed-True]",
     ),
     Mutant(
         "all slices of a batch take the first one's matrices",

@@ -127,7 +127,8 @@ def mesh_by(kind, shape=(4, 2)):
     return jax.make_mesh(shape, ("a", "b"), axis_types=(kind,) * 2)
 
 
-USUAL = {*((layout, "one") for layout in LAYOUTS), *(("exchange, width", form) for form in FORMS)}
+MIXED = ("tokens", "experts, hidden", "width in parts", "exchange on one of two")  # together, every kind of axis
+USUAL = {*((layout, "one") for layout in MIXED), *(("exchange, width", form) for form in FORMS)}
 CELLS = [
     pytest.param(layout, form, kind, marks=[] if (layout, form) in USUAL and kind == usual else [pytest.mark.full])
     for i, (layout, form) in enumerate(itertools.product(LAYOUTS, FORMS))
@@ -250,7 +251,9 @@ def test_scan_over_layers(layout, of):
         np.testing.assert_allclose(g, w, rtol=1e-4, atol=5e-5 * np.abs(w).max())
 
 
-@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=lambda t: t.name)
+@pytest.mark.parametrize(
+    "kind", [AxisType.Explicit, pytest.param(AxisType.Auto, marks=pytest.mark.full)], ids=lambda t: t.name
+)
 def test_transformations(kind):
     """jvp of the gradient, vmap, without jit, and jax.export."""
     mesh, args, placed = placed_by(kind)

@@ -269,8 +269,14 @@ def test_a_layer_of_is_a_pytree_that_can_be_exported():
     assert_alike(exported.call(*args), f(*args))
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("pair", [False, True], ids=["one", "pair"])
+@pytest.mark.parametrize(
+    ("form", "pair"),
+    [
+        ("own", False),
+        ("stack", True),
+        *(pytest.param(*cell, marks=pytest.mark.full) for cell in (("own", True), ("stack", False))),
+    ],
+)
 def test_kernels_interpreted(form, pair):
     size = Size(7, 5, 2, 64)
     x, logits, gate, up, down = stacks(size=size)

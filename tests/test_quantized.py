@@ -99,8 +99,9 @@ def layer_of(kind, seed=0):
 # ---- what the numbers stand for
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "parts"), [(k, p) if p == 2 or k == "int4" else rare(k, p) for k in KINDS for p in (1, 2)]
+)
 def test_the_array_bit_for_bit(kind, parts):
     q, w = stored(kind, 2, 64, 80, parts=parts)
     assert (q.shape, q.ndim, q.dtype) == ((2, 64, 80), 3, jnp.bfloat16)
@@ -182,7 +183,7 @@ def test_mxfp4_is_rounded_as_its_specification_says():
 
 @pytest.mark.parametrize("zero_points", [False, True])
 @pytest.mark.parametrize(("form", "bits"), [("int4", 4), ("int8", 8)])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ["bfloat16", rare("float32"), rare("float16")])
 def test_integers_are_within_half_a_step(form, bits, zero_points, dtype):
     w = jnp.asarray(1 + rng("int").normal(size=(2, 64, 7)), dtype)
     got = quantize(w, form, block=(1, 16), zero_points=zero_points)
@@ -439,13 +440,13 @@ def put(mesh, q, names, halves=None):
 
 
 WAYS = ("E", "F", "stored H", "tokens and E")
-MORE = (("mxfp4", "stored H"), ("int4 zeros", "F"), ("fp8 whole", "F"))
+MORE = (("mxfp4", "stored H"), ("int4 zeros", "F"))
 
 
 @pytest.mark.parametrize(
     ("kind", "what"),
     [
-        (k, w) if k == "fp8 blocks" or (k, w) in MORE else rare(k, w)
+        (k, w) if (k, w) in (*MORE, ("fp8 blocks", "E"), ("fp8 blocks", "F")) else rare(k, w)
         for k in ("fp8 blocks", "mxfp4", "int4 zeros", "fp8 whole")
         for w in WAYS
     ],
