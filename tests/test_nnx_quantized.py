@@ -187,8 +187,16 @@ def test_loaded_into_a_module_that_a_mesh_divides(partition):
             assert leaf.addressable_shards[0].data.size * 2 == leaf.size
         got = call(divided, jax.device_put(x, jax.P("d")))
         back = divided.params()
+        divided.load(back)
     assert_near(got, want, "float32")
     np.testing.assert_array_equal(back.w_gate_up.dequantize("float32"), params.w_gate_up.dequantize("float32"))
+
+
+def test_a_module_is_quantised_whole_or_not_at_all():
+    module = MoE(32, 17, SMALL, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="w must have a multiple of 8 entries along H"):
+        module.quantize("int8", block=(1, 8))
+    assert type(module.w_gate_up) is nnx.Param
 
 
 def test_shapes_that_do_not_fit():

@@ -244,6 +244,42 @@ def test_matrices_that_were_quantised_here_are_written_too():
     np.testing.assert_array_equal(again.w_gate_up.values, mx[0].values)
 
 
+def test_scales_of_e8m0_keep_their_bytes():
+    """As float8_e8m0fnu or as uint8, of floats and of integers."""
+    tensors, _ = block("fp8_block_e8m0")
+    plain = {n: t.view(np.uint8) if n.endswith("_scale_inv") else t for n, t in tensors.items()}
+    for each in (tensors, plain):
+        params = load_moe(each, "qwen3_moe", prefix=PREFIX)
+        assert params.w_down.scales.dtype == np.uint8
+        assert_bytes_equal(to_layout(params, "qwen3_moe", prefix=PREFIX), each)
+    params = load_moe(block("ct_int4")[0], "qwen3_moe", prefix=PREFIX)
+    gate_up, down = (
+        dataclasses.replace(q, scales=np.full(q.scales.shape, 120, np.uint8), published=None)
+        for q in (params.w_gate_up, params.w_down)
+    )
+    written = to_layout(params._replace(w_gate_up=gate_up, w_down=down), "qwen3_moe")
+    again = load_moe(written, "qwen3_moe")
+    np.testing.assert_array_equal(again.w_down.scales, down.scales)
+    np.testing.assert_array_equal(again.w_gate_up.dequantize("float32"), gate_up.dequantize("float32"))
+
+
+def test_blocks_that_alternating_gate_and_up_would_mix_are_refused():
+    r = rng("mixed")
+    gate_up = quantize(r.normal(size=(2, 128, 256)).astype(np.float32), "fp8", parts=2)
+    down = quantize(r.normal(size=(2, 128, 128)).astype(np.float32), "fp8")
+    empty = load_moe(gpt_oss()[0], "gpt_oss", prefix=PREFIX)
+    zeros = {"router": (128, 2), "router_bias": (2,), "b_gate_up": (2, 256), "b_down": (2, 128)}
+    params = empty._replace(w_gate_up=gate_up, w_down=down, **{n: np.zeros(s, np.float32) for n, s in zeros.items()})
+    with pytest.raises(ValueError, match=r"experts\.gate_up_proj alternates gate and up, which blocks of"):
+        to_layout(params, "gpt_oss")
+    by_rows = {
+        n: quantize(w.dequantize(), "fp8", block=(1, None)) for n, w in (("w_gate_up", gate_up), ("w_down", down))
+    }
+    rows = params._replace(**by_rows)
+    again = load_moe(to_layout(rows, "gpt_oss"), "gpt_oss")
+    np.testing.assert_array_equal(again.w_gate_up.dequantize("float32"), rows.w_gate_up.dequantize("float32"))
+
+
 # ---- which file holds what
 
 
@@ -265,6 +301,19 @@ def test_the_index_says_which_file_holds_what(tmp_path):
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=r"model-overlay.safetensors lacks .*experts.9.up_proj.weight"):
         load_moe(path, "qwen3_moe", prefix=PREFIX)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": ["a"]}', '{"weight_map": {"a": 1}}'])
+def test_an_index_or_config_that_is_damaged(text, tmp_path):
+    path = saved(tmp_path / "a", block("fp8_block")[0])
+    (path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match=r"load_moe: .*model.safetensors.index.json (is no JSON|should h)"):
+        load_moe(path, "qwen3_moe", prefix=PREFIX)
+    path = saved(tmp_path / "b", block("fp8_block")[0])
+    (path / "config.json").write_text(text)
+    if text in ("", "[]"):
+        with pytest.raises(ValueError, match=r"load_moe: .*config.json (is no JSON|should hold an object)"):
+            load_moe(path, "qwen3_moe", prefix=PREFIX)
 
 
 def test_damaged_files(tmp_path):
@@ -342,6 +391,9 @@ def test_a_preset_that_agrees_is_taken(tmp_path):
         ),
         ({"quant_method": "awq", "version": "gemv"}, NotImplementedError, "version 'gemv' of awq"),
         ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, NotImplementedError, "nvfp4"),
+        ("fp8", ValueError, "quantization_config of config.json should be an object; got 'fp8'"),
+        ({"quant_method": ["fp8"]}, NotImplementedError, "config.json says quant_method"),
+        ({"quant_method": "fp8", "weight_block_size": 128}, ValueError, "should be two numbers; got 128"),
         ({"quant_method": "awq"}, ValueError, r"config.json says awq, and .*\(in model-.*safetensors\) is of fp8"),
         ({"quant_method": "fp8", "weight_block_size": [64, 64]}, ValueError, r"blocks of \(64, 64\) of a matrix"),
     ],
@@ -402,6 +454,15 @@ def changed(form, ending, change):
         ("gptq4", ".g_idx", lambda g: g[::-1], NotImplementedError, r"g_idx puts .*\(desc_act, or act-order\)"),
         ("gptq4", ".qzeros", lambda z: z[:, :1], ValueError, r".qzeros should have shape \(5, 8\); got \(5, 1\)"),
         ("gptq8", ".qzeros", lambda z: np.full_like(z, -1), ValueError, "qzeros holds 255"),
+        (
+            "ct_int4",
+            ".weight_packed",
+            lambda w: w.astype(np.float32),
+            ValueError,
+            "_packed should be int32; got float32",
+        ),
+        ("gptq4", ".qweight", lambda w: w.astype(np.int64), ValueError, ".qweight should be int32; got int64"),
+        ("fp8_block", ".weight_scale_inv", lambda s: s.astype(int), ValueError, "_scale_inv should be .*; got int64"),
         ("awq4", ".qzeros", lambda z: z[:, :1], ValueError, r".qzeros should have shape \(5, 8\); got \(5, 1\)"),
     ],
 )

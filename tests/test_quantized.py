@@ -221,6 +221,30 @@ def test_matrices_of_no_entries():
             assert got.dequantize().shape == shape
 
 
+def test_scales_of_few_bits_are_normal_numbers():
+    """float16 has no scale for the smallest entries of float16, and none for the largest of float32."""
+    tiny = np.full((32, 1), 1e-5, np.float16)
+    for how in ({}, {"scale_dtype": "float16"}):
+        got = quantize(tiny, "int8", block=(1, None), **how).dequantize("float32")
+        step = 2.0**-14 if how else 1e-5 / 127
+        np.testing.assert_allclose(got, f64(tiny), atol=step / 2 * 1.01)
+    huge = np.full((32, 1), 3e38, np.float32)
+    huge[0] = -3e38
+    for how in ({"scale_dtype": "float16"}, {}):
+        assert np.all(np.isfinite(quantize(huge, "fp8", **how).dequantize("float32")))
+        assert np.all(np.isfinite(quantize(huge, "int8", block=(1, 32), zero_points=True, **how).dequantize("float32")))
+
+
+@pytest.mark.parametrize("divided", [0, 1, 2])
+def test_quantize_in_an_explicit_mesh(divided):
+    mesh, w = mesh_of(2, AxisType.Explicit), rng("mesh").normal(size=(2, 64, 48)).astype(np.float32)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(w, NamedSharding(mesh, P(*["d" if i == divided else None for i in range(3)])))
+        got = quantize(placed, "int4", block=(1, 16), zero_points=True)
+    want = quantize(w, "int4", block=(1, 16), zero_points=True)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
 # ---- products
 
 
@@ -498,6 +522,34 @@ def test_blocks_that_a_mesh_would_cut_are_refused():
         moe_mlp(x, logits, gate_up, down, top_k=1, sharding=ferrum_jax.MoESharding(width="d"))
 
 
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=lambda t: t.name)
+def test_parts_that_a_mesh_would_cut_are_refused(kind):
+    """A device with other columns than gate's and up's alike would take wrong scales. Whole blocks may be divided."""
+    r, mesh = rng("parts"), mesh_of(2, kind)
+    x, logits = r.normal(size=(4, 64)).astype(np.float32), r.normal(size=(4, 2)).astype(np.float32)
+    down = quantize(r.normal(size=(2, 24, 64)).astype(np.float32), "fp8", block=(1, 12))
+    how = {} if kind == AxisType.Explicit else {"sharding": ferrum_jax.MoESharding(width="d")}
+    for gate_up, options in (
+        (
+            quantize(r.normal(size=(2, 64, 48)).astype(np.float32), "fp8", block=(None, None), parts=2),
+            {"interleaved": True},
+        ),
+        (quantize(r.normal(size=(2, 64, 48)).astype(np.float32), "fp8", block=(None, None), parts=4), {}),
+    ):
+        with jax.set_mesh(mesh):
+            placed = jax.tree.map(lambda a: jax.device_put(a, NamedSharding(mesh, P())), gate_up)
+            values = jax.device_put(gate_up.values, NamedSharding(mesh, P(None, "d")))
+            placed = dataclasses.replace(placed, values=values)
+            with pytest.raises(ValueError, match=r"w_gate_up has \d matrices side by side, .* 'd' would cut"):
+                moe_mlp(x, logits, placed, down, top_k=1, **options, **how)
+    q = quantize(r.normal(size=(2, 64, 64)).astype(np.float32), "fp8", block=(8, 16), parts=2)
+    sizes = jnp.array([3, 1])
+    if kind == AxisType.Explicit:
+        with jax.set_mesh(mesh):
+            got = ragged_dot(x, put(mesh, dataclasses.replace(q, parts=1), [(), (), ("d",)]), sizes)
+        assert_near(got, ragged_dot(x, q, sizes), "float32")
+
+
 def test_experts_spread_over_devices_of_ones_own_shard_map():
     x, logits, matrices, _ = layer_of("int4 zeros")
     x, logits, matrices = x[:8], logits[:8, :4], jax.tree.map(lambda a: a[:4], matrices)
@@ -690,3 +742,15 @@ def test_a_pair_of_two_kinds_and_biases_that_are_quantised():
         moe_mlp(x, logits, gate_up, down, top_k=K, b_down=quantize(np.ones((E, H), np.float32), "fp8"))
     with pytest.raises(TypeError, match="b_down must have the dtype of x, float32; got bfloat16"):
         moe_mlp(x, logits, gate_up, down, top_k=K, b_down=jnp.ones((E, H), "bfloat16"))
+
+
+def test_a_block_may_be_a_list_and_a_dtype_a_type():
+    q = dataclasses.replace(GOOD, block=[4, 16], dtype=jnp.bfloat16)
+    x, sizes = jnp.ones((3, 64)), jnp.array([1, 2])
+    assert_near(jax.jit(lambda q: ragged_dot(x, q, sizes))(GOOD), ragged_dot(x, q, sizes), "float32")
+    stored = export.export(jax.jit(lambda q: ragged_dot(x, q, sizes)))(dataclasses.replace(GOOD, dtype=jnp.bfloat16))
+    assert len(stored.serialize()) > 0
+    with pytest.raises(TypeError, match=r"array must be QuantizedMatrices or a qwix.QArray; got ndarray"):
+        QuantizedMatrices.of(np.ones((2, 4, 4)))
+    with pytest.raises(NotImplementedError, match="two numbers of 4 bits share a byte"):
+        QuantizedMatrices.of(qwix.quantize(jnp.ones((2, 31, 8)), "int4", channelwise_axes=(0, 2)))

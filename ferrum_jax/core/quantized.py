@@ -128,7 +128,8 @@ class QuantizedMatrices:
 
 
 def _written(facts: tuple[Any, ...]) -> bytes:
-    return json.dumps([fact.name if isinstance(fact, np.dtype) else fact for fact in facts]).encode()
+    named = dict(zip(QuantizedMatrices.facts, facts, strict=True))
+    return json.dumps([*(named | {"dtype": jnp.dtype(named["dtype"]).name}).values()]).encode()
 
 
 def _read(data: bytes) -> tuple[Any, ...]:
@@ -278,7 +279,7 @@ def checked_quantized(op: str, name: str, w: QuantizedMatrices) -> QuantizedMatr
         raise ValueError(f"{op}: {name}.zeros must be None for {w.format!r}, whose numbers are floats")
     if values.ndim < 2:
         raise ValueError(f"{op}: {name}.values must be [..., N, H], at least 2 axes; got shape {values.shape}")
-    checked_block(f"{op}: {name}", w.format, w.block)
+    w = dataclasses.replace(w, block=checked_block(f"{op}: {name}", w.format, w.block), dtype=jnp.dtype(w.dtype))
     check_width(op, name, w.format, w.block, w.shape)
     if w.shape[-1] % as_int(op, f"{name}.parts", w.parts):
         raise ValueError(f"{op}: {name}.parts must divide its {w.shape[-1]} columns; got {w.parts}")
@@ -288,7 +289,9 @@ def checked_quantized(op: str, name: str, w: QuantizedMatrices) -> QuantizedMatr
             raise ValueError(
                 f"{op}: {name}.{field} must have shape {want}, one for each block {w.block}; got {x.shape}"
             )
-    return w
+    part = w.shape[-1] // w.parts
+    # Where a part ends with a block, parts are no more than their columns: devices may divide these.
+    return w if w.block[0] is None or part % w.block[0] else dataclasses.replace(w, parts=1)
 
 
 # ---- arrays of qwix
@@ -305,11 +308,15 @@ def as_quantized(op: str, name: str, array: Any) -> QuantizedMatrices:
     """The same as a `QuantizedMatrices`, which a qwix.QArray is copied to: its numbers are stored transposed there."""
     if isinstance(array, QuantizedMatrices):
         return array
+    if not is_qarray(array):
+        raise TypeError(f"{op}: {name} must be QuantizedMatrices or a qwix.QArray; got {type(array).__name__}")
     numbers, scale, zero = array.qvalue, array.scale, array.zero_point
     kind = jnp.dtype(array.qtype).name if not isinstance(array.qtype, str) else array.qtype
     tiles = [size // count for size, count in zip(numbers.shape, scale.shape, strict=True)]
     refusal = None
-    if kind not in ("int8", "int4", "float8_e4m3fn"):
+    if array.ndim < 2 or (kind == "int4" and numbers.shape[-2] % 2):
+        refusal = f"shape {array.shape}; two numbers of 4 bits share a byte along H"
+    elif kind not in ("int8", "int4", "float8_e4m3fn"):
         refusal = f"qtype {kind}, which is none of int8, int4 and float8_e4m3fn"
     elif kind != "float8_e4m3fn" and tiles[-1] != 1:
         refusal = f"a scale for {tiles[-1]} columns together; integers have one for each column"

@@ -28,7 +28,8 @@ def names_of_array(array: Any) -> tuple[Names, ...]:
 def specs_of(op: str, name: str, array: Any, names: Sequence[Names], mesh: Any, halves: int | None = None) -> Any:
     """The PartitionSpecs of all that is stored of an array whose axes these mesh axes divide.
 
-    halves: the axis along which gate and up stand side by side, each of which the mesh divides.
+    halves: the axis along which gate and up stand side by side, each of which the mesh divides, so that a device has a
+      part of both.
     A scale stays whole along an axis where all entries share it; else the mesh must divide whole blocks.
     """
     if isinstance(array, LayerOf):
@@ -42,12 +43,17 @@ def specs_of(op: str, name: str, array: Any, names: Sequence[Names], mesh: Any, 
         if not names[axis]:
             continue
         size, block = _size(array, axis)
+        of_halves = halves is not None and halves == len(names) + axis
+        if axis == -1 and array.parts > 1 and not (of_halves and array.parts == 2):
+            raise ValueError(
+                f"{op}: {name} has {array.parts} matrices side by side, each with scales of its own, and "
+                f"{' and '.join(map(repr, names[axis]))} would cut between them"
+            )
         if block is None or block >= size:
             of_scales[axis] = ()
             continue
         devices = math.prod(mesh.shape[name] for name in names[axis])
-        parts = 2 if halves is not None and halves == len(names) + axis else 1
-        own = array.shape[axis] // (devices * parts)
+        own = array.shape[axis] // (devices * (2 if of_halves else 1))
         if own % block:
             raise ValueError(
                 f"{op}: {name} has blocks of {block} entries, which share a scale, and "

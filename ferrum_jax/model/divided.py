@@ -126,7 +126,7 @@ def divided_layer(
     tokens = PartitionSpec(*entries, None)
     each = zip(experts.names, experts.arrays, experts.axes, division.stored, strict=True)
     specs = [
-        specs_of(settings.op, name, array, names, division.mesh, axes.index("G") if "G" in axes else None)
+        specs_of(settings.op, name, array, names, division.mesh, None if experts.interleaved else axes.find("G"))
         for name, array, axes, names in each
     ]
     arrays = jax.tree.map(lambda a, spec: place(a, spec=spec), list(experts.arrays), specs)

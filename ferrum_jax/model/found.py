@@ -9,7 +9,7 @@ import numpy as np
 from ..core.quantized import Block
 from .axes import pattern_of
 from .layouts import Layout, Tensor
-from .published import METHODS, UNREAD, Kind, Parts, Published
+from .published import DTYPES, METHODS, UNREAD, Kind, Parts, Published
 from .tensor_files import dtype_of_tensor, read, shape_of_tensor, where
 
 _OP = "load_moe"  # the name in errors
@@ -38,6 +38,8 @@ class Config(NamedTuple):
 def config_of_quantization(config: Mapping[str, Any]) -> Config:
     """The settings in a config.json. A method or version that is not read is refused by name."""
     settings = config.get("quantization_config") or config.get("compression_config") or {}
+    if not isinstance(settings, Mapping):
+        raise ValueError(f"{_OP}: quantization_config of config.json should be an object; got {settings!r}")
     method = settings.get("quant_method")
     if not method:
         return Config()
@@ -45,7 +47,7 @@ def config_of_quantization(config: Mapping[str, Any]) -> Config:
     details = {"gptq": ("checkpoint_format", ("gptq", "gptq_v2")), "awq": ("version", ("gemm",))}
     formats = ("pack-quantized", "float-quantized", "naive-quantized")
     details["compressed-tensors"] = "format", formats
-    if method not in known:
+    if method not in list(known):
         raise NotImplementedError(
             f"{_OP}: config.json says quant_method {method!r}; {sorted(known)} are read{_INSTEAD}"
         )
@@ -54,6 +56,8 @@ def config_of_quantization(config: Mapping[str, Any]) -> Config:
     if field and value not in values:
         raise NotImplementedError(f"{_OP}: config.json says {field} {value!r} of {method}; {values} are read{_INSTEAD}")
     block = settings.get("weight_block_size")
+    if block and not (isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) for n in block)):
+        raise ValueError(f"{_OP}: weight_block_size of config.json should be two numbers; got {block!r}")
     return Config(value if method == "gptq" else method, tuple(block) if block else None)
 
 
@@ -112,9 +116,12 @@ class Found(NamedTuple):
         assert self.method
         lead, shapes = shape[:-2], self._shapes()
         try:
-            for name in self.tensors.values():
-                if self.source[name].shape[: len(lead)] != lead:
-                    raise ValueError(f"{name} should have {lead[0]} experts; got shape {self.source[name].shape}")
+            for ending, name in self.tensors.items():
+                dtype, own = dtype_of_tensor(self.source[name]), shape_of_tensor(name, self.source[name])
+                if dtype not in DTYPES[ending]:
+                    raise ValueError(f"{ending} should be {' or '.join(DTYPES[ending])}; got {dtype}")
+                if own[: len(lead)] != lead:
+                    raise ValueError(f"{ending} should have {lead[0]} experts; got shape {own}")
             form, block = METHODS[self.method].kind(shapes, self.matrix_size(shape), config.block)
         except (ValueError, IndexError) as error:
             raise ValueError(f"{where(self.source, self.tensors[self._blamed(error)])}: {error}") from error
@@ -136,9 +143,10 @@ class Found(NamedTuple):
             array = read(self.source[name], ... if whole else expert)
             arrays[ending] = np.array(array.T if flip else array, order="C")
         try:
-            return METHODS[self.method].unpack(arrays, size)
+            values, scales, zeros = METHODS[self.method].unpack(arrays, size)
         except (ValueError, NotImplementedError) as error:
             raise type(error)(f"{_OP}: {where(self.source, self.tensors[self._blamed(error)])}: {error}") from error
+        return values, scales.view(np.uint8) if scales.dtype.name == "float8_e8m0fnu" else scales, zeros
 
 
 def found_tensors(

@@ -69,11 +69,11 @@ def _where(name: str, own: Any, array: Any) -> Any:
 
 def quantize_experts(moe: Any, format: str, **how: Any) -> None:
     """Round the experts' matrices in place."""
-    for name in ("w_gate_up", "w_down"):
-        attributes = attributes_of(moe, name)
-        for attribute in attributes:
-            matrices = getattr(moe, attribute).get_value()
-            if isinstance(matrices, QuantizedMatrices):
-                raise ValueError(f"MoE: {attribute} is quantised already, in format {matrices.format!r}")
-            parts = 2 if attribute == "w_gate_up" else 1
-            setattr(moe, attribute, Quantized(quantize(matrices, format, parts=parts, **how)))
+    new = {}
+    for attribute in (*attributes_of(moe, "w_gate_up"), *attributes_of(moe, "w_down")):
+        matrices = getattr(moe, attribute).get_value()
+        if isinstance(matrices, QuantizedMatrices):
+            raise ValueError(f"MoE: {attribute} is quantised already, in format {matrices.format!r}")
+        new[attribute] = quantize(matrices, format, parts=2 if attribute == "w_gate_up" else 1, **how)
+    for attribute, matrices in new.items():
+        setattr(moe, attribute, Quantized(matrices))

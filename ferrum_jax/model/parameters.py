@@ -37,6 +37,10 @@ def _quantized_half(w: QuantizedMatrices, number: int) -> QuantizedMatrices:
 
     def half(x: Any) -> Any:
         rows = x.shape[-2] // 2
+        if isinstance(x, jax.Array):  # JAX cannot cut an axis that an Explicit mesh divides
+            sharding = jax.typeof(x).sharding
+            names = names_of(sharding.spec)
+            x = placed(x, sharding.mesh, spec_of((*names[:-2], (), *names[-1:])))
         return x[..., number * rows : (number + 1) * rows, :]
 
     if w.parts == 1 and block is None:  # one scale for both

@@ -12,15 +12,25 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from ..core.quantized import FORMATS, Block, QuantizedMatrices, scale_shape
+from ..core.settings import ROW_DTYPES
 
 Arrays = dict[str, np.ndarray]
 Parts = tuple[np.ndarray, np.ndarray, np.ndarray | None]  # values [N, W], scales [B, C] and zeros, of one matrix
 
-_E8M0 = jnp.dtype("float8_e8m0fnu")
+_E8M0 = "float8_e8m0fnu"
+_SCALES = (*ROW_DTYPES, _E8M0, "uint8")
+# The dtypes that a tensor of this ending may have. uint8 scales are e8m0.
+DTYPES: Mapping[str, tuple[str, ...]] = {
+    "": ("float8_e4m3fn",),
+    **dict.fromkeys(("_packed", "_zero_point", ".qweight", ".qzeros"), ("int32",)),
+    **dict.fromkeys(("_shape", "_g_idx", ".g_idx"), ("int32", "int64")),
+    "_blocks": ("uint8",),
+    "_scales": ("uint8", _E8M0),
+    **dict.fromkeys(("_scale", "_scale_inv", ".scale", ".scales"), _SCALES),
+}
 
 # A nibble's place in AWQ's words: bits 4p to 4p + 3 hold column _AWQ_ORDER[p] of eight.
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -110,13 +120,11 @@ def _fp8_kind(shapes: Any, size: tuple[int, int], block: Block | None) -> tuple[
 
 def _fp8_unpack(arrays: Arrays, size: tuple[int, int]) -> Parts:
     scale = arrays[_fp8_scale(arrays)]
-    scale = scale.view(np.uint8) if scale.dtype == _E8M0 else scale
     return arrays[""].view(np.uint8), scale.reshape(scale.shape if scale.ndim == 2 else (-1, 1)), None
 
 
 def _fp8_pack(w: QuantizedMatrices, endings: Any) -> Arrays:
-    scales = w.scales.view(_E8M0) if w.scales.dtype == np.uint8 else w.scales
-    return {"": w.values.view("float8_e4m3fn"), _fp8_scale(dict.fromkeys(endings)): scales}
+    return {"": w.values.view("float8_e4m3fn"), _fp8_scale(dict.fromkeys(endings)): w.scales}
 
 
 # ---- MXFP4: bytes of two numbers, sixteen for each scale

@@ -69,9 +69,16 @@ def put(
             return np.empty((*lead, x.shape[0] * parts, *x.shape[1:]), x.dtype)
 
         params[tensor.param] = dataclasses.replace(jax.tree.map(empty, matrix), parts=parts)
+    _check_interleaved("load_moe", tensor, matrix)
     for whole, part in zip(jax.tree.leaves(params[tensor.param]), jax.tree.leaves(matrix), strict=True):
         view = _rows(whole if expert is None else whole[expert], tensor)
         view[...] = part.reshape(view.shape)
+
+
+def _check_interleaved(op: str, tensor: Tensor, w: QuantizedMatrices) -> None:
+    """Refuse blocks of several rows where rows of gate and up alternate, unless one scale serves all rows."""
+    if "FU" in tensor.axes.split() and w.block[0] != 1 and w.scales.shape[-2] != 1:
+        raise ValueError(f"{op}: {tensor.name} alternates gate and up, which blocks of {w.block} would mix")
 
 
 def _rows(array: np.ndarray, tensor: Tensor) -> np.ndarray:
@@ -79,7 +86,7 @@ def _rows(array: np.ndarray, tensor: Tensor) -> np.ndarray:
     n, width = array.shape
     if tensor.half is not None:
         return array.reshape(2, n // 2, width)[tensor.half]
-    if "FU" in tensor.axes.split():  # gate and up alternate
+    if "FU" in tensor.axes.split() and n > 1:  # gate and up alternate
         return array.reshape(2, n // 2, width).swapaxes(0, 1)
     return array
 
@@ -88,6 +95,7 @@ def tensors_of(op: str, prefix: str, w: QuantizedMatrices, tensor: Tensor, exper
     """The tensors that hold quantised matrices in files: one expert's, or those of all in one."""
     published = published_as(w)
     _check_halves(op, prefix + tensor.name, w, tensor)
+    _check_interleaved(op, tensor, w)
     experts = [None] if w.ndim == 2 else [expert] if expert is not None else list(range(len(w.values)))
     matrices = []
     for each in experts:
@@ -123,6 +131,8 @@ def _check_halves(op: str, name: str, w: QuantizedMatrices, tensor: Tensor) -> N
 def _as_in_file(array: np.ndarray, dtype: str, ndim: int) -> np.ndarray:
     """A new contiguous array."""
     shape = array.shape if array.ndim == ndim else (-1,) * ndim
+    if {array.dtype.name, dtype} == {"uint8", "float8_e8m0fnu"}:  # the same bytes
+        array = np.ascontiguousarray(array).view(dtype)
     return np.array(array, np.dtype(dtype), order="C").reshape(shape)
 
 

@@ -5,6 +5,8 @@ https://github.com/huggingface/safetensors: the length of a header in JSON, the 
 """
 
 import json
+import math
+import operator
 import os
 import re
 import sys
@@ -42,11 +44,11 @@ class InFile:
 
     def __init__(self, file: Path, memory: Any, name: str, fields: Any, start: int):
         try:
-            self.dtype, self.shape = np.dtype(_DTYPES[fields["dtype"]]), tuple(map(int, fields["shape"]))
-            first, end = fields["data_offsets"]
+            self.dtype, self.shape = np.dtype(_DTYPES[fields["dtype"]]), tuple(map(operator.index, fields["shape"]))
+            first, end = map(operator.index, fields["data_offsets"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{_OP}: {file} describes {name} as {fields}, which cannot be read") from error
-        size = int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        size = math.prod(self.shape) * self.dtype.itemsize
         if min(first, *self.shape, 0) < 0 or end - first != size or start + end > memory.size:
             raise ValueError(
                 f"{_OP}: {file} is cut off or damaged: {name}, {self.dtype} of shape {self.shape}, should stand in "
@@ -76,8 +78,20 @@ def config_of(tensors: Any) -> Mapping[str, Any]:
     file = path / "config.json" if path and path.is_dir() else None
     if file is None or not file.exists():
         return {}
-    config = json.loads(file.read_text())
-    return {**config, **config.get("text_config", {})}
+    config = _object(file)
+    of_text = config.get("text_config")
+    return config | of_text if isinstance(of_text, dict) else config
+
+
+def _object(file: Path) -> dict[str, Any]:
+    """What stands in a JSON file."""
+    try:
+        found = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{_OP}: {file} is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{_OP}: {file} should hold an object; got {type(found).__name__}")
+    return found
 
 
 def _in_path(path: Path, prefix: str) -> dict[str, InFile]:
@@ -116,7 +130,9 @@ def _by_index(path: Path, prefix: str) -> dict[str, Any]:
 
     Nor do files without a tensor of this prefix; of such tensors there is the name alone.
     """
-    everywhere = json.loads((path / _INDEX).read_text())["weight_map"]
+    everywhere = _object(path / _INDEX).get("weight_map")
+    if not isinstance(everywhere, dict) or not all(isinstance(file, str) for file in everywhere.values()):
+        raise ValueError(f"{_OP}: {path / _INDEX} should have a weight_map, from tensors' names to files")
     where = {name: file for name, file in everywhere.items() if name.startswith(prefix)}
     headers: dict[str, dict[str, InFile]] = {}
     for file in sorted(set(where.values())):

@@ -1,10 +1,12 @@
 """`quantize`: it rounds matrices to few bits."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType, PartitionSpec
 
 from ..core.quantized import (
     FORMATS,
@@ -17,6 +19,7 @@ from ..core.quantized import (
     to_fp8,
 )
 from ..core.settings import ROW_DTYPES, as_bool, as_int, one_of
+from ..core.sharding import in_auto_mesh
 
 
 def quantize(
@@ -34,8 +37,8 @@ def quantize(
     the largest magnitude; "int8" and "int4": amax / 127 and amax / 7, so that no number is cut off; with zero points
     (max - min) / 255 and / 15, where 0 counts too, and the zero point is -min / scale, rounded. "mxfp4", as its
     specification says: 2^(floor(log2(amax)) - 2), so that what is past 6 times the scale is cut off. A block of zeros
-    has the scale 1. The scale is rounded to its dtype first; then each entry / scale is rounded to the nearest number
-    of the format, ties to even. A NaN makes its whole block NaN; only of integers without e8m0 scales it is the scale.
+    has the scale 1. The scale is first rounded to a normal number of its dtype. Then each entry / scale is rounded to
+    the nearest number of the format, ties to even. A NaN makes its whole block NaN.
 
     Args:
       w: [..., H, N] float16, bfloat16 or float32.
@@ -45,7 +48,8 @@ def quantize(
         formats must divide H.
       parts: how many matrices stand side by side along N, each of which begins a block: 2 for gate and up.
       zero_points: of "int8" and "int4".
-      scale_dtype: float32, bfloat16 or float16. Default: float32 for "fp8", w's dtype for integers. "mxfp4" has e8m0.
+      scale_dtype: float32, bfloat16 or float16. Default: bfloat16 for integers if w is bfloat16, else float32. "mxfp4"
+        has e8m0.
 
     Returns:
       A `QuantizedMatrices`. No gradient goes to w.
@@ -62,10 +66,26 @@ def quantize(
     op = "quantize"
     w = lax.stop_gradient(jnp.asarray(w))
     block, scale_dtype = _checked_choice(op, w, format, block, parts, zero_points, scale_dtype)
+    run = functools.partial(
+        _rounded, format=format, block=block, parts=parts, zero_points=zero_points, dtype=scale_dtype
+    )
+    sharding = jax.typeof(w).sharding
+    if AxisType.Explicit in sharding.mesh.axis_types:
+        *lead, h, n = sharding.spec
+        as_w, whole = (sharding.update(spec=PartitionSpec(*lead, *names)) for names in ((n, h), (None, None)))
+        run = in_auto_mesh(run, sharding.mesh, (as_w, whole, whole if zero_points else None))
+    values, scales, zeros = run(w)
+    return QuantizedMatrices(values, scales, zeros, format, block, parts, w.dtype)
+
+
+def _rounded(
+    w: jax.Array, format: str, block: Block, parts: int, zero_points: bool, dtype: Any
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """The values, scales and zeros of `quantize`."""
     x = jnp.swapaxes(w, -1, -2).astype(jnp.float32)
     blocks = _in_blocks(x, block, parts)
     low, high = jnp.min(blocks, (-3, -1), initial=0), jnp.max(blocks, (-3, -1), initial=0)
-    scales, zeros = _scales(format, low, high, zero_points, scale_dtype)
+    scales, zeros = _scales(format, low, high, zero_points, dtype)
     of_row = scale_rows(x.shape[-2], block[0], parts)
     per_row = [None if a is None else jnp.take(a, of_row, axis=-2) for a in (scales, zeros)]
     per_entry = [
@@ -74,7 +94,7 @@ def quantize(
     values = _numbers(format, x, *per_entry)
     if FORMATS[format].bits == 4:
         values = values[..., ::2] | (values[..., 1::2] << 4)
-    return QuantizedMatrices(values, scales, zeros, format, block, parts, w.dtype)
+    return values, scales, zeros
 
 
 def _checked_choice(
@@ -91,7 +111,7 @@ def _checked_choice(
         raise ValueError(f"{op}: zero_points must be False for {form!r}")
     if form == "mxfp4" and scale_dtype is not None:
         raise ValueError(f"{op}: scale_dtype must be None for 'mxfp4', whose scales are e8m0; got {scale_dtype}")
-    scale_dtype = jnp.dtype(scale_dtype or (w.dtype if integers else "float32"))
+    scale_dtype = jnp.dtype(scale_dtype or ("bfloat16" if integers and w.dtype == jnp.bfloat16 else "float32"))
     if scale_dtype.name not in ROW_DTYPES:
         raise TypeError(f"{op}: scale_dtype must be float16, bfloat16 or float32; got {scale_dtype}")
     block = checked_block(op, form, FORMATS[form].block if block is None else block)
@@ -121,15 +141,17 @@ def _scales(form: str, low: jax.Array, high: jax.Array, zero_points: bool, dtype
         return scales.astype(jnp.uint8), None
     largest = 2 ** FORMATS[form].bits - 1
     if zero_points:
-        scales = _never_zero(((high - low) / largest).astype(dtype))
+        scales = _as_scale(high / largest - low / largest, dtype)
         zeros = jnp.clip(jnp.round(-low / scales.astype(jnp.float32)), 0, largest).astype(jnp.uint8)
         return scales, zeros
-    return _never_zero((amax / (FP8_MAX if form == "fp8" else largest // 2)).astype(dtype)), None
+    return _as_scale(amax / (FP8_MAX if form == "fp8" else largest // 2), dtype), None
 
 
-def _never_zero(scales: jax.Array) -> jax.Array:
-    """A scale that is 0, or that XLA takes for 0, becomes 1: all that it scales is 0."""
-    return jnp.where(scales.astype(jnp.float32) == 0, jnp.ones_like(scales), scales)
+def _as_scale(exact: jax.Array, dtype: Any) -> jax.Array:
+    """1 for a block of zeros; else rounded to a normal number of the dtype, so that it is neither 0 nor infinite."""
+    info = jnp.finfo(dtype)
+    scales = jnp.clip(exact, float(info.tiny), float(info.max)).astype(dtype)  # NaN stays
+    return jnp.where(exact == 0, jnp.ones_like(scales), scales)
 
 
 def _numbers(form: str, x: jax.Array, scales: Any, zeros: Any) -> jax.Array:
