@@ -377,7 +377,7 @@ MUTANTS = (
     # ---- roundings
     Mutant(
         "bfloat16 products are not rounded before their activation",
-        "ops/grouped_ops.py",
+        "ops/epilogue.py",
         'return "bfloat16" if dtype == "bfloat16" else "float32"',
         'return "float32"',
         "test_mlp.py::test_sixteen_bits_before_the_activation",

@@ -59,6 +59,7 @@ _COMBINE = (
     "slot_dot",
 )
 _GROUPED = "grouped_matmul", "grouped_matmul_activated", "grouped_matmul_transposed", "grouped_outer"
+_QUANTIZED = "quantized_matmul", "quantized_matmul_activated", "quantized_matmul_transposed"
 
 # Of an op's rows with one backend, the first whose architectures hold the target GPU is taken.
 KERNELS: Sequence[Kernel] = (
@@ -67,6 +68,7 @@ KERNELS: Sequence[Kernel] = (
     Kernel("moe_route_plan", "triton", "route_plan", _SM70_ON),
     *(Kernel(op, "triton", "combine", _SM70_ON) for op in _COMBINE),
     *(Kernel(op, "triton", "grouped", _SM70_ON) for op in _GROUPED),
+    *(Kernel(op, "triton", "quantized", _SM70_ON) for op in _QUANTIZED),
     Kernel("route_topk", "pallas", "routing", _SM90_ON),
     *(Kernel(op, "pallas", "combine", _SM90_ON) for op in _COMBINE),
     *(Kernel(op, "pallas", "grouped", _WGMMA) for op in _GROUPED),

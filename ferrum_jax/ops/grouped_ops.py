@@ -18,13 +18,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 from ..core.primitive import Op, define
 from ..core.quantized import QuantizedMatrices
 from ..core.types import LayerOf, is_quantized
-from .activations import ACTIVATIONS
-from .grouped_meaning import Tables, outer_products, products
+from .epilogue import TABLES, finish_rows, unfinished
+from .grouped_meaning import outer_products, products
 from .quantized_ops import quantized_product
 from .rows import add_choices
 
@@ -64,13 +63,8 @@ def product(
         "implementation": implementation,
     }
     if is_quantized(rhs):
-        quantized = functools.partial(
-            quantized_product, lhs, tables=tables, transpose_rhs=transpose_rhs, activations=activations, **settings
-        )
-        if activation is None and row_weights is None:
-            return quantized(rhs)
-        parts = [quantized(part, dtype=unfinished(dtype)) for part in (rhs, up) if part is not None]
-        return _finish(parts, row_weights, tables, rhs.shape[-3], activation, dtype)
+        settings |= {"up": up, "transpose_rhs": transpose_rhs, "activation": activation, "activations": activations}
+        return quantized_product(lhs, rhs, tables, row_weights, **settings)
     matrices, stack, layer = _operands(rhs, lead)
     if activation is None and row_weights is None:
         return (_transposed if transpose_rhs else _matmul).bind(lhs, matrices, *tables, stack, layer, **settings)
@@ -85,15 +79,6 @@ def _operands(matrices: Matrices | None, lead: range) -> tuple[Any, Any, Any]:
         return matrices, None, None
     arrays = matrices.own, matrices.stack, matrices.layer
     return tuple(None if x is None else jnp.expand_dims(x, tuple(lead)) for x in arrays)  # type: ignore[return-value]
-
-
-def unfinished(dtype: str) -> str:
-    """The dtype of a product that a bias or an activation turns into rows of `dtype`.
-
-    A float16 layer keeps such products in float32: they may overflow float16 before the activation brings them back
-    into its range.
-    """
-    return "bfloat16" if dtype == "bfloat16" else "float32"
 
 
 # ---- meanings, for operands with any leading axes. packed_rows is for kernels: the meaning is the same.
@@ -138,42 +123,12 @@ def _activated_meaning(
     parts = [_matmul.bind(lhs, rhs, *tables, stack, layer, **settings)]
     if up is not None or up_stack is not None:
         parts.append(_matmul.bind(lhs, up, *tables, up_stack, up_layer, **settings))
-    return _finish(parts, row_weights, tables, _shape(rhs, stack)[-3], activation, dtype)
-
-
-def _finish(
-    parts: list[jax.Array], row_weights: Any, tables: Tables, num_experts: int, activation: str | None, dtype: str
-) -> jax.Array:
-    """Rows of a product, or of gate and of up, after the activation and times the row weights."""
-
-    # The gradient keeps the product, and computes the activation's many float32 intermediates again from it.
-    @jax.checkpoint
-    def finish(parts: list[jax.Array], weights: jax.Array | None) -> jax.Array:
-        parts = [part.astype(jnp.float32) for part in parts]
-        if activation:
-            rows = ACTIVATIONS[activation](*(parts if len(parts) == 2 else jnp.split(parts[0], 2, axis=-1)))
-        else:
-            (rows,) = parts
-        return (rows if weights is None else rows * jnp.expand_dims(weights, -1)).astype(dtype)
-
-    parts = checkpoint_name(parts, "moe_gate_up") if activation else parts
-    if row_weights is not None:
-        row_weights = _masked.bind(row_weights, *tables, num_experts=num_experts, implementation=None)
-    return finish(parts, row_weights)
+    return finish_rows(parts, row_weights, tables, _shape(rhs, stack)[-3], activation, dtype)
 
 
 def _shape(rhs: Any, stack: Any) -> tuple[int, ...]:
     """The shape [..., E, H, N] of the matrices."""
     return stack.shape[-3:] if rhs is None else rhs.shape
-
-
-def _masked_meaning(
-    row_weights: jax.Array, slots: jax.Array, blocks: jax.Array, total: jax.Array, *, num_experts: int
-) -> jax.Array:
-    size = slots.size // max(blocks.size, 1)
-    counts = (blocks >= 0) & (blocks < num_experts) & (jnp.arange(blocks.size, dtype=jnp.int32) * size < total)
-    slots = jnp.where(jnp.repeat(counts, size) & (slots >= 0), slots, row_weights.size)
-    return jnp.where(jnp.zeros(row_weights.size, bool).at[slots].set(True, mode="drop"), row_weights, 0)
 
 
 # ---- derivatives of the family. `*tables` are the three tables, and `*rest` these, the stack and the layer.
@@ -270,10 +225,6 @@ def _activated_to(operand: str) -> Callable[..., jax.Array]:
     return transpose
 
 
-def _masked_to_weights(ct: Any, weights: Any, *tables: Any, num_experts: int, implementation: str | None) -> jax.Array:
-    return _masked.bind(ct, *tables, num_experts=num_experts, implementation=implementation)
-
-
 def _product_sizes(sizes: dict[str, int], top_k: int, activation: str | None = None, **others: Any) -> dict[str, int]:
     both = activation and "U" not in sizes  # rhs holds gate and up
     return {"P": sizes["M"] * top_k, "F": sizes["N"] // 2 if both else sizes["N"]}
@@ -283,7 +234,6 @@ def _outer_sizes(sizes: dict[str, int], num_experts: int, **others: Any) -> dict
     return {"E": num_experts}
 
 
-TABLES = "sorted_token_ids: ids[S], block_ids: ids[B], total_tokens_post_pad: ids[]"
 _STACK = "stack?: rows[L,E,H,N], layer?: ids[]"
 
 _matmul = define(
@@ -305,13 +255,6 @@ _activated = define(
     leading_axes=True,
     transposes={operand: _activated_to(operand) for operand in ("lhs", "rhs", "row_weights", "stack")},
     made_of_ops=True,
-)
-# The row weights, with 0 for rows that no slot names: so such a row is 0 even if its weight is NaN.
-_masked = define(
-    "grouped_row_weights",
-    f"row_weights: weights[P], {TABLES} -> weights[P]",
-    _masked_meaning,
-    transposes={"row_weights": _masked_to_weights},
 )
 _transposed = define(
     "grouped_matmul_transposed",

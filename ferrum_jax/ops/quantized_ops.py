@@ -13,44 +13,53 @@ import jax.numpy as jnp
 from ..core.primitive import Op, define
 from ..core.quantized import FORMATS, QuantizedMatrices
 from ..core.types import LayerOf
+from .epilogue import TABLES, finish_rows, unfinished
 from .grouped_meaning import Tables
 from .quantized_meaning import quantized_products
 from .rows import add_choices
 
+Matrices = QuantizedMatrices | LayerOf
+
 
 def quantized_product(
     lhs: jax.Array,
-    rhs: QuantizedMatrices | LayerOf,
+    rhs: Any,
     tables: Tables,
+    row_weights: jax.Array | None,
     *,
+    up: Any,
     transpose_rhs: bool,
-    activations: str | None,
+    activation: str | None,
     **settings: Any,
 ) -> jax.Array:
-    """`grouped_ops.product` with quantised matrices, without an activation or row weights.
-
-    With `transpose_rhs`, rhs is [E, N, H], stored [E, H, N].
-    """
-    if isinstance(rhs, LayerOf):
-        matrices: QuantizedMatrices = jax.tree.map(lambda x: jnp.expand_dims(x, tuple(range(lhs.ndim - 2))), rhs.stack)
-        layer = jnp.expand_dims(rhs.layer, tuple(range(lhs.ndim - 2)))
+    """`grouped_ops.product` with quantised matrices. With `transpose_rhs`, rhs is [E, N, H], stored [E, H, N]."""
+    read, facts = _operands(rhs, lhs.ndim - 2)
+    if activation is None and row_weights is None:
+        return (_transposed if transpose_rhs else _matmul).bind(lhs, *tables, *read, **facts, **settings)
+    if up is None:
+        of_up: tuple[Any, ...] = (None,) * 4
     else:
-        matrices = jax.tree.map(lambda x: jnp.expand_dims(x, -4), rhs)
-        layer = jnp.zeros((1,) * (lhs.ndim - 2), jnp.int32)
-    op = _transposed if transpose_rhs else _matmul
-    return op.bind(
-        lhs,
-        *tables,
-        matrices.values,
-        matrices.scales,
-        matrices.zeros,
-        layer,
-        format=matrices.format,
-        block=matrices.block,
-        parts=matrices.parts,
-        activations=activations,
-        **settings,
-    )
+        of_up, facts_of_up = _operands(up, lhs.ndim - 2)
+        if facts_of_up != facts:  # no kernel reads two formats at once
+            parts = [
+                _matmul.bind(lhs, *tables, *a, **f, **settings | {"dtype": unfinished(settings["dtype"])})
+                for a, f in ((read, facts), (of_up, facts_of_up))
+            ]
+            return finish_rows(parts, row_weights, tables, rhs.shape[-3], activation, settings["dtype"])
+    return _activated.bind(lhs, *tables, *read, row_weights, *of_up, activation=activation, **facts, **settings)
+
+
+def _operands(matrices: Matrices, leading: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The operands of an op with so many leading axes, a stack of layers and which of them; and its parameters."""
+    lead = tuple(range(leading))
+    if isinstance(matrices, LayerOf):
+        stack: QuantizedMatrices = jax.tree.map(lambda x: jnp.expand_dims(x, lead), matrices.stack)
+        layer = jnp.expand_dims(matrices.layer, lead)
+    else:
+        stack = jax.tree.map(lambda x: jnp.expand_dims(x, -4), matrices)
+        layer = jnp.zeros((1,) * leading, jnp.int32)
+    facts = {"format": stack.format, "block": stack.block, "parts": stack.parts}
+    return (stack.values, stack.scales, stack.zeros, layer), facts
 
 
 def _meaning(
@@ -75,6 +84,27 @@ def _meaning(
     return quantized_products(rows, tables, values, scales, zeros, layer, **settings)
 
 
+def _activated_meaning(
+    lhs: jax.Array,
+    slots: jax.Array,
+    blocks: jax.Array,
+    total: jax.Array,
+    values: jax.Array,
+    scales: jax.Array,
+    zeros: jax.Array | None,
+    layer: jax.Array,
+    row_weights: jax.Array | None,
+    *of_up: Any,
+    activation: str | None,
+    dtype: str,
+    **settings: Any,
+) -> jax.Array:
+    tables, settings = (slots, blocks, total), settings | {"dtype": unfinished(dtype)}
+    matrices = [(values, scales, zeros, layer), of_up][: 1 if of_up[0] is None else 2]
+    parts = [_matmul.bind(lhs, *tables, *read, **settings) for read in matrices]
+    return finish_rows(parts, row_weights, tables, values.shape[-3], activation, dtype)
+
+
 def _jvp(name: str, primals: Any, results: Any, tangents: Any, *, activations: str | None, **params: Any) -> list[Any]:
     """The tangent passes by the rounding of rows as if they were not rounded: straight through."""
     if tangents[0] is None:
@@ -91,12 +121,16 @@ def _to_rows(
     return add_choices(out, rows.shape[-2], top_k, rows.dtype)
 
 
-def _sizes(sizes: dict[str, int], top_k: int, format: str, **others: Any) -> dict[str, int]:
-    return {"P": sizes["M"] * top_k, "H": sizes["W"] * (8 // FORMATS[format].bits)}
+def _sizes(
+    sizes: dict[str, int], top_k: int, format: str, activation: str | None = None, **others: Any
+) -> dict[str, int]:
+    both = activation and "J" not in sizes  # one array holds gate and up
+    width = sizes["N"] // 2 if both else sizes["N"]
+    return {"P": sizes["M"] * top_k, "H": sizes["W"] * (8 // FORMATS[format].bits), "F": width}
 
 
 _STORED = (
-    "sorted_token_ids: ids[S], block_ids: ids[I], total_tokens_post_pad: ids[], "
+    f"{TABLES.replace('[B]', '[I]')}, "
     "values: bytes[L,E,N,W], scales: scales[L,E,B,C], zeros?: bytes[L,E,B,C], layer: ids[]"
 )
 
@@ -117,6 +151,15 @@ _transposed = define(
     leading_axes=True,
     jvp=functools.partial(_jvp, "g"),
     transposes={"g": functools.partial(_to_rows, "lhs")},
+)
+_activated = define(
+    "quantized_matmul_activated",
+    f"lhs: rows[M,K], {_STORED}, row_weights?: weights[P], up_values?: bytes[J,E,N,W], up_scales?: scales[J,E,B,C], "
+    "up_zeros?: bytes[J,E,B,C], up_layer?: ids[] -> product[P,F]",
+    _activated_meaning,
+    sizes=_sizes,
+    leading_axes=True,
+    made_of_ops=True,
 )
 # By the name of their rows.
 _OPS: dict[str, Op] = {"lhs": _matmul, "g": _transposed}

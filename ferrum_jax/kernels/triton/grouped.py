@@ -237,7 +237,7 @@ def _multipliers(dtype, precision):
     return tiles.products(jnp.dtype(dtype), precision, capability()).multipliers
 
 
-def _named_by(slots, blocks, total, lead, num_experts, num_pairs, chosen):
+def named_by(slots, blocks, total, lead, num_experts, num_pairs, chosen):
     """The slot that names each row: see `name_rows`."""
     all_slots = math.prod(slots.shape)
     (owner,) = launch(
@@ -279,7 +279,7 @@ def _product(lhs, read, tables, top_k, dtype, precision, transposed=False, row_w
         lhs,
         *(total if x is None else x for x in (rhs, layer, up_rhs, up_layer)),  # a kernel's operand cannot be None
         *(slots, blocks, total),
-        _named_by(slots, blocks, total, lead, num_experts, num_pairs, chosen),
+        named_by(slots, blocks, total, lead, num_experts, num_pairs, chosen),
         lhs if row_weights is None else whole(row_weights, lead),
         out=[((*lead, num_pairs, columns), dtype)],
         grid=math.prod(lead) * programs,

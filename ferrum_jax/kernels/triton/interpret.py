@@ -76,7 +76,7 @@ def _poison(dtype: Any) -> float:
 class _Tensor:
     """A NumPy array with the attributes of a torch tensor that Triton's interpreter uses."""
 
-    _names = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int32": "i32"}  # noqa: RUF012
+    _names = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int32": "i32", "uint8": "u8"}  # noqa: RUF012
 
     def __init__(self, array: np.ndarray):
         self.array, self.dtype = array, self._names[array.dtype.name]

@@ -126,6 +126,25 @@ def products(dtype: Any, precision: str, capability: int) -> Products:
     return next(row for row in rows if capability in row.architectures)
 
 
+# With quantised matrices much of the time goes into turning numbers into floats. A tile has few columns, so that each
+# thread has few numbers at a time. The tiles of 16 bits were timed on a Hopper GPU.
+QUANTIZED = {
+    2: (
+        Tile(16, 64, 128, warps=4, stages=3),
+        Tile(32, 64, 128, warps=4, stages=3),
+        Tile(64, 64, 64, warps=4, stages=3),
+        Tile(128, 64, 64, warps=4, stages=3),
+    ),
+    4: (Tile(16, 64, 32, warps=4, stages=2),),
+}
+
+
+def quantized(itemsize: int, block: int) -> Tile:
+    """The tile of a product with quantised matrices, for rows of so many bytes an entry and blocks of so many slots."""
+    by_block = QUANTIZED[itemsize]
+    return next((tile for tile in by_block if tile.rows >= block), by_block[-1])
+
+
 # ---- combine and its family
 
 
