@@ -129,6 +129,20 @@ MUTANTS = (
         "            of_scales[axis] = ()\n            continue\n        of_scales[axis] = ()\n        devices",
         "test_quantized.py::test_a_layer_that_a_mesh_divides[int4 zeros-F]",
     ),
+    Mutant(
+        "the kernel takes the scales of gate for up",
+        "kernels/triton/quantized.py",
+        "b = tile_of(values, scales, zeros, col + N, start,",
+        "b = tile_of(values + N * W, scales, zeros, col, start,",
+        "test_quantized_kernels.py::test_epilogues_pairs_and_layers[triton-interpreted-int4 zeros-one]",
+    ),
+    Mutant(
+        "the kernel leaves out zero points",
+        "kernels/triton/quantized.py",
+        "        if ZEROS:",
+        "        if False:",
+        "test_quantized_kernels.py::test_products_and_their_gradients[triton-interpreted-int4 zeros-bfloat16]",
+    ),
     # ---- sums in 16 bits. Some are written out, since jnp.sum and XLA's products add 16-bit values in float32
     Mutant(
         "combine adds in 16 bits",

@@ -49,8 +49,8 @@ def grouped_matmul(
       lhs: [..., M, H] float16, bfloat16 or float32.
       rhs: [..., E, H, N] of lhs's dtype. A leading axis of size 1 is shared by the batch, not copied. Or a `LayerOf` of
         [E, H, N], which serves the whole batch. Or `QuantizedMatrices` of this shape, or a `LayerOf` of them; lhs then
-        has any of the three dtypes, and no gradient goes to the matrices. Without a kernel, a matrix's numbers become
-        float32 as they are used, a few columns at a time.
+        has any of the three dtypes, and no gradient goes to the matrices. An entry is used as float32; a
+        kernel may round it once to lhs's dtype. All entries are never floats at once.
       routing: of either kind, [...]; its block size is S / number of blocks. Its kind, E, K and P are checked against
         lhs, rhs and `top_k`, as far as it knows them. A block counts if it starts before `total_tokens_post_pad` and
         its expert is in [0, E). A slot in such a block counts if it is in [0, P). All others are passed over, wherever
