@@ -359,6 +359,26 @@ def test_every_transformation():
     assert moe_mlp(x[:0], logits[:0], *matrices, top_k=K).shape == (0, H)
 
 
+def test_linear_transposes():
+    """By the rows and by the row weights, each alone: <f(x), y> = <x, f'(y)>."""
+    x, logits, (gate_up, down), _ = layer_of("int8")
+    routing = ferrum_jax.moe_align_block_size_pair_ids(ferrum_jax.route_topk_softmax(logits, K).expert_ids, E, 4)
+    rows, weights = rng("t").normal(size=(T * K, F)).astype(np.float32), rng("w").random(T * K).astype(np.float32)
+    product = functools.partial(ferrum_jax.grouped_matmul, rhs=down, routing=routing)
+    for f, at in (
+        (product, rows),
+        (lambda rows: product(rows, row_weights=weights), rows),
+        (lambda weights: product(rows, row_weights=weights), weights),
+        (lambda w: ferrum_jax.grouped_matmul(x, gate_up, routing, activation="silu", row_weights=w), weights),
+    ):
+        y = jnp.cos(f(at))
+        np.testing.assert_allclose(jnp.vdot(f(at), y), jnp.vdot(at, jax.linear_transpose(f, at)(y)[0]), rtol=1e-4)
+    with pytest.raises(NotImplementedError, match="no transpose by lhs, in which an activation is not linear"):
+        jax.linear_transpose(lambda x: ferrum_jax.grouped_matmul(x, gate_up, routing, activation="silu"), x)(
+            jnp.ones((T * K, F))
+        )
+
+
 def test_an_exported_program():
     x, logits, matrices, _ = layer_of("fp8 blocks")
     matrices = [dataclasses.replace(q, published=("fp8", (("", "float8_e4m3fn", 2),))) for q in matrices]

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from ..core.primitive import define
+from ..core.primitive import Op, define
 from .activations import ACTIVATIONS
 from .grouped_meaning import Tables
 
@@ -41,6 +41,23 @@ def finish_rows(
     if row_weights is not None:
         row_weights = _masked.bind(row_weights, *tables, num_experts=num_experts, implementation=None)
     return finish(parts, row_weights)
+
+
+def transposed_by(
+    op: Op, operand: str, ct: jax.Array, *operands: Any, activation: str | None, **settings: Any
+) -> jax.Array:
+    """The transpose, by one operand, of an op that is a product and what follows it.
+
+    Only jax.linear_transpose asks for it: a gradient is that of the meaning.
+    """
+    if activation and operand != "row_weights":
+        raise NotImplementedError(f"grouped_matmul: no transpose by {operand}, in which an activation is not linear")
+    place = [term.name for term in op.signature.operands].index(operand)
+
+    def of_one(x: jax.Array) -> jax.Array:
+        return op.meaning(*operands[:place], x, *operands[place + 1 :], activation=activation, **settings)
+
+    return jax.linear_transpose(of_one, operands[place])(ct)[0]
 
 
 def _masked_meaning(

@@ -12,7 +12,6 @@ tangent or a cotangent in the place of `rhs` is read: it is an array of its own,
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,7 +21,7 @@ from jax import lax
 from ..core.primitive import Op, define
 from ..core.quantized import QuantizedMatrices
 from ..core.types import LayerOf, is_quantized
-from .epilogue import TABLES, finish_rows, unfinished
+from .epilogue import TABLES, finish_rows, transposed_by, unfinished
 from .grouped_meaning import outer_products, products
 from .quantized_ops import quantized_product
 from .rows import add_choices
@@ -206,23 +205,8 @@ def _outer_to_g(ct: Any, lhs: Any, g: Any, *tables: Any, num_experts: int, **set
     return _matmul.bind(lhs, ct, *tables, None, None, dtype=g.dtype.name, **settings)
 
 
-def _activated_to(operand: str) -> Callable[..., jax.Array]:
-    """The transpose by one operand. Only jax.linear_transpose asks for it: a gradient is that of the meaning."""
-
-    def transpose(ct: jax.Array, *operands: Any, activation: str | None, **settings: Any) -> jax.Array:
-        if activation and operand != "row_weights":
-            raise NotImplementedError(
-                f"grouped_matmul: no transpose by {operand}, in which an activation is not linear"
-            )
-        place = [term.name for term in _activated.signature.operands].index(operand)
-
-        def of_one(x: jax.Array) -> jax.Array:
-            with_x = [*operands[:place], x, *operands[place + 1 :]]
-            return _activated_meaning(*with_x, activation=activation, **settings)
-
-        return jax.linear_transpose(of_one, operands[place])(ct)[0]
-
-    return transpose
+def _activated_to(operand: str, ct: Any, *operands: Any, **settings: Any) -> jax.Array:
+    return transposed_by(_activated, operand, ct, *operands, **settings)
 
 
 def _product_sizes(sizes: dict[str, int], top_k: int, activation: str | None = None, **others: Any) -> dict[str, int]:
@@ -253,7 +237,7 @@ _activated = define(
     _activated_meaning,
     sizes=_product_sizes,
     leading_axes=True,
-    transposes={operand: _activated_to(operand) for operand in ("lhs", "rhs", "row_weights", "stack")},
+    transposes={name: functools.partial(_activated_to, name) for name in ("lhs", "rhs", "row_weights", "stack")},
     made_of_ops=True,
 )
 _transposed = define(

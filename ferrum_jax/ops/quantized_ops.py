@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from ..core.primitive import Op, define
 from ..core.quantized import FORMATS, QuantizedMatrices
 from ..core.types import LayerOf
-from .epilogue import TABLES, finish_rows, unfinished
+from .epilogue import TABLES, finish_rows, transposed_by, unfinished
 from .grouped_meaning import Tables
 from .quantized_meaning import quantized_products
 from .rows import add_choices
@@ -121,6 +121,10 @@ def _to_rows(
     return add_choices(out, rows.shape[-2], top_k, rows.dtype)
 
 
+def _activated_to(operand: str, ct: Any, *operands: Any, **settings: Any) -> jax.Array:
+    return transposed_by(_activated, operand, ct, *operands, **settings)
+
+
 def _sizes(
     sizes: dict[str, int], top_k: int, format: str, activation: str | None = None, **others: Any
 ) -> dict[str, int]:
@@ -159,6 +163,7 @@ _activated = define(
     _activated_meaning,
     sizes=_sizes,
     leading_axes=True,
+    transposes={name: functools.partial(_activated_to, name) for name in ("lhs", "row_weights")},
     made_of_ops=True,
 )
 # By the name of their rows.
