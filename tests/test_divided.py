@@ -233,7 +233,9 @@ def scan(form, x, routing, stacks, sharding=None, of=None):
     return jax.lax.scan(block, x, (jnp.arange(len(stacks[0])), stacks))[0]
 
 
-@pytest.mark.parametrize("of", [None, ferrum_jax.LayerOf], ids=["slices", "LayerOf"])
+@pytest.mark.parametrize(
+    "of", [pytest.param(None, marks=pytest.mark.full), ferrum_jax.LayerOf], ids=["slices", "LayerOf"]
+)
 @pytest.mark.parametrize("layout", ["exchange, width", "experts, hidden"])
 def test_scan_over_layers(layout, of):
     mesh, (x, routing, *matrices), (placed_x, placed_routing, *placed) = placed_by(AxisType.Explicit, layout)

@@ -223,7 +223,7 @@ def test_symbolic_layers_and_gradients(name, platforms):
 @pytest.mark.parametrize(
     "options",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.full),
         pytest.param({"normalization": "deepseek"}, marks=pytest.mark.full),
         {"score_bias": True, "weight_on_input": True},
     ],

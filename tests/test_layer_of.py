@@ -21,6 +21,7 @@ pytestmark = pytest.mark.tables
 
 LAYERS, SIZE, F = 3, Size(7, 5, 2, 4), 3
 FORMS = ("own", "stack")
+USUALLY_OWN = ["own", pytest.param("stack", marks=pytest.mark.full)]  # where the stack alone repeats what others test
 
 
 def stacks(seed=0, size=SIZE):
@@ -101,7 +102,7 @@ def test_second_derivatives_by_the_slice():
     assert_alike(got, second_gradients(functools.partial(f, lambda stack, own: own), *args))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", USUALLY_OWN)
 def test_derivatives_by_finite_differences(form):
     def one_layer(x, gate_up, down):
         return moe_mlp(x, LOGITS, of(form, gate_up, 1), of(form, down, 1), top_k=2, activation="gelu")
@@ -203,7 +204,7 @@ def test_the_gradient_goes_to_the_slice_and_the_stack_is_constant():
     assert_alike(of_own, want)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", USUALLY_OWN)
 @pytest.mark.parametrize("kind", AxisType)
 def test_meshes(kind, form):
     """Tokens divided over four devices: in shard_map with check_vma, in an Explicit and in an Auto mesh."""
@@ -229,7 +230,7 @@ def test_meshes(kind, form):
 
 
 @pytest.mark.parametrize("exchange", ["gather", "padded"])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", USUALLY_OWN)
 def test_experts_spread_over_devices(form, exchange):
     """parallel.moe_mlp, of stacks [L, E/D, ...]: values and gradients of one device."""
     size = Size(8, 8, 2, 4)
@@ -249,7 +250,7 @@ def test_experts_spread_over_devices(form, exchange):
     assert_alike(got, want)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", USUALLY_OWN)
 def test_no_tokens_and_export(form):
     x, logits, gate, up, down = stacks(size=SIZE._replace(T=0))
     assert scanned(form, x, logits, gate, up, down).shape == x.shape

@@ -251,7 +251,7 @@ def test_flow_by_size():
     ("flow", "kind"),
     [
         ("packed", AxisType.Explicit),
-        ("pair_ids", AxisType.Auto),
+        pytest.param("pair_ids", AxisType.Auto, marks=pytest.mark.full),
         pytest.param("packed", AxisType.Auto, marks=pytest.mark.full),
         pytest.param("pair_ids", AxisType.Explicit, marks=pytest.mark.full),
     ],

@@ -426,7 +426,9 @@ def test_gate_and_up_of_a_layer_that_divides_f():
             np.testing.assert_allclose(got[name][...], gradient[...], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=lambda t: t.name)
+@pytest.mark.parametrize(
+    "kind", [AxisType.Explicit, pytest.param(AxisType.Auto, marks=pytest.mark.full)], ids=lambda t: t.name
+)
 def test_losses_counts_and_masks_on_a_mesh(kind):
     """What is sown, its gradients, and the output, with a mask: those of one device."""
     x, mask = tokens(4, 2, H), np.asarray(rng("mask").random((4, 2)) < 0.7)
@@ -653,7 +655,11 @@ class Block(nnx.Module):
         return x + self.dropout(self.moe(self.norm(x))).astype(x.dtype)
 
 
-@pytest.mark.parametrize("settings", [{}, {"dtype": jnp.bfloat16}], ids=["float32", "cast to bfloat16"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, pytest.param({"dtype": jnp.bfloat16}, marks=pytest.mark.full)],
+    ids=["float32", "cast to bfloat16"],
+)
 def test_scan_layers_equals_nnx_scan(settings):
     """Values, gradients, what the layers sow, and the streams of dropout; in place, where nothing is cast."""
     blocks = nnx.vmap(functools.partial(Block, **settings))(nnx.Rngs(0).split(3))

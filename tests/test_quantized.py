@@ -278,7 +278,9 @@ def test_the_layer(kind, flow):
         assert_close(got, *dense(x, ids, weights, *floats, ACTIVATIONS["silu"], **more), "float32")
 
 
-@pytest.mark.parametrize("kind", ALL_KINDS)
+@pytest.mark.parametrize(
+    "kind", ["fp8 blocks", "int4 zeros", *[rare(k) for k in KINDS if k not in ("fp8 blocks", "int4 zeros")]]
+)
 def test_gradients_are_those_of_the_dequantised_matrices(kind):
     """To x, to the router, to biases: and none to the scales. In both flows, with a pair for gate and up too."""
     x, logits, (gate_up, down), _ = layer_of(kind)
