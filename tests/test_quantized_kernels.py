@@ -16,6 +16,7 @@ from test_quantized import KINDS, USUAL, E, H, K, layer_of, rare, stored
 
 import ferrum_jax
 from ferrum_jax import LayerOf, grouped_matmul, moe_mlp, quantize, ragged_dot
+from ferrum_jax.model import parameters
 
 
 @pytest.fixture(
@@ -75,12 +76,7 @@ def test_epilogues_pairs_and_layers(kind, form, triton):
 
     def run(implementation):
         if form == "pair":
-            halves = tuple(
-                dataclasses.replace(
-                    jax.tree.map(lambda a, i=i: a[:, i * (a.shape[1] // 2) :][:, : a.shape[1] // 2], gate_up), parts=1
-                )
-                for i in (0, 1)
-            )
+            halves = tuple(parameters.halves(gate_up, 2))
             return moe_mlp(x, logits, halves, down, top_k=K, flow="pair_ids", implementation=implementation)
         activation = "swiglu_oai" if form == "one" else "silu"
         return grouped_matmul(
@@ -90,6 +86,18 @@ def test_epilogues_pairs_and_layers(kind, form, triton):
     got = run(triton)
     assert got.shape[-1] == (H if form == "pair" else width)
     oracle.assert_near(got, run("xla"), "float32")
+
+
+@pytest.mark.parametrize("other", ["int4", "int8 zeros"])
+def test_a_pair_of_two_kinds(other, triton):
+    """With zero points in one of them, or of another format: two products."""
+    x, logits, (gate_up, down), _ = layer_of("int4 zeros")
+    gate = parameters.halves(gate_up, 2)[0]
+    up, _ = stored(other, *gate.shape)
+    got, want = (
+        moe_mlp(x, logits, (gate, up), down, top_k=K, flow="pair_ids", implementation=by) for by in (triton, "xla")
+    )
+    oracle.assert_near(got, want, "float32")
 
 
 def test_unused_experts_padding_and_batches(triton):

@@ -40,7 +40,8 @@ def quantized_product(
         of_up: tuple[Any, ...] = (None,) * 4
     else:
         of_up, facts_of_up = _operands(up, lhs.ndim - 2)
-        if facts_of_up != facts:  # no kernel reads two formats at once
+        # A kernel reads gate and up in one format.
+        if facts_of_up != facts or (read[2] is None) != (of_up[2] is None):
             parts = [
                 _matmul.bind(lhs, *tables, *a, **f, **settings | {"dtype": unfinished(settings["dtype"])})
                 for a, f in ((read, facts), (of_up, facts_of_up))

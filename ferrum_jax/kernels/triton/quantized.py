@@ -1,7 +1,7 @@
 """Grouped products with quantised matrices: numbers become floats in registers, on their way to the tensor cores.
 
 Matrices are stored [N, H], so a tile of theirs is the left operand, and rows are the right one: the product is computed
-transposed. Rows that are rounded to fp8 are multiplied as fp8, and scales are applied to the sums.
+transposed.
 """
 
 import math
@@ -110,15 +110,15 @@ def quantized(
     C: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr, PER_PART: tl.constexpr, COLUMNS: tl.constexpr,
     FORM: tl.constexpr, BITS: tl.constexpr, ZEROS: tl.constexpr, FP8: tl.constexpr, E: tl.constexpr,
     S: tl.constexpr, P: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr, SHARED_LHS: tl.constexpr,
-    SHARED_RHS: tl.constexpr,
-    SHARED_UP: tl.constexpr, LAYERS: tl.constexpr, UP_LAYERS: tl.constexpr, PAIR: tl.constexpr,
-    ACTIVATION: tl.constexpr, WEIGHTED: tl.constexpr,
-    TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr, TILES: tl.constexpr,
-    PROGRAMS: tl.constexpr, GROUP: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr, TK: tl.constexpr,
-    ZERO_ROWS: tl.constexpr, ZERO_COLUMNS: tl.constexpr,
+    SHARED_RHS: tl.constexpr, SHARED_UP: tl.constexpr, LAYERS: tl.constexpr, UP_LAYERS: tl.constexpr,
+    PAIR: tl.constexpr, ACTIVATION: tl.constexpr, WEIGHTED: tl.constexpr, TRANSPOSED: tl.constexpr,
+    PRECISION: tl.constexpr, PARTS: tl.constexpr, TILES: tl.constexpr, PROGRAMS: tl.constexpr, GROUP: tl.constexpr,
+    TM: tl.constexpr, TN: tl.constexpr, TK: tl.constexpr, ZERO_ROWS: tl.constexpr, ZERO_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     # The walk is that of `grouped`. H is what is added up, and N are the columns of the result. A tile of the matrix
-    # is [TN, TK], its rows the result's columns; TRANSPOSED, it is [TK, TN].
+    # is [TN, TK], its rows the result's columns; TRANSPOSED, it is [TK, TN]. Of a stored matrix there are STORED rows
+    # of W bytes and B rows of C scales. PARTS of a block's slots are tiles; a PART of the stored rows has PER_PART rows
+    # of scales, each for ROWS stored rows, and a scale serves COLUMNS entries.
     slice_id = tl.program_id(0).to(tl.int64) // PROGRAMS
     program = tl.program_id(0) % PROGRAMS
     slots, blocks = slots + slice_id * S, blocks + slice_id * (S // BLOCK)
