@@ -1,7 +1,7 @@
 """Matrices of few bits: `QuantizedMatrices`, and what its numbers stand for.
 
 A format says what a stored number is; the scales, and the zero points if there are any, say what it counts for. This
-file holds the formats' arithmetic, in both directions, and the checks of what a caller hands over.
+file holds the formats' arithmetic and the checks of what a caller hands over. `ops/quantize.py` rounds floats to them.
 """
 
 import dataclasses

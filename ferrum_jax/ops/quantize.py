@@ -159,7 +159,7 @@ def _numbers(form: str, x: jax.Array, scales: Any, zeros: Any) -> jax.Array:
     if form == "fp8":
         return lax.bitcast_convert_type(to_fp8(x / scales.astype(jnp.float32)), jnp.uint8)
     if form == "mxfp4":
-        # The inverse of the scale is a normal float32, in two factors if the scale is 2^-127.
+        # The inverse of the scale is a normal float32, since no block of float32 has a scale above 2^125.
         x *= lax.bitcast_convert_type(jnp.clip(254 - scales.astype(jnp.int32), 1, 254) << 23, jnp.float32)
         size = jnp.abs(x)
         # The steps between numbers are a half below 2, one below 4, and two from there on.
