@@ -15,7 +15,7 @@ from conftest import run_by
 from test_quantized import KINDS, USUAL, E, H, K, layer_of, rare, stored
 
 import ferrum_jax
-from ferrum_jax import LayerOf, grouped_matmul, moe_mlp, quantize, ragged_dot
+from ferrum_jax import LayerOf, QuantizedMatrices, grouped_matmul, moe_mlp, quantize, ragged_dot
 from ferrum_jax.model import parameters
 
 
@@ -56,6 +56,92 @@ def test_products_and_their_gradients(kind, dtype, triton):
     (back,) = pull(out)
     want, size = (np.einsum("mn,mhn->mh", f(oracle.f64(out)), f(w[owner])) for f in (np.asarray, np.abs))
     close(back, want, size, dtype, kind, columns)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", pytest.param("float32", marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    ("form", "block", "zeros"),
+    [("fp8", 128, False), ("mxfp4", 32, False), ("int4", 32, True), ("int4", 128, False), ("int8", 128, True)],
+)
+def test_every_number(form, block, zeros, dtype, triton):
+    """Each stored byte stands for what `dequantize` says, also in the transposed product."""
+    columns, each = 24, 2 if form.endswith("4") else 1
+    stored_bytes = np.stack([np.roll(np.arange(256, dtype=np.uint8), 11 * i) for i in range(columns)])
+    if form == "fp8":
+        stored_bytes[stored_bytes % 128 == 127] = 1  # NaN
+    width = 256 * each
+    grid = 1, columns, width // block
+    scales = jnp.asarray(2.0 ** rng("scales").integers(-3, 4, grid), "bfloat16")
+    if form == "mxfp4":
+        scales = rng("scales").integers(120, 130, grid).astype(np.uint8)
+    points = rng("zeros").integers(0, 2 ** (8 // each), grid).astype(np.uint8) if zeros else None
+    q = QuantizedMatrices(stored_bytes[None], scales, points, form, (1, block))
+    want = q.dequantize(dtype)[0]
+    got = ragged_dot(jnp.eye(width, dtype=dtype), q, jnp.array([width]), implementation=triton)
+    np.testing.assert_array_equal(got, want)
+    one_each = jnp.eye(columns, dtype=dtype)
+    got = ragged_dot(one_each, q, jnp.array([columns]), transpose_rhs=True, implementation=triton)
+    np.testing.assert_array_equal(got, want.T)
+
+
+def test_numbers_that_are_nan(triton):
+    q = quantize(np.ones((1, 256, 8), np.float32), "fp8")
+    q = dataclasses.replace(q, values=q.values.at[0, 3, 7].set(0x7F).at[0, 5, 200].set(0xFF))
+    for activations in (None, "float8_e4m3fn"):
+        out = ragged_dot(
+            jnp.ones((2, 256), "bfloat16"), q, jnp.array([2]), activations=activations, implementation=triton
+        )
+        np.testing.assert_array_equal(np.isnan(out), [[column in (3, 5) for column in range(8)]] * 2)
+
+
+FP8_ROWS = "float8_e4m3fn"
+
+
+@pytest.mark.parametrize(
+    ("block", "dtype"),
+    [
+        ((128, 128), "bfloat16"),
+        ((1, None), "float32"),
+        ((1, 96), "float16"),
+        pytest.param((None, None), "bfloat16", marks=pytest.mark.full),
+        pytest.param((64, 128), "float32", marks=pytest.mark.full),
+    ],
+)
+def test_products_of_fp8_rows(block, dtype, triton):
+    """As xla, which multiplies the same rounded rows in float32. Tensor cores add up fewer bits."""
+    sizes = np.array([3, 0, 140, 1, 2], np.int32)
+    rows = rng("rows").normal(size=(146, 264)) * 10.0 ** rng("size").integers(-3, 3, (146, 1))
+    rows[5], rows[7, 130] = 0, np.nan
+    q, _ = stored("fp8 blocks", E, 264, 136, parts=2)
+    q = quantize(q.dequantize("float32"), "fp8", block=block, parts=2)
+    run = functools.partial(ragged_dot, jnp.asarray(rows, dtype), q, sizes, activations=FP8_ROWS)
+    got, want = (np.asarray(run(implementation=by), np.float64) for by in (triton, "xla"))
+    np.testing.assert_array_equal(np.isnan(got), np.isnan(want))
+    size = ragged_dot(np.abs(rows), np.abs(q.dequantize("float32")), sizes, implementation="xla")
+    bound = (2.0**-11 + float(jnp.finfo(dtype).eps)) * np.asarray(size, np.float64) + float(jnp.finfo(dtype).smallest_subnormal)
+    ok = ~np.isnan(want)
+    assert np.max(np.abs(got - want)[ok] / bound[ok]) <= 1
+    x = jnp.asarray(np.nan_to_num(rows), dtype)
+    one, other = (jax.grad(lambda x, by=by: run_on(x, q, sizes, by))(x) for by in (triton, "xla"))
+    oracle.assert_near(one, other, dtype)
+
+
+def run_on(x, q, sizes, by):
+    out = ragged_dot(x, q, sizes, activations=FP8_ROWS, implementation=by)
+    return jnp.sum(out.astype(jnp.float32) * jnp.cos(jnp.arange(out.size).reshape(out.shape)))
+
+
+@pytest.mark.parametrize("form", ["one", "pair", "layer"])
+def test_layers_of_fp8_rows(form, triton):
+    x, logits, matrices, _ = layer_of("fp8 blocks")
+    gate_up, down = (quantize(w.dequantize(), "fp8", block=(16, 32), parts=w.parts) for w in matrices)
+    stacks = gate_up, down
+    if form == "pair":
+        stacks = tuple(parameters.halves(gate_up, 2)), down
+    elif form == "layer":
+        stacks = [LayerOf(jax.tree.map(lambda a: jnp.stack([a[::-1], a]), w), 1) for w in stacks]
+    run = functools.partial(moe_mlp, x, logits, *stacks, top_k=K, activations=FP8_ROWS)
+    oracle.assert_near(run(implementation=triton), run(implementation="xla"), "bfloat16")
 
 
 @pytest.mark.parametrize(

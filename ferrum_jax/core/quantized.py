@@ -227,13 +227,16 @@ def to_fp8(x: jax.Array) -> jax.Array:
 
 
 def rounded_rows(x: jax.Array) -> jax.Array:
-    """Rows [..., H] as fp8 with a scale for each 128 entries holds them, in float32: scale = amax / 448, or 1 for 0."""
+    """Rows [..., H] as fp8 with a scale for each 128 entries holds them, in float32: scale = amax / 448, or 1 for 0.
+
+    Divisions are products with reciprocals, as XLA makes them anyway, so that kernels can round the same.
+    """
     width = x.shape[-1]
     x = jnp.pad(x.astype(jnp.float32), [(0, 0)] * (x.ndim - 1) + [(0, -width % ACTIVATION_BLOCK)])
     blocks = x.reshape(*x.shape[:-1], -1, ACTIVATION_BLOCK)
     amax = jnp.max(jnp.abs(blocks), axis=-1, keepdims=True)
-    scales = jnp.where(amax == 0, 1, jnp.maximum(amax / FP8_MAX, _SMALLEST))
-    rounded = to_fp8(blocks / scales).astype(jnp.float32) * scales
+    scales = jnp.where(amax == 0, 1, jnp.maximum(amax * jnp.float32(1 / FP8_MAX), _SMALLEST))
+    rounded = to_fp8(blocks * (1 / scales)).astype(jnp.float32) * scales
     return rounded.reshape(x.shape)[..., :width]
 
 

@@ -174,7 +174,7 @@ def _refusal(backend: str, call: Call, platform: str, capability: int | None) ->
     refuse = getattr(importlib.import_module(f"{package.__name__}.{kernel.file}"), "refuse", None)
     if not refuse:
         return None
-    return refuse(call)
+    return refuse(dataclasses.replace(call, capability=capability or HOPPER))
 
 
 def served(op: str) -> bool:

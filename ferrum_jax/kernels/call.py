@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from .targets import HOPPER
+
 
 @dataclasses.dataclass(frozen=True)
 class Call:
@@ -14,6 +16,7 @@ class Call:
     params: the op's static parameters, without `implementation`.
     devices: over how many devices the compiler divides the program. Inside shard_map it is 1.
     made_of_ops: the op can also run as several other ops.
+    capability: the compute capability that is compiled for, 90 for 9.0.
     """
 
     op: str
@@ -22,6 +25,7 @@ class Call:
     params: Mapping[str, Any]
     devices: int = 1
     made_of_ops: bool = False
+    capability: int = HOPPER
 
     @property
     def given(self) -> list[Any]:

@@ -4,6 +4,7 @@ The forward product multiplies each row by the matrix of its expert. The gradien
 the product of its rows with the rows of the cotangent.
 """
 
+import dataclasses
 import math
 
 import jax.numpy as jnp
@@ -13,97 +14,7 @@ import triton.language as tl
 from ..shapes import large, lead_axes, matrices, whole
 from . import tiles
 from .launch import capability, launch
-
-# Triton's interpreter multiplies the bits of bfloat16 as if they were integers, so there operands are widened first.
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-
-
-@triton.jit
-def dot(a, b, sums, PRECISION: tl.constexpr):
-    if INTERPRETED:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, sums, input_precision=PRECISION)
-
-
-@triton.jit
-def sigmoid(x):
-    return 1 / (1 + tl.exp(-x))
-
-
-@triton.jit
-def at_least(x, least):
-    return tl.maximum(x, least, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def at_most(x, most):
-    return tl.minimum(x, most, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def activated(gate, up, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "silu":
-        return gate * sigmoid(gate) * up
-    elif ACTIVATION == "gelu":
-        return gate * 0.5 * (1 + tl.erf(gate * 0.7071067811865476)) * up
-    elif ACTIVATION == "gelu_tanh":  # (1 + tanh(x)) / 2 is sigmoid(2 x)
-        return gate * sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)) * up
-    elif ACTIVATION == "relu":
-        return at_least(gate, 0.0) * up
-    elif ACTIVATION == "relu2":
-        return at_least(gate, 0.0) * at_least(gate, 0.0) * up
-    else:
-        tl.static_assert(ACTIVATION == "swiglu_oai")
-        gate = at_most(gate, 7.0)
-        return (at_most(at_least(up, -7.0), 7.0) + 1) * gate * sigmoid(1.702 * gate)
-
-
-@triton.jit
-def name_rows(
-    slots, blocks, total, owner,
-    S: tl.constexpr, BLOCK: tl.constexpr, E: tl.constexpr, P: tl.constexpr, TOTAL: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    # Writes, for each row, the slot that names it. Only slots of live blocks with an expert count: another slot with
-    # the same row must not be written in their place. A program takes TILE slots. Entries of rows that no slot names
-    # are left uninitialised: a reader checks that slots[entry] == row.
-    slot = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    row = tl.load(slots + slot, mask=slot < TOTAL, other=-1)
-    expert = tl.load(blocks + slot // BLOCK, mask=slot < TOTAL, other=-1)
-    live_slots = tl.load(total + slot // S, mask=slot < TOTAL, other=0)
-    counts = (expert >= 0) & (expert < E) & (slot % S // BLOCK * BLOCK < live_slots)
-    tl.store(owner + slot // S * P + row, (slot % S).to(tl.int32), mask=counts & (row >= 0) & (row < P))
-
-
-@triton.jit
-def zero_unnamed(
-    part, slots, blocks, live_slots, owner, out,
-    S: tl.constexpr, BLOCK: tl.constexpr, E: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
-    # Writes zeros to those of ROWS rows of the result that no live slot names. Most rows cost two small reads and no
-    # write.
-    row = part * ROWS + tl.arange(0, ROWS)
-    slot = tl.load(owner + row, mask=row < P, other=-1)
-    known = (slot >= 0) & (slot < S)
-    named = known & (tl.load(slots + slot, mask=known, other=-1) == row) & (slot // BLOCK * BLOCK < live_slots)
-    expert = tl.load(blocks + slot // BLOCK, mask=named, other=-1)
-    zero = (row < P) & ((expert < 0) | (expert >= E))
-    if tl.max(zero.to(tl.int32), 0) > 0:
-        for start in range(0, N, COLS):
-            col = start + tl.arange(0, COLS)[None, :]
-            at = out + row[:, None].to(tl.int64) * N + col
-            tl.store(at, tl.zeros([ROWS, COLS], out.dtype.element_ty), mask=zero[:, None] & (col < N))
-
-
-@triton.jit
-def matrix_number(expert, layer, slice_id, E: tl.constexpr, LAYERS: tl.constexpr, SHARED: tl.constexpr):
-    # Which matrix of the array it is. LAYERS > 0: the array is a stack, and `layer` holds each slice's place in it.
-    number = expert
-    if LAYERS > 0:
-        number += tl.minimum(tl.maximum(tl.load(layer + slice_id), 0), LAYERS - 1).to(tl.int64) * E
-    if not SHARED:
-        number += slice_id * (E * LAYERS if LAYERS > 0 else E)
-    return number
+from .walk import INTERPRETED, activated, dot, matrix_number, tile_at, walk, zero_unnamed
 
 
 @triton.jit
@@ -117,11 +28,9 @@ def grouped(
     TM: tl.constexpr, TN: tl.constexpr, TK: tl.constexpr, ZERO_ROWS: tl.constexpr, ZERO_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     # Computes out[s] = lhs[s // TOP_K] @ rhs[e]. A program owns TM slots of a block by TN columns and walks along H, TK
-    # elements at a time; it gathers rows by the slots' values. GROUP row tiles go side by side through the column
-    # tiles, so that programs which run at the same time read few experts and few rows, and these stay in the L2 cache.
-    # SWAPPED: the product is computed transposed. With an ACTIVATION a program computes the gate's product and up's for
-    # its columns. The matrix is 2 N wide then, gate before up; or it is a PAIR, and up_rhs has up's. The last programs
-    # zero the rows that no slot names.
+    # elements at a time; it gathers rows by the slots' values. SWAPPED: the product is computed transposed. With an
+    # ACTIVATION a program computes the gate's product and up's for its columns. The matrix is 2 N wide then, gate
+    # before up; or it is a PAIR, and up_rhs has up's. The last programs zero the rows that no slot names.
     slice_id = tl.program_id(0).to(tl.int64) // PROGRAMS
     program = tl.program_id(0) % PROGRAMS
     slots, blocks = slots + slice_id * S, blocks + slice_id * (S // BLOCK)
@@ -134,20 +43,13 @@ def grouped(
             ZERO_ROWS, ZERO_COLUMNS,
         )  # fmt: skip
         return
-    first = program // (GROUP * columns) * GROUP
-    across = min(TILES - first, GROUP)
-    tile = first + program % (GROUP * columns) % across
-    block = tile // PARTS
-    if block * BLOCK >= live_slots:
+    expert, slot, named, column_tile = tile_at(
+        program, slots, blocks, live_slots, BLOCK, E, P, columns, PARTS, TILES, GROUP, TM
+    )
+    if expert < 0:
         return
-    expert = tl.load(blocks + block).to(tl.int64)
-    if (expert < 0) | (expert >= E):
-        return
-    in_block = tile % PARTS * TM + tl.arange(0, TM)
-    slot = tl.load(slots + block * BLOCK + in_block, mask=in_block < BLOCK, other=-1)
-    named = (slot >= 0) & (slot < P)
     row = tl.where(named, slot // TOP_K, 0).to(tl.int64) + (0 if SHARED_LHS else slice_id * M)
-    col = program % (GROUP * columns) // across * TN + tl.arange(0, TN)
+    col = column_tile * TN + tl.arange(0, TN)
     k = tl.arange(0, TK)
     rows = lhs + row[:, None] * H + k[None, :]
     width: tl.constexpr = 2 * N if ACTIVATION != "" and not PAIR else N
@@ -237,62 +139,31 @@ def _multipliers(dtype, precision):
     return tiles.products(jnp.dtype(dtype), precision, capability()).multipliers
 
 
-def named_by(slots, blocks, total, lead, num_experts, num_pairs, chosen):
-    """The slot that names each row: see `name_rows`."""
-    all_slots = math.prod(slots.shape)
-    (owner,) = launch(
-        name_rows,
-        *(slots, blocks, total),
-        out=[((*lead, num_pairs), jnp.int32)],
-        grid=triton.cdiv(all_slots, chosen.named),
-        num_warps=4,
-        S=slots.shape[-1],
-        BLOCK=slots.shape[-1] // blocks.shape[-1],
-        E=num_experts,
-        P=num_pairs,
-        TOTAL=all_slots,
-        TILE=chosen.named,
-    )
-    return owner
-
-
 def _product(lhs, read, tables, top_k, dtype, precision, transposed=False, row_weights=None, up=_NONE, activation=None):
     # `read` and `up` are (rhs, stack, layer).
     sources = [pair for where in (read, up) for pair in zip(where, (3, 4, 0), strict=True)]
     lead = lead_axes((lhs, 2), *sources, *zip(tables, (1, 1, 0), strict=True), (row_weights, 1))
-    slots, blocks, total = (whole(table, lead) for table in tables)
     lhs, shared_lhs = large(lhs, lead)
     rhs, shared_rhs, layer, layers = matrices(*read, lead)
     pair = up[0] is not None or up[1] is not None
     up_rhs, shared_up, up_layer, up_layers = matrices(*up, lead) if pair else (None, True, None, 0)
     num_rows, width = lhs.shape[-2:]
     columns = rhs.shape[-2 if transposed else -1] // (2 if activation and not pair else 1)
-    num_experts, num_pairs, block = rhs.shape[-3], num_rows * top_k, slots.shape[-1] // blocks.shape[-1]
     chosen = tiles.products(lhs.dtype, precision, capability())
-    tile = chosen.tile(block)
-    tile_columns = tile.columns // 2 if activation else tile.columns
-    parts = triton.cdiv(block, tile.rows)
-    row_tiles = blocks.shape[-1] * parts
-    programs = row_tiles * triton.cdiv(columns, tile_columns) + triton.cdiv(num_pairs, chosen.zero_rows)
+    tile = chosen.tile(tables[0].shape[-1] // tables[1].shape[-1])
+    if activation:
+        tile = dataclasses.replace(tile, columns=tile.columns // 2)
+    over = walk(tables, lead, chosen, tile, top_k=top_k, rows=num_rows, columns=columns, experts=rhs.shape[-3])
+    total = over.tables[2]
     return launch(
         grouped,
         lhs,
         *(total if x is None else x for x in (rhs, layer, up_rhs, up_layer)),  # a kernel's operand cannot be None
-        *(slots, blocks, total),
-        named_by(slots, blocks, total, lead, num_experts, num_pairs, chosen),
+        *over.tables,
+        over.owner,
         lhs if row_weights is None else whole(row_weights, lead),
-        out=[((*lead, num_pairs, columns), dtype)],
-        grid=math.prod(lead) * programs,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        M=num_rows,
+        out=[((*lead, num_rows * top_k, columns), dtype)],
         H=width,
-        N=columns,
-        E=num_experts,
-        S=slots.shape[-1],
-        P=num_pairs,
-        TOP_K=top_k,
-        BLOCK=block,
         ACTIVATION=activation or "",
         WEIGHTED=row_weights is not None,
         SHARED_LHS=shared_lhs,
@@ -304,15 +175,7 @@ def _product(lhs, read, tables, top_k, dtype, precision, transposed=False, row_w
         TRANSPOSED=transposed,
         SWAPPED=tile.rows < chosen.transposed_below,
         PRECISION=_input_precision(chosen),
-        PARTS=parts,
-        TILES=row_tiles,
-        PROGRAMS=programs,
-        GROUP=chosen.group,
-        TM=tile.rows,
-        TN=tile_columns,
-        TK=tile.step,
-        ZERO_ROWS=chosen.zero_rows,
-        ZERO_COLUMNS=chosen.zero_columns,
+        **over.constants,
     )
 
 

@@ -36,7 +36,7 @@ def interpreted(file: str) -> ModuleType:
     with _importing:
         module = importlib.import_module(f"{name}.{file}")
         _patch_language_once(f"{name}.triton")
-        _patch_bfloat16(f"{name}.triton")
+        _patch_conversions(f"{name}.triton")
     return module
 
 
@@ -70,7 +70,7 @@ def launch(
 
 
 def _poison(dtype: Any) -> float:
-    return -0x5A5A5A5B if np.dtype(dtype).kind == "i" else np.nan
+    return {"i": -0x5A5A5A5B, "u": 0x5A}.get(np.dtype(dtype).kind, np.nan)
 
 
 class _Tensor:
@@ -108,21 +108,21 @@ def _patch_language_once(triton: str) -> None:
     patch(types.SimpleNamespace(__globals__={"tl": language, "core": language.core}))
 
 
-def _patch_bfloat16(triton: str) -> None:
-    """Round float32 to the nearest bfloat16, as GPUs do.
+def _patch_conversions(triton: str) -> None:
+    """Round float32 to the nearest bfloat16 or fp8, as GPUs do.
 
-    Triton's interpreter cuts the last bits off, and converts subnormals wrongly.
+    Triton's interpreter cuts the last bits off or loses a carry, and converts subnormals wrongly.
     """
     interpreter = sys.modules[f"{triton}.runtime.interpreter"]
     convert = getattr(interpreter, "_convert_float", None)
     if convert is None or convert.__module__ == __name__:
         return  # another version of Triton, or patched before
+    kinds: dict[str, Any] = {"fp32": np.float32, "bf16": jnp.bfloat16, "fp8e4nv": jnp.float8_e4m3fn}
+    bits = {"fp32": np.float32, "bf16": np.uint16, "fp8e4nv": np.uint8}  # how the interpreter holds them
 
     def nearest(data: np.ndarray, given: Any, wanted: Any, *rounding: Any) -> np.ndarray:
-        if (given.name, wanted.name) == ("fp32", "bf16"):
-            return data.astype(jnp.bfloat16).view(np.uint16)
-        if (given.name, wanted.name) == ("bf16", "fp32"):
-            return data.view(jnp.bfloat16).astype(np.float32)
+        if {given.name, wanted.name} <= kinds.keys():
+            return data.view(kinds[given.name]).astype(kinds[wanted.name]).view(bits[wanted.name])
         return convert(data, given, wanted, *rounding)
 
     vars(interpreter).update(_convert_float=nearest)

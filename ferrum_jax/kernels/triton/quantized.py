@@ -4,56 +4,19 @@ Matrices are stored [N, H], so a tile of theirs is the left operand, and rows ar
 transposed.
 """
 
+import dataclasses
 import math
 
+import jax.numpy as jnp
 import triton
 import triton.language as tl
 
+from ...core.quantized import ACTIVATION_BLOCK, FORMATS, FP8_MAX
 from ..shapes import large, lead_axes, whole
 from . import tiles
-from .grouped import INTERPRETED, activated, dot, matrix_number, named_by, zero_unnamed
 from .launch import capability, launch
-
-
-@triton.jit
-def scale_of(s):
-    # A stored scale as float32: e8m0 by its bits, whose 0 is a subnormal.
-    if s.dtype == tl.uint8:
-        bits = tl.where(s == 0, 0x400000, tl.where(s == 255, 0x7FC00000, s.to(tl.int32) << 23))
-        return bits.to(tl.float32, bitcast=True)
-    return s.to(tl.float32)
-
-
-@triton.jit
-def minifloat(code, FORM: tl.constexpr):
-    # A float of few bits as float32: its exponent is moved to float32's place.
-    if FORM == "fp8":
-        magnitude, sign = (code & 0x7F) << 20, (code & 0x80) << 24
-    else:
-        magnitude, sign = (code & 7) << 22, (code & 8) << 28
-    if INTERPRETED:
-        # Where subnormals count as 0, the exponent gets float32's bias, with which exponent 0 has a hidden one and half
-        # its scale. Both are undone.
-        rebiased = magnitude + (120 << 23 if FORM == "fp8" else 126 << 23)
-        hidden = 2.0**-7 if FORM == "fp8" else 0.5
-        floats = rebiased.to(tl.float32, bitcast=True)
-        floats = tl.where(magnitude < (1 << 23), 2 * (floats - hidden), floats)
-        return tl.where(sign != 0, -floats, floats)
-    return (magnitude | sign).to(tl.float32, bitcast=True) * (2.0**120 if FORM == "fp8" else 2.0**126)
-
-
-@triton.jit
-def numbers(values, FORM: tl.constexpr, FP8: tl.constexpr):
-    # The stored numbers as float32, without zero points. FP8: the GPU converts fp8.
-    if FORM == "fp8":
-        if FP8:
-            return values.to(tl.float8e4nv, bitcast=True).to(tl.float16).to(tl.float32)
-        code = values.to(tl.int32)
-        return tl.where((code & 0x7F) == 0x7F, float("nan"), minifloat(code, FORM))
-    elif FORM == "mxfp4":
-        return minifloat(values.to(tl.int32), FORM)
-    else:
-        return values.to(tl.float32)
+from .numbers import bfloat16_scale, minus, one_by_one, packed, scale_of, times
+from .walk import INTERPRETED, activated, at_least, at_most, dot, matrix_number, tile_at, walk, zero_unnamed
 
 
 @triton.jit
@@ -74,51 +37,122 @@ def by_entry(grid, at_row, column, first, inside, COLUMNS: tl.constexpr, BLOCK: 
 
 
 @triton.jit
-def tile_of(
+def numbers_at(
+    values, row, first, rows_inside,
+    W: tl.constexpr, COLUMNS: tl.constexpr, FORM: tl.constexpr, BITS: tl.constexpr, ZEROS: tl.constexpr,
+    PACKED: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    # The numbers of rows `row` of a stored matrix and COLUMNS columns from `first` on.
+    word = first * BITS // 8 + tl.arange(0, COLUMNS * BITS // 8)
+    inside = rows_inside[:, None] & (word < W)[None, :]
+    loaded = tl.load(values + row[:, None].to(tl.int64) * W + word[None, :], mask=inside, other=0)
+    return packed(loaded, FORM, BITS, ZEROS, DTYPE) if PACKED else one_by_one(loaded, FORM, BITS, ZEROS)
+
+
+@triton.jit
+def entries_at(
     values, scales, zeros, row, first, rows_inside,
     W: tl.constexpr, H: tl.constexpr, C: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr, PER_PART: tl.constexpr,
     COLUMNS: tl.constexpr, BLOCK: tl.constexpr, FORM: tl.constexpr, BITS: tl.constexpr, ZEROS: tl.constexpr,
-    FP8: tl.constexpr,
+    PACKED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    # Rows `row` of a stored matrix and COLUMNS columns from `first` on, as float32; 0 outside.
-    column = first + tl.arange(0, COLUMNS)
-    if BITS == 4:
-        word = first // 2 + tl.arange(0, COLUMNS // 2)
-        inside = rows_inside[:, None] & (word < W)[None, :]
-        packed = tl.load(values + row[:, None].to(tl.int64) * W + word[None, :], mask=inside, other=0)
-        code = tl.interleave(packed & 15, packed >> 4)
-    else:
-        inside = rows_inside[:, None] & (column < W)[None, :]
-        code = tl.load(values + row[:, None].to(tl.int64) * W + column[None, :], mask=inside, other=0)
+    # What the numbers of `numbers_at` stand for, rounded once to DTYPE; 0 outside.
+    numbers = numbers_at(values, row, first, rows_inside, W, COLUMNS, FORM, BITS, ZEROS, PACKED, DTYPE)
     at_row = (row // PART * PER_PART + row % PART // ROWS) * C
-    scale = scale_of(by_entry(scales, at_row, column, first, rows_inside, COLUMNS, BLOCK, C))
-    floats = numbers(code, FORM, FP8)
-    if FORM == "int4" or FORM == "int8":
-        if ZEROS:
-            floats -= by_entry(zeros, at_row, column, first, rows_inside, COLUMNS, BLOCK, C).to(tl.float32)
+    column = first + tl.arange(0, COLUMNS)
+    scale = by_entry(scales, at_row, column, first, rows_inside, COLUMNS, BLOCK, C)
+    if ZEROS:
+        zero = by_entry(zeros, at_row, column, first, rows_inside, COLUMNS, BLOCK, C)
+        numbers = minus(numbers, zero.to(numbers.dtype), PACKED)
+    if PACKED and DTYPE == tl.bfloat16 and (scale.dtype == tl.uint8 or scale.dtype == tl.bfloat16):
+        entries = times(numbers, bfloat16_scale(scale))
+    else:
+        entries = (numbers.to(tl.float32) * scale_of(scale)).to(DTYPE)
+    if H % COLUMNS != 0:
+        # An entry outside has a scale that may be anything.
+        entries = tl.where(rows_inside[:, None] & (column < H)[None, :], entries, 0.0)
+    return entries
+
+
+@triton.jit
+def scales_at(
+    grid, first, inside, start,
+    H: tl.constexpr, C: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr, PER_PART: tl.constexpr,
+    COLUMNS: tl.constexpr, TN: tl.constexpr,
+):  # fmt: skip
+    # The grid's entry, of scales or zero points, of each of TN stored rows from `first` on, in columns of one block.
+    column = 0 if COLUMNS >= H else start // COLUMNS
+    if ROWS % TN == 0 and PART % TN == 0:
+        at_row = first // PART * PER_PART + first % PART // ROWS
+        loaded = tl.broadcast_to(tl.load(grid + at_row * C + column), [TN])
+    else:
+        row = first + tl.arange(0, TN)
+        at_row = row // PART * PER_PART + row % PART // ROWS
+        loaded = tl.load(grid + at_row * C + column, mask=inside, other=0)
+    return loaded
+
+
+@triton.jit
+def add_product(
+    sums, a, a_scale, values, scales, zeros, first, start, inside,
+    W: tl.constexpr, H: tl.constexpr, C: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr, PER_PART: tl.constexpr,
+    COLUMNS: tl.constexpr, FORM: tl.constexpr, BITS: tl.constexpr, ZEROS: tl.constexpr, PACKED: tl.constexpr,
+    BY_SUMS: tl.constexpr, ROUNDED: tl.constexpr, SWAPPED: tl.constexpr, PRECISION: tl.constexpr, TN: tl.constexpr,
+    TK: tl.constexpr,
+):  # fmt: skip
+    # Adds to sums the product of TN rows of a stored matrix from `first` on, from column `start` on, and the rows `a`.
+    row = first + tl.arange(0, TN)
+    if BY_SUMS:
+        # The entries of a stored row that are added up here share a scale, so their sum is scaled.
+        scale = scale_of(scales_at(scales, first, inside, start, H, C, PART, ROWS, PER_PART, COLUMNS, TN))
+        if ROUNDED:
+            word = start + tl.arange(0, TK)
+            at = fp8_at(values) + row[:, None].to(tl.int64) * W + word[None, :]
+            numbers = tl.load(at, mask=inside[:, None] & (word < W)[None, :], other=0.0)
         else:
-            floats -= 8.0 if FORM == "int4" else 128.0
-    # An entry outside has a scale that may be anything.
-    return tl.where(rows_inside[:, None] & (column < H)[None, :], floats * scale, 0.0)
+            numbers = numbers_at(values, row, start, inside, W, TK, FORM, BITS, ZEROS, PACKED, a.dtype)
+            if ZEROS:
+                zero = scales_at(zeros, first, inside, start, H, C, PART, ROWS, PER_PART, COLUMNS, TN)
+                numbers = minus(numbers, zero.to(numbers.dtype)[:, None], PACKED)
+            numbers = numbers.to(a.dtype)
+        none = tl.zeros_like(sums)
+        if SWAPPED:
+            product, scale = dot(numbers, a.T, none, PRECISION), scale[:, None]
+            scale = scale * a_scale[None, :] if ROUNDED else scale
+        else:
+            product, scale = dot(a, numbers.T, none, PRECISION), scale[None, :]
+            scale = scale * a_scale[:, None] if ROUNDED else scale
+        sums += product * scale
+    else:
+        entries = entries_at(values, scales, zeros, row, start, inside, W, H, C, PART, ROWS, PER_PART, TK, COLUMNS,
+                             FORM, BITS, ZEROS, PACKED, a.dtype)  # fmt: skip
+        sums = dot(entries, a.T, sums, PRECISION) if SWAPPED else dot(a, entries.T, sums, PRECISION)
+    return sums
+
+
+@triton.jit
+def fp8_at(place):
+    return place.to(tl.pointer_type(tl.float8e4nv), bitcast=True)
 
 
 @triton.jit
 def quantized(
-    lhs, values, scales, zeros, up_values, up_scales, up_zeros, layer, up_layer, slots, blocks, total, owner,
-    row_weights, out,
+    lhs, lhs_scales, values, scales, zeros, up_values, up_scales, up_zeros, layer, up_layer, slots, blocks, total,
+    owner, row_weights, out,
     M: tl.constexpr, H: tl.constexpr, N: tl.constexpr, STORED: tl.constexpr, W: tl.constexpr, B: tl.constexpr,
     C: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr, PER_PART: tl.constexpr, COLUMNS: tl.constexpr,
-    FORM: tl.constexpr, BITS: tl.constexpr, ZEROS: tl.constexpr, FP8: tl.constexpr, E: tl.constexpr,
-    S: tl.constexpr, P: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr, SHARED_LHS: tl.constexpr,
-    SHARED_RHS: tl.constexpr, SHARED_UP: tl.constexpr, LAYERS: tl.constexpr, UP_LAYERS: tl.constexpr,
-    PAIR: tl.constexpr, ACTIVATION: tl.constexpr, WEIGHTED: tl.constexpr, TRANSPOSED: tl.constexpr,
-    PRECISION: tl.constexpr, PARTS: tl.constexpr, TILES: tl.constexpr, PROGRAMS: tl.constexpr, GROUP: tl.constexpr,
-    TM: tl.constexpr, TN: tl.constexpr, TK: tl.constexpr, ZERO_ROWS: tl.constexpr, ZERO_COLUMNS: tl.constexpr,
+    FORM: tl.constexpr, BITS: tl.constexpr, ZEROS: tl.constexpr, PACKED: tl.constexpr, BY_SUMS: tl.constexpr,
+    ROUNDED: tl.constexpr, LHS_BLOCK: tl.constexpr, E: tl.constexpr, S: tl.constexpr, P: tl.constexpr,
+    TOP_K: tl.constexpr, BLOCK: tl.constexpr, SHARED_LHS: tl.constexpr, SHARED_RHS: tl.constexpr,
+    SHARED_UP: tl.constexpr, LAYERS: tl.constexpr, UP_LAYERS: tl.constexpr, PAIR: tl.constexpr,
+    ACTIVATION: tl.constexpr, WEIGHTED: tl.constexpr, TRANSPOSED: tl.constexpr, SWAPPED: tl.constexpr,
+    PRECISION: tl.constexpr, PARTS: tl.constexpr, TILES: tl.constexpr, PROGRAMS: tl.constexpr, GROUP: tl.constexpr, TM: tl.constexpr,
+    TN: tl.constexpr, TK: tl.constexpr, ZERO_ROWS: tl.constexpr, ZERO_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     # The walk is that of `grouped`. H is what is added up, and N are the columns of the result. A tile of the matrix
     # is [TN, TK], its rows the result's columns; TRANSPOSED, it is [TK, TN]. Of a stored matrix there are STORED rows
-    # of W bytes and B rows of C scales. PARTS of a block's slots are tiles; a PART of the stored rows has PER_PART rows
-    # of scales, each for ROWS stored rows, and a scale serves COLUMNS entries.
+    # of W bytes and B rows of C scales. A PART of the stored rows has PER_PART rows of scales, each for ROWS stored
+    # rows, and a scale serves COLUMNS entries. ROUNDED: lhs is fp8, and has a scale for each LHS_BLOCK entries.
     slice_id = tl.program_id(0).to(tl.int64) // PROGRAMS
     program = tl.program_id(0) % PROGRAMS
     slots, blocks = slots + slice_id * S, blocks + slice_id * (S // BLOCK)
@@ -131,56 +165,76 @@ def quantized(
             ZERO_ROWS, ZERO_COLUMNS,
         )  # fmt: skip
         return
-    first = program // (GROUP * columns) * GROUP
-    across = min(TILES - first, GROUP)
-    tile = first + program % (GROUP * columns) % across
-    block = tile // PARTS
-    if block * BLOCK >= live_slots:
+    expert, slot, named, column_tile = tile_at(
+        program, slots, blocks, live_slots, BLOCK, E, P, columns, PARTS, TILES, GROUP, TM
+    )
+    if expert < 0:
         return
-    expert = tl.load(blocks + block).to(tl.int64)
-    if (expert < 0) | (expert >= E):
-        return
-    in_block = tile % PARTS * TM + tl.arange(0, TM)
-    slot = tl.load(slots + block * BLOCK + in_block, mask=in_block < BLOCK, other=-1)
-    named = (slot >= 0) & (slot < P)
     row = tl.where(named, slot // TOP_K, 0).to(tl.int64) + (0 if SHARED_LHS else slice_id * M)
-    col = program % (GROUP * columns) // across * TN + tl.arange(0, TN)
+    col = column_tile * TN + tl.arange(0, TN)
     k = tl.arange(0, TK)
-    rows = lhs + row[:, None] * H + k[None, :]
+    rows = (fp8_at(lhs) if ROUNDED else lhs) + row[:, None] * H + k[None, :]
+    row_scales = lhs_scales + row * ((H + LHS_BLOCK - 1) // LHS_BLOCK)
     number = matrix_number(expert, layer, slice_id, E, LAYERS, SHARED_RHS)
     values, scales, zeros = values + number * STORED * W, scales + number * B * C, zeros + number * B * C
     if PAIR:
         number = matrix_number(expert, up_layer, slice_id, E, UP_LAYERS, SHARED_UP)
         up_values, up_scales = up_values + number * STORED * W, up_scales + number * B * C
         up_zeros += number * B * C
-    first_column = program % (GROUP * columns) // across * TN
-    sums = tl.zeros([TN, TM], tl.float32)
+    else:
+        up_values, up_scales, up_zeros = values, scales, zeros
+    first_column = column_tile * TN
+    up_column = first_column if PAIR else first_column + N
+    sums = tl.zeros([TN, TM], tl.float32) if SWAPPED else tl.zeros([TM, TN], tl.float32)
     up = sums
     for start in range(0, H, TK):
         a = tl.load(rows + start, mask=named[:, None] & (k < H - start)[None, :], other=0.0)
+        a_scale = a
+        if ROUNDED:
+            a_scale = tl.load(row_scales + start // LHS_BLOCK, mask=named, other=0.0)
         if TRANSPOSED:
-            b = tile_of(values, scales, zeros, start + k, first_column, k < H - start, W, N, C, PART, ROWS, PER_PART,
-                        TN, COLUMNS, FORM, BITS, ZEROS, FP8)  # fmt: skip
-            sums = dot(b.to(a.dtype).T, a.T, sums, PRECISION)
+            b = entries_at(values, scales, zeros, start + k, first_column, k < H - start, W, N, C, PART, ROWS,
+                           PER_PART, TN, COLUMNS, FORM, BITS, ZEROS, PACKED, a.dtype)  # fmt: skip
+            sums = dot(b.T, a.T, sums, PRECISION) if SWAPPED else dot(a, b, sums, PRECISION)
         else:
-            b = tile_of(values, scales, zeros, col, start, col < N, W, H, C, PART, ROWS, PER_PART,
-                        TK, COLUMNS, FORM, BITS, ZEROS, FP8)  # fmt: skip
-            sums = dot(b.to(a.dtype), a.T, sums, PRECISION)
+            sums = add_product(
+                sums, a, a_scale, values, scales, zeros, first_column, start, col < N, W, H, C, PART, ROWS, PER_PART, COLUMNS,
+                FORM, BITS, ZEROS, PACKED, BY_SUMS, ROUNDED, SWAPPED, PRECISION, TN, TK,
+            )  # fmt: skip
         if ACTIVATION != "":
-            if PAIR:
-                b = tile_of(up_values, up_scales, up_zeros, col, start, col < N, W, H, C, PART, ROWS, PER_PART,
-                            TK, COLUMNS, FORM, BITS, ZEROS, FP8)  # fmt: skip
-            else:
-                b = tile_of(values, scales, zeros, col + N, start, col < N, W, H, C, PART, ROWS, PER_PART,
-                            TK, COLUMNS, FORM, BITS, ZEROS, FP8)  # fmt: skip
-            up = dot(b.to(a.dtype), a.T, up, PRECISION)
+            up = add_product(
+                up, a, a_scale, up_values, up_scales, up_zeros, up_column, start, col < N, W, H, C, PART, ROWS, PER_PART,
+                COLUMNS, FORM, BITS, ZEROS, PACKED, BY_SUMS, ROUNDED, SWAPPED, PRECISION, TN, TK,
+            )  # fmt: skip
     if ACTIVATION != "":
         sums = activated(sums, up, ACTIVATION)
-    sums = sums.T
+    if SWAPPED:
+        sums = sums.T
     if WEIGHTED:
         sums *= tl.load(row_weights + slice_id * P + slot, mask=named, other=0.0)[:, None]
     tl.store(out + slot[:, None].to(tl.int64) * N + col[None, :], sums.to(out.dtype.element_ty),
              mask=named[:, None] & (col < N)[None, :])  # fmt: skip
+
+
+@triton.jit
+def round_rows(
+    x, values, scales, ROWS: tl.constexpr, H: tl.constexpr, LHS_BLOCK: tl.constexpr, MOST: tl.constexpr,
+    TM: tl.constexpr,
+):  # fmt: skip
+    # Rounds TM rows to fp8, LHS_BLOCK entries to a scale, as `core.quantized.rounded_rows` does. MOST: the largest fp8.
+    blocks: tl.constexpr = (H + LHS_BLOCK - 1) // LHS_BLOCK
+    row = (tl.program_id(0) // blocks).to(tl.int64) * TM + tl.arange(0, TM)
+    block = tl.program_id(0) % blocks
+    col = block * LHS_BLOCK + tl.arange(0, LHS_BLOCK)
+    inside = (row < ROWS)[:, None] & (col < H)[None, :]
+    place = row[:, None] * H + col[None, :]
+    floats = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    # Without the sign, the largest bits are those of the largest number, or of NaN.
+    largest = tl.max(floats.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1).to(tl.float32, bitcast=True)
+    scale = tl.where(largest == 0, 1.0, at_least(largest * (1 / MOST), 2.0**-126))
+    rounded = at_most(at_least(floats * tl.div_rn(1.0, scale)[:, None], -MOST), MOST)
+    tl.store(values + place, rounded.to(tl.float8e4nv).to(tl.uint8, bitcast=True), mask=inside)
+    tl.store(scales + row * blocks + block, scale, mask=row < ROWS)
 
 
 # ---- wrappers
@@ -195,42 +249,42 @@ def _stack(read, lead):
 
 
 def _product(
-    rows, tables, read, *, top_k, dtype, format, block, parts, precision, transposed=False, row_weights=None,
-    up=(None, None, None, None), activation=None,
+    rows, tables, read, *, top_k, dtype, format, block, parts, precision, activations=None, transposed=False,
+    row_weights=None, up=(None, None, None, None), activation=None,
 ):  # fmt: skip
     # `read` and `up` are (values, scales, zeros, layer) of a stack.
     arrays = [(x, rank) for where in (read, up) for x, rank in zip(where, (4, 4, 4, 0), strict=True)]
     lead = lead_axes((rows, 2), *arrays, *zip(tables, (1, 1, 0), strict=True), (row_weights, 1))
-    slots, blocks, total = (whole(table, lead) for table in tables)
     rows, shared_rows = large(rows, lead)
     values, scales, zeros, shared = _stack(read, lead)
     pair = up[0] is not None
     up_values, up_scales, up_zeros, shared_up = _stack(up, lead) if pair else (values, scales, zeros, shared)
     layer = whole(read[3], lead)
     up_layer = whole(up[3], lead) if pair else layer
-    bits = 8 if format in ("fp8", "int8") else 4
+    bits = FORMATS[format].bits
     layers, num_experts, stored, words = values.shape[-4:]
     entries, per_row = words * 8 // bits, scales.shape[-1]
     width, columns = (stored, entries) if transposed else (entries, stored // (2 if activation and not pair else 1))
-    num_rows, num_pairs, size = rows.shape[-2], rows.shape[-2] * top_k, slots.shape[-1] // blocks.shape[-1]
+    num_rows, part = rows.shape[-2], stored // parts
+    of_scale = _columns(block[1], entries)
     chosen = tiles.products(rows.dtype, precision, capability())
-    tile = tiles.quantized(rows.dtype.itemsize, size)
-    row_parts = triton.cdiv(size, tile.rows)
-    row_tiles = blocks.shape[-1] * row_parts
-    programs = row_tiles * triton.cdiv(columns, tile.columns) + triton.cdiv(num_pairs, chosen.zero_rows)
-    part = stored // parts
+    tile = tiles.quantized(1 if activations else rows.dtype.itemsize, tables[0].shape[-1] // tables[1].shape[-1])
+    if activations:  # so that a step has one scale
+        tile = dataclasses.replace(tile, step=min(tile.step, _step(block[1], entries)))
+    if activation:
+        tile = dataclasses.replace(tile, columns=min(tile.columns, tiles.ACTIVATED))
+    by_sums = not transposed and of_scale % tile.step == 0 and tile.scaled_sums
+    over = walk(tables, lead, chosen, tile, top_k=top_k, rows=num_rows, columns=columns, experts=num_experts)
+    row_scales = rows
+    if activations:
+        rows, row_scales = _rounded(rows)
     return launch(
         quantized,
-        *(rows, values, scales, zeros, up_values, up_scales, up_zeros, layer, up_layer, slots, blocks, total),
-        named_by(slots, blocks, total, lead, num_experts, num_pairs, chosen),
+        *(rows, row_scales, values, scales, zeros, up_values, up_scales, up_zeros, layer, up_layer, *over.tables),
+        over.owner,
         rows if row_weights is None else whole(row_weights, lead),
-        out=[((*lead, num_pairs, columns), dtype)],
-        grid=math.prod(lead) * programs,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        M=num_rows,
+        out=[((*lead, num_rows * top_k, columns), dtype)],
         H=width,
-        N=columns,
         STORED=stored,
         W=words,
         B=scales.shape[-2],
@@ -238,16 +292,14 @@ def _product(
         PART=part,
         ROWS=min(block[0] or part, part) or 1,
         PER_PART=scales.shape[-2] // parts,
-        COLUMNS=_columns(block[1], entries),
+        COLUMNS=of_scale,
         FORM=format,
         BITS=bits,
         ZEROS=read[2] is not None,
-        FP8=format == "fp8" and capability() >= 89 and not INTERPRETED.value,
-        E=num_experts,
-        S=slots.shape[-1],
-        P=num_pairs,
-        TOP_K=top_k,
-        BLOCK=size,
+        PACKED=rows.dtype.itemsize == 2 and capability() >= (89 if format == "fp8" else 80) and not INTERPRETED.value,
+        BY_SUMS=by_sums,
+        ROUNDED=bool(activations),
+        LHS_BLOCK=ACTIVATION_BLOCK,
         SHARED_LHS=shared_rows,
         SHARED_RHS=shared,
         SHARED_UP=shared_up,
@@ -257,16 +309,28 @@ def _product(
         ACTIVATION=activation or "",
         WEIGHTED=row_weights is not None,
         TRANSPOSED=transposed,
+        SWAPPED=not activations or tile.rows < chosen.transposed_below,
         PRECISION="ieee",
-        PARTS=row_parts,
-        TILES=row_tiles,
-        PROGRAMS=programs,
-        GROUP=chosen.group,
-        TM=tile.rows,
-        TN=tile.columns,
-        TK=tile.step,
-        ZERO_ROWS=chosen.zero_rows,
-        ZERO_COLUMNS=chosen.zero_columns,
+        **over.constants,
+    )
+
+
+def _rounded(rows):
+    """Rows [..., H] as fp8 numbers, in bytes, and their scales [..., blocks]."""
+    *lead, width = rows.shape
+    count, blocks = math.prod(lead), triton.cdiv(width, ACTIVATION_BLOCK)
+    together = tiles.rounded(count)
+    return launch(
+        round_rows,
+        rows,
+        out=[(rows.shape, jnp.uint8), ((*lead, blocks), jnp.float32)],
+        grid=triton.cdiv(count, together) * blocks,
+        num_warps=together // 4 or 1,
+        ROWS=count,
+        H=width,
+        LHS_BLOCK=ACTIVATION_BLOCK,
+        MOST=float(FP8_MAX),
+        TM=together,
     )
 
 
@@ -276,20 +340,32 @@ def _columns(block, entries):
 
 
 def refuse(call):
-    if call.params["activations"]:
-        return "its kernel does not round rows to fp8"
+    if not call.params.get("activations"):
+        return None
+    if call.op == "quantized_matmul_transposed":
+        return "its kernel of the transposed product does not round rows to fp8"
+    if call.capability < 89 and not INTERPRETED.value:
+        return f"products of fp8 rows need compute capability 8.9 or newer; the target's is {call.capability / 10}"
+    _, columns = call.params["block"]
+    if _step(columns, call.sizes["W"]) < 32:
+        return f"products of fp8 rows need blocks of a multiple of 32 entries along H; they have {columns}"
     return None
 
 
-def quantized_matmul(rows, slots, blocks, total, *read, packed_rows, activations, **settings):
+def _step(columns, entries):
+    """The largest step along H in which each row of a matrix has one scale, and so has each fp8 row."""
+    return math.gcd(ACTIVATION_BLOCK, _columns(columns, entries))
+
+
+def quantized_matmul(rows, slots, blocks, total, *read, packed_rows, **settings):
     return _product(rows, (slots, blocks, total), read, **settings)
 
 
-def quantized_matmul_transposed(rows, slots, blocks, total, *read, packed_rows, activations, **settings):
+def quantized_matmul_transposed(rows, slots, blocks, total, *read, packed_rows, **settings):
     return _product(rows, (slots, blocks, total), read, transposed=True, **settings)
 
 
-def quantized_matmul_activated(rows, slots, blocks, total, *others, packed_rows, activations, **settings):
+def quantized_matmul_activated(rows, slots, blocks, total, *others, packed_rows, **settings):
     *read, row_weights, up_values, up_scales, up_zeros, up_layer = others
     up = up_values, up_scales, up_zeros, up_layer
     return _product(rows, (slots, blocks, total), read, row_weights=row_weights, up=up, **settings)

@@ -126,23 +126,44 @@ def products(dtype: Any, precision: str, capability: int) -> Products:
     return next(row for row in rows if capability in row.architectures)
 
 
+@dataclasses.dataclass(frozen=True)
+class QuantizedTile(Tile):
+    """scaled_sums: where the entries of a step share a scale, their sum is scaled, not each of them."""
+
+    scaled_sums: bool = True
+
+
 # With quantised matrices much of the time goes into turning numbers into floats. A tile has few columns, so that each
-# thread has few numbers at a time. The tiles of 16 bits were timed on a Hopper GPU.
+# thread has few numbers at a time. By the bytes of a row's entry; the tiles of 1 and 2 were timed on a Hopper GPU.
 QUANTIZED = {
-    2: (
-        Tile(16, 64, 128, warps=4, stages=3),
-        Tile(32, 64, 128, warps=4, stages=3),
-        Tile(64, 64, 64, warps=4, stages=3),
-        Tile(128, 64, 64, warps=4, stages=3),
+    1: (
+        QuantizedTile(16, 64, 128, warps=4, stages=4),
+        QuantizedTile(32, 64, 128, warps=4, stages=4),
+        QuantizedTile(64, 64, 128, warps=4, stages=4),
+        QuantizedTile(128, 128, 128, warps=8, stages=3),
     ),
-    4: (Tile(16, 64, 32, warps=4, stages=2),),
+    2: (
+        QuantizedTile(16, 64, 128, warps=4, stages=3),
+        QuantizedTile(32, 64, 128, warps=4, stages=3),
+        QuantizedTile(64, 64, 64, warps=4, stages=3),
+        QuantizedTile(128, 64, 64, warps=4, stages=3, scaled_sums=False),
+    ),
+    4: (QuantizedTile(16, 64, 32, warps=4, stages=2),),
 }
 
 
-def quantized(itemsize: int, block: int) -> Tile:
+ACTIVATED = 64  # columns, at most, of a program that computes gate and up
+
+
+def quantized(itemsize: int, block: int) -> QuantizedTile:
     """The tile of a product with quantised matrices, for rows of so many bytes an entry and blocks of so many slots."""
     by_block = QUANTIZED[itemsize]
     return next((tile for tile in by_block if tile.rows >= block), by_block[-1])
+
+
+def rounded(rows: int) -> int:
+    """How many of so many rows a program rounds to fp8."""
+    return 1 if rows < 1024 else 16
 
 
 # ---- combine and its family
