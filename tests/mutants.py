@@ -132,16 +132,37 @@ MUTANTS = (
     Mutant(
         "the kernel takes the scales of gate for up",
         "kernels/triton/quantized.py",
-        "b = tile_of(values, scales, zeros, col + N, start,",
-        "b = tile_of(values + N * W, scales, zeros, col, start,",
+        "up_column = first_column if PAIR else first_column + N",
+        "up_column = first_column",
         "test_quantized_kernels.py::test_epilogues_pairs_and_layers[triton-interpreted-int4 zeros-one]",
     ),
     Mutant(
         "the kernel leaves out zero points",
         "kernels/triton/quantized.py",
-        "        if ZEROS:",
-        "        if False:",
+        "            numbers = minus(numbers, zero.to(numbers.dtype), PACKED)",
+        "            numbers = minus(numbers, 0 * zero.to(numbers.dtype), PACKED)",
         "test_quantized_kernels.py::test_products_and_their_gradients[triton-interpreted-int4 zeros-bfloat16]",
+    ),
+    Mutant(
+        "the kernel takes the first scale of a row of fp8 for all",
+        "kernels/triton/quantized.py",
+        "row_scales + start // LHS_BLOCK",
+        "row_scales",
+        "test_quantized_kernels.py::test_products_of_fp8_rows[triton-interpreted-block0-bfloat16]",
+    ),
+    Mutant(
+        "the kernel leaves out the scales of fp8 rows",
+        "kernels/triton/quantized.py",
+        "scale = scale * a_scale[None, :] if ROUNDED else scale",
+        "scale = scale",
+        "test_quantized_kernels.py::test_products_of_fp8_rows[triton-interpreted-block0-bfloat16]",
+    ),
+    Mutant(
+        "the kernel rounds rows to fp8 at twice their size",
+        "kernels/triton/operands.py",
+        "rounded = at_most(at_least(floats * tl.div_rn(1.0, scale)[:, None], -MOST), MOST)",
+        "rounded = floats * tl.div_rn(1.0, scale)[:, None] * 2",
+        "test_quantized_kernels.py::test_products_of_fp8_rows[triton-interpreted-block0-bfloat16]",
     ),
     # ---- sums in 16 bits. Some are written out, since jnp.sum and XLA's products add 16-bit values in float32
     Mutant(
@@ -502,7 +523,7 @@ MUTANTS = (
     ),
     Mutant(
         "Triton's product leaves rows that no slot names unwritten",
-        "kernels/triton/grouped.py",
+        "kernels/triton/walk.py",
         "if tl.max(zero.to(tl.int32), 0) > 0:",
         "if tl.max(zero.to(tl.int32), 0) > 1:",
         values(f"grouped_matmul-float32-{WIDE}", INTERPRETED),

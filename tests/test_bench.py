@@ -14,7 +14,7 @@ from ferrum_jax import __main__ as program
 from ferrum_jax import bench
 from ferrum_jax.bench import cases, report, timing
 
-TINY = cases.Shape("mixtral", 6, 8, 2, 4, 3, jnp.float32)
+TINY = cases.Shape("mixtral", 6, 8, 2, 32, 32, jnp.float32)
 ROW = {
     *("op", "model", "T", "E", "K", "H", "F", "dtype", "block_size", "bytes", "flops", "floor_us"),
     *("way", "ours", "us", "launches", "method", "error", "lowering_seconds"),
@@ -30,7 +30,7 @@ def tiny(monkeypatch):
         jax.block_until_ready(call())
         return [1e-3]
 
-    monkeypatch.setattr(cases, "CPU_WIDTHS", (4, 3))
+    monkeypatch.setattr(cases, "CPU_WIDTHS", (32, 32))
     monkeypatch.setattr(cases, "STEPS", 2)
     monkeypatch.setattr(timing, "_clock", clock)
     monkeypatch.setattr(timing, "peaks", lambda: PEAK)

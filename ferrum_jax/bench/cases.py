@@ -16,7 +16,7 @@ from jax import lax
 import ferrum_jax
 
 from ..ops.table_sizes import usual_block_size
-from . import today
+from . import quantized, today
 
 Function = Callable[..., Any]
 
@@ -394,6 +394,7 @@ WORKLOADS: Mapping[str, Workload] = {
         bytes=lambda s: (4 * s.T * s.H + (s.used + s.E) * 3 * s.H * s.F) * s.item,
         flops=lambda s: 6 * s.P * 3 * s.H * s.F,
     ),
+    **quantized.workloads(_LAYER),
     "plan_step": _PLAN_STEP,
     "decode_step": _DECODE_STEP,
 }

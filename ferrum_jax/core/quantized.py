@@ -15,11 +15,10 @@ import numpy as np
 from jax import export, lax
 from jax.sharding import AxisType, PartitionSpec
 
+from ..kernels.shapes import ACTIVATION_BLOCK, FP8_MAX
 from .settings import ROW_DTYPES, as_int, one_of
 from .sharding import in_auto_mesh
 
-FP8_MAX = 448  # the largest number of float8_e4m3fn
-ACTIVATION_BLOCK = 128  # the entries of a row that share a scale, where rows are rounded to fp8
 _SMALLEST = 2.0**-126  # the smallest float32 that XLA does not take for 0
 _BFLOAT16 = jnp.dtype("bfloat16")
 
@@ -236,7 +235,8 @@ def rounded_rows(x: jax.Array) -> jax.Array:
     blocks = x.reshape(*x.shape[:-1], -1, ACTIVATION_BLOCK)
     amax = jnp.max(jnp.abs(blocks), axis=-1, keepdims=True)
     scales = jnp.where(amax == 0, 1, jnp.maximum(amax * jnp.float32(1 / FP8_MAX), _SMALLEST))
-    rounded = to_fp8(blocks * (1 / scales)).astype(jnp.float32) * scales
+    # Without the barrier, XLA for a GPU takes the conversion and the one back for nothing.
+    rounded = lax.optimization_barrier(to_fp8(blocks * (1 / scales))).astype(jnp.float32) * scales
     return rounded.reshape(x.shape)[..., :width]
 
 

@@ -6,6 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+FP8_MAX = 448  # the largest number of float8_e4m3fn
+ACTIVATION_BLOCK = 128  # the entries of a row that share a scale, where rows are rounded to fp8
+
 
 def lead_axes(*operands: tuple[Any, int]) -> tuple[int, ...]:
     """The broadcast leading axes of operands, each given with its number of trailing axes; None has no axes."""

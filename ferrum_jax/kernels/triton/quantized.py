@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from ...core.quantized import ACTIVATION_BLOCK, FORMATS, FP8_MAX
-from ..shapes import large, lead_axes, whole
+from ..shapes import ACTIVATION_BLOCK, large, lead_axes, whole
 from . import tiles
 from .launch import capability, launch
-from .numbers import bfloat16_scale, minus, one_by_one, packed, scale_of, times
-from .walk import INTERPRETED, activated, at_least, at_most, dot, matrix_number, tile_at, walk, zero_unnamed
+from .numbers import bfloat16_scale, by_words, minus, one_by_one, packed, scale_of, times
+from .operands import rounded, shuffled
+from .walk import INTERPRETED, activated, dot, matrix_number, tile_at, walk, zero_unnamed
 
 
 @triton.jit
@@ -37,16 +37,32 @@ def by_entry(grid, at_row, column, first, inside, COLUMNS: tl.constexpr, BLOCK: 
 
 
 @triton.jit
+def loaded_at(values, row, first, rows_inside, W: tl.constexpr, COUNT: tl.constexpr):
+    # COUNT elements from `first` on of rows of W elements.
+    column = first + tl.arange(0, COUNT)
+    inside = rows_inside[:, None] & (column < W)[None, :]
+    return tl.load(values + row[:, None].to(tl.int64) * W + column[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
 def numbers_at(
     values, row, first, rows_inside,
     W: tl.constexpr, COLUMNS: tl.constexpr, FORM: tl.constexpr, BITS: tl.constexpr, ZEROS: tl.constexpr,
-    PACKED: tl.constexpr, DTYPE: tl.constexpr,
+    PACKED: tl.constexpr, SHUFFLED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     # The numbers of rows `row` of a stored matrix and COLUMNS columns from `first` on.
-    word = first * BITS // 8 + tl.arange(0, COLUMNS * BITS // 8)
-    inside = rows_inside[:, None] & (word < W)[None, :]
-    loaded = tl.load(values + row[:, None].to(tl.int64) * W + word[None, :], mask=inside, other=0)
-    return packed(loaded, FORM, BITS, ZEROS, DTYPE) if PACKED else one_by_one(loaded, FORM, BITS, ZEROS)
+    if SHUFFLED:
+        loaded = loaded_at(words_of(values), row, first * BITS // 32, rows_inside, W // 4, COLUMNS * BITS // 32)
+        numbers = by_words(loaded, loaded, FORM, BITS, ZEROS, DTYPE, False)
+    else:
+        loaded = loaded_at(values, row, first * BITS // 8, rows_inside, W, COLUMNS * BITS // 8)
+        numbers = packed(loaded, FORM, BITS, ZEROS, DTYPE) if PACKED else one_by_one(loaded, FORM, BITS, ZEROS)
+    return numbers
+
+
+@triton.jit
+def words_of(place):
+    return place.to(tl.pointer_type(tl.int32), bitcast=True)
 
 
 @triton.jit
@@ -54,22 +70,32 @@ def entries_at(
     values, scales, zeros, row, first, rows_inside,
     W: tl.constexpr, H: tl.constexpr, C: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr, PER_PART: tl.constexpr,
     COLUMNS: tl.constexpr, BLOCK: tl.constexpr, FORM: tl.constexpr, BITS: tl.constexpr, ZEROS: tl.constexpr,
-    PACKED: tl.constexpr, DTYPE: tl.constexpr,
+    PACKED: tl.constexpr, SHUFFLED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     # What the numbers of `numbers_at` stand for, rounded once to DTYPE; 0 outside.
-    numbers = numbers_at(values, row, first, rows_inside, W, COLUMNS, FORM, BITS, ZEROS, PACKED, DTYPE)
     at_row = (row // PART * PER_PART + row % PART // ROWS) * C
     column = first + tl.arange(0, COLUMNS)
-    scale = by_entry(scales, at_row, column, first, rows_inside, COLUMNS, BLOCK, C)
-    if ZEROS:
-        zero = by_entry(zeros, at_row, column, first, rows_inside, COLUMNS, BLOCK, C)
-        numbers = minus(numbers, zero.to(numbers.dtype), PACKED)
-    if PACKED and DTYPE == tl.bfloat16 and (scale.dtype == tl.uint8 or scale.dtype == tl.bfloat16):
-        entries = times(numbers, bfloat16_scale(scale))
+    scale_type: tl.constexpr = scales.dtype.element_ty
+    by_pairs: tl.constexpr = PACKED and tl.bfloat16 == DTYPE and (scale_type == tl.uint8 or scale_type == tl.bfloat16)
+    if SHUFFLED and by_pairs and not ZEROS:
+        each: tl.constexpr = 32 // BITS
+        word = first // each
+        words = word + tl.arange(0, COLUMNS // each)
+        loaded = loaded_at(words_of(values), row, word, rows_inside, W // 4, COLUMNS // each)
+        scale = by_entry(scales, at_row, words, word, rows_inside, COLUMNS // each, BLOCK // each, C)
+        entries = by_words(loaded, bfloat16_scale(scale), FORM, BITS, ZEROS, DTYPE, True)
     else:
-        entries = (numbers.to(tl.float32) * scale_of(scale)).to(DTYPE)
-    if H % COLUMNS != 0:
-        # An entry outside has a scale that may be anything.
+        numbers = numbers_at(values, row, first, rows_inside, W, COLUMNS, FORM, BITS, ZEROS, PACKED, SHUFFLED, DTYPE)
+        scale = by_entry(scales, at_row, column, first, rows_inside, COLUMNS, BLOCK, C)
+        if ZEROS:
+            zero = by_entry(zeros, at_row, column, first, rows_inside, COLUMNS, BLOCK, C)
+            numbers = minus(numbers, zero.to(numbers.dtype), PACKED)
+        if by_pairs:
+            entries = times(numbers, bfloat16_scale(scale))
+        else:
+            entries = (numbers.to(tl.float32) * scale_of(scale)).to(DTYPE)
+    if H % COLUMNS != 0 and H % BLOCK != 0:
+        # The last block is short, and its scale may be anything.
         entries = tl.where(rows_inside[:, None] & (column < H)[None, :], entries, 0.0)
     return entries
 
@@ -93,12 +119,19 @@ def scales_at(
 
 
 @triton.jit
+def itself(x):
+    # Hides from the compiler that a product starts at 0. It would add to `sums` in the tensor cores, and then it waits
+    # for each of their instructions, because one operand is in registers.
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def add_product(
     sums, a, a_scale, values, scales, zeros, first, start, inside,
     W: tl.constexpr, H: tl.constexpr, C: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr, PER_PART: tl.constexpr,
     COLUMNS: tl.constexpr, FORM: tl.constexpr, BITS: tl.constexpr, ZEROS: tl.constexpr, PACKED: tl.constexpr,
-    BY_SUMS: tl.constexpr, ROUNDED: tl.constexpr, SWAPPED: tl.constexpr, PRECISION: tl.constexpr, TN: tl.constexpr,
-    TK: tl.constexpr,
+    SHUFFLED: tl.constexpr, BY_SUMS: tl.constexpr, ROUNDED: tl.constexpr, SWAPPED: tl.constexpr,
+    PRECISION: tl.constexpr, TN: tl.constexpr, TK: tl.constexpr,
 ):  # fmt: skip
     # Adds to sums the product of TN rows of a stored matrix from `first` on, from column `start` on, and the rows `a`.
     row = first + tl.arange(0, TN)
@@ -106,11 +139,9 @@ def add_product(
         # The entries of a stored row that are added up here share a scale, so their sum is scaled.
         scale = scale_of(scales_at(scales, first, inside, start, H, C, PART, ROWS, PER_PART, COLUMNS, TN))
         if ROUNDED:
-            word = start + tl.arange(0, TK)
-            at = fp8_at(values) + row[:, None].to(tl.int64) * W + word[None, :]
-            numbers = tl.load(at, mask=inside[:, None] & (word < W)[None, :], other=0.0)
+            numbers = loaded_at(fp8_at(values), row, start, inside, W, TK)
         else:
-            numbers = numbers_at(values, row, start, inside, W, TK, FORM, BITS, ZEROS, PACKED, a.dtype)
+            numbers = numbers_at(values, row, start, inside, W, TK, FORM, BITS, ZEROS, PACKED, SHUFFLED, a.dtype)
             if ZEROS:
                 zero = scales_at(zeros, first, inside, start, H, C, PART, ROWS, PER_PART, COLUMNS, TN)
                 numbers = minus(numbers, zero.to(numbers.dtype)[:, None], PACKED)
@@ -125,8 +156,14 @@ def add_product(
         sums += product * scale
     else:
         entries = entries_at(values, scales, zeros, row, start, inside, W, H, C, PART, ROWS, PER_PART, TK, COLUMNS,
-                             FORM, BITS, ZEROS, PACKED, a.dtype)  # fmt: skip
-        sums = dot(entries, a.T, sums, PRECISION) if SWAPPED else dot(a, entries.T, sums, PRECISION)
+                             FORM, BITS, ZEROS, PACKED, SHUFFLED, a.dtype)  # fmt: skip
+        if SWAPPED:
+            if SHUFFLED and a.shape[0] <= 64:
+                sums = sums + itself(dot(entries, a.T, tl.zeros_like(sums), PRECISION))
+            else:
+                sums = dot(entries, a.T, sums, PRECISION)
+        else:
+            sums = dot(a, entries.T, sums, PRECISION)
     return sums
 
 
@@ -141,13 +178,13 @@ def quantized(
     owner, row_weights, out,
     M: tl.constexpr, H: tl.constexpr, N: tl.constexpr, STORED: tl.constexpr, W: tl.constexpr, B: tl.constexpr,
     C: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr, PER_PART: tl.constexpr, COLUMNS: tl.constexpr,
-    FORM: tl.constexpr, BITS: tl.constexpr, ZEROS: tl.constexpr, PACKED: tl.constexpr, BY_SUMS: tl.constexpr,
-    ROUNDED: tl.constexpr, LHS_BLOCK: tl.constexpr, E: tl.constexpr, S: tl.constexpr, P: tl.constexpr,
-    TOP_K: tl.constexpr, BLOCK: tl.constexpr, SHARED_LHS: tl.constexpr, SHARED_RHS: tl.constexpr,
+    FORM: tl.constexpr, BITS: tl.constexpr, ZEROS: tl.constexpr, PACKED: tl.constexpr, SHUFFLED: tl.constexpr,
+    BY_SUMS: tl.constexpr, ROUNDED: tl.constexpr, LHS_BLOCK: tl.constexpr, E: tl.constexpr, S: tl.constexpr,
+    P: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr, SHARED_LHS: tl.constexpr, SHARED_RHS: tl.constexpr,
     SHARED_UP: tl.constexpr, LAYERS: tl.constexpr, UP_LAYERS: tl.constexpr, PAIR: tl.constexpr,
     ACTIVATION: tl.constexpr, WEIGHTED: tl.constexpr, TRANSPOSED: tl.constexpr, SWAPPED: tl.constexpr,
-    PRECISION: tl.constexpr, PARTS: tl.constexpr, TILES: tl.constexpr, PROGRAMS: tl.constexpr, GROUP: tl.constexpr, TM: tl.constexpr,
-    TN: tl.constexpr, TK: tl.constexpr, ZERO_ROWS: tl.constexpr, ZERO_COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr, PARTS: tl.constexpr, TILES: tl.constexpr, PROGRAMS: tl.constexpr, GROUP: tl.constexpr,
+    TM: tl.constexpr, TN: tl.constexpr, TK: tl.constexpr, ZERO_ROWS: tl.constexpr, ZERO_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     # The walk is that of `grouped`. H is what is added up, and N are the columns of the result. A tile of the matrix
     # is [TN, TK], its rows the result's columns; TRANSPOSED, it is [TK, TN]. Of a stored matrix there are STORED rows
@@ -194,17 +231,17 @@ def quantized(
             a_scale = tl.load(row_scales + start // LHS_BLOCK, mask=named, other=0.0)
         if TRANSPOSED:
             b = entries_at(values, scales, zeros, start + k, first_column, k < H - start, W, N, C, PART, ROWS,
-                           PER_PART, TN, COLUMNS, FORM, BITS, ZEROS, PACKED, a.dtype)  # fmt: skip
+                           PER_PART, TN, COLUMNS, FORM, BITS, ZEROS, PACKED, SHUFFLED, a.dtype)  # fmt: skip
             sums = dot(b.T, a.T, sums, PRECISION) if SWAPPED else dot(a, b, sums, PRECISION)
         else:
             sums = add_product(
-                sums, a, a_scale, values, scales, zeros, first_column, start, col < N, W, H, C, PART, ROWS, PER_PART, COLUMNS,
-                FORM, BITS, ZEROS, PACKED, BY_SUMS, ROUNDED, SWAPPED, PRECISION, TN, TK,
+                sums, a, a_scale, values, scales, zeros, first_column, start, col < N, W, H, C, PART, ROWS, PER_PART,
+                COLUMNS, FORM, BITS, ZEROS, PACKED, SHUFFLED, BY_SUMS, ROUNDED, SWAPPED, PRECISION, TN, TK,
             )  # fmt: skip
         if ACTIVATION != "":
             up = add_product(
-                up, a, a_scale, up_values, up_scales, up_zeros, up_column, start, col < N, W, H, C, PART, ROWS, PER_PART,
-                COLUMNS, FORM, BITS, ZEROS, PACKED, BY_SUMS, ROUNDED, SWAPPED, PRECISION, TN, TK,
+                up, a, a_scale, up_values, up_scales, up_zeros, up_column, start, col < N, W, H, C, PART, ROWS,
+                PER_PART, COLUMNS, FORM, BITS, ZEROS, PACKED, SHUFFLED, BY_SUMS, ROUNDED, SWAPPED, PRECISION, TN, TK,
             )  # fmt: skip
     if ACTIVATION != "":
         sums = activated(sums, up, ACTIVATION)
@@ -214,27 +251,6 @@ def quantized(
         sums *= tl.load(row_weights + slice_id * P + slot, mask=named, other=0.0)[:, None]
     tl.store(out + slot[:, None].to(tl.int64) * N + col[None, :], sums.to(out.dtype.element_ty),
              mask=named[:, None] & (col < N)[None, :])  # fmt: skip
-
-
-@triton.jit
-def round_rows(
-    x, values, scales, ROWS: tl.constexpr, H: tl.constexpr, LHS_BLOCK: tl.constexpr, MOST: tl.constexpr,
-    TM: tl.constexpr,
-):  # fmt: skip
-    # Rounds TM rows to fp8, LHS_BLOCK entries to a scale, as `core.quantized.rounded_rows` does. MOST: the largest fp8.
-    blocks: tl.constexpr = (H + LHS_BLOCK - 1) // LHS_BLOCK
-    row = (tl.program_id(0) // blocks).to(tl.int64) * TM + tl.arange(0, TM)
-    block = tl.program_id(0) % blocks
-    col = block * LHS_BLOCK + tl.arange(0, LHS_BLOCK)
-    inside = (row < ROWS)[:, None] & (col < H)[None, :]
-    place = row[:, None] * H + col[None, :]
-    floats = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
-    # Without the sign, the largest bits are those of the largest number, or of NaN.
-    largest = tl.max(floats.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1).to(tl.float32, bitcast=True)
-    scale = tl.where(largest == 0, 1.0, at_least(largest * (1 / MOST), 2.0**-126))
-    rounded = at_most(at_least(floats * tl.div_rn(1.0, scale)[:, None], -MOST), MOST)
-    tl.store(values + place, rounded.to(tl.float8e4nv).to(tl.uint8, bitcast=True), mask=inside)
-    tl.store(scales + row * blocks + block, scale, mask=row < ROWS)
 
 
 # ---- wrappers
@@ -261,23 +277,30 @@ def _product(
     up_values, up_scales, up_zeros, shared_up = _stack(up, lead) if pair else (values, scales, zeros, shared)
     layer = whole(read[3], lead)
     up_layer = whole(up[3], lead) if pair else layer
-    bits = FORMATS[format].bits
+    bits = 8 if format in ("fp8", "int8") else 4
     layers, num_experts, stored, words = values.shape[-4:]
     entries, per_row = words * 8 // bits, scales.shape[-1]
     width, columns = (stored, entries) if transposed else (entries, stored // (2 if activation and not pair else 1))
     num_rows, part = rows.shape[-2], stored // parts
     of_scale = _columns(block[1], entries)
     chosen = tiles.products(rows.dtype, precision, capability())
-    tile = tiles.quantized(1 if activations else rows.dtype.itemsize, tables[0].shape[-1] // tables[1].shape[-1])
+    kind = "fp8" if activations else "32 bits" if rows.dtype.itemsize == 4 else "16 bits"
+    tile = tiles.quantized(kind, format, tables[0].shape[-1] // tables[1].shape[-1], transposed)
     if activations:  # so that a step has one scale
         tile = dataclasses.replace(tile, step=min(tile.step, _step(block[1], entries)))
     if activation:
         tile = dataclasses.replace(tile, columns=min(tile.columns, tiles.ACTIVATED))
     by_sums = not transposed and of_scale % tile.step == 0 and tile.scaled_sums
     over = walk(tables, lead, chosen, tile, top_k=top_k, rows=num_rows, columns=columns, experts=num_experts)
+    by_pairs = rows.dtype.itemsize == 2 and capability() >= (89 if format == "fp8" else 80) and not INTERPRETED.value
+    # Numbers change places among those of one scale, or words of MXFP4 are scaled before.
+    in_place = of_scale % tile.step == 0 or (format == "mxfp4" and rows.dtype == jnp.bfloat16)
+    shuffles = by_pairs and not activations and tile.swapped and not transposed and width % 64 == 0 and in_place
     row_scales = rows
     if activations:
-        rows, row_scales = _rounded(rows)
+        rows, row_scales = rounded(rows)
+    elif shuffles:
+        rows = shuffled(rows, bits)
     return launch(
         quantized,
         *(rows, row_scales, values, scales, zeros, up_values, up_scales, up_zeros, layer, up_layer, *over.tables),
@@ -296,7 +319,8 @@ def _product(
         FORM=format,
         BITS=bits,
         ZEROS=read[2] is not None,
-        PACKED=rows.dtype.itemsize == 2 and capability() >= (89 if format == "fp8" else 80) and not INTERPRETED.value,
+        PACKED=by_pairs and not activations,
+        SHUFFLED=shuffles,
         BY_SUMS=by_sums,
         ROUNDED=bool(activations),
         LHS_BLOCK=ACTIVATION_BLOCK,
@@ -309,28 +333,9 @@ def _product(
         ACTIVATION=activation or "",
         WEIGHTED=row_weights is not None,
         TRANSPOSED=transposed,
-        SWAPPED=not activations or tile.rows < chosen.transposed_below,
+        SWAPPED=tile.swapped,
         PRECISION="ieee",
         **over.constants,
-    )
-
-
-def _rounded(rows):
-    """Rows [..., H] as fp8 numbers, in bytes, and their scales [..., blocks]."""
-    *lead, width = rows.shape
-    count, blocks = math.prod(lead), triton.cdiv(width, ACTIVATION_BLOCK)
-    together = tiles.rounded(count)
-    return launch(
-        round_rows,
-        rows,
-        out=[(rows.shape, jnp.uint8), ((*lead, blocks), jnp.float32)],
-        grid=triton.cdiv(count, together) * blocks,
-        num_warps=together // 4 or 1,
-        ROWS=count,
-        H=width,
-        LHS_BLOCK=ACTIVATION_BLOCK,
-        MOST=float(FP8_MAX),
-        TM=together,
     )
 
 

@@ -5,7 +5,7 @@ for one that nobody has tried. To tune the kernels for a GPU, add a row with its
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from ..targets import Architectures
@@ -128,37 +128,55 @@ def products(dtype: Any, precision: str, capability: int) -> Products:
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedTile(Tile):
-    """scaled_sums: where the entries of a step share a scale, their sum is scaled, not each of them."""
+    """A tile of a product with quantised matrices.
 
+    swapped: the product is computed transposed, with the matrix as the operand that comes from registers.
+    scaled_sums: where the entries of a step share a scale, their sum is scaled, not each of them.
+    """
+
+    swapped: bool = True
     scaled_sums: bool = True
 
 
-# With quantised matrices much of the time goes into turning numbers into floats. A tile has few columns, so that each
-# thread has few numbers at a time. By the bytes of a row's entry; the tiles of 1 and 2 were timed on a Hopper GPU.
-QUANTIZED = {
-    1: (
+# By the dtype of rows, and for some formats. Numbers that become floats cost registers, so that tiles have few columns
+# then. The tiles of fp8 and of 16 bits were timed on a Hopper GPU.
+QUANTIZED: Mapping[str, tuple[QuantizedTile, ...]] = {
+    "fp8": (
         QuantizedTile(16, 64, 128, warps=4, stages=4),
         QuantizedTile(32, 64, 128, warps=4, stages=4),
-        QuantizedTile(64, 64, 128, warps=4, stages=4),
-        QuantizedTile(128, 128, 128, warps=8, stages=3),
+        QuantizedTile(64, 128, 128, warps=4, stages=4, swapped=False),
+        QuantizedTile(128, 128, 128, warps=8, stages=4, swapped=False),
     ),
-    2: (
+    "16 bits": (
+        QuantizedTile(16, 64, 128, warps=4, stages=3),
+        QuantizedTile(32, 64, 128, warps=4, stages=3),
+        QuantizedTile(64, 128, 128, warps=4, stages=3),
+        QuantizedTile(128, 64, 64, warps=4, stages=3, scaled_sums=False),
+    ),
+    "16 bits, int8": (
         QuantizedTile(16, 64, 128, warps=4, stages=3),
         QuantizedTile(32, 64, 128, warps=4, stages=3),
         QuantizedTile(64, 64, 64, warps=4, stages=3),
         QuantizedTile(128, 64, 64, warps=4, stages=3, scaled_sums=False),
     ),
-    4: (QuantizedTile(16, 64, 32, warps=4, stages=2),),
+    "16 bits, mxfp4": (
+        QuantizedTile(16, 64, 128, warps=4, stages=3),
+        QuantizedTile(32, 64, 128, warps=4, stages=3),
+        QuantizedTile(64, 128, 64, warps=4, stages=3, swapped=False),
+        QuantizedTile(128, 64, 64, warps=4, stages=3),
+    ),
+    "32 bits": (QuantizedTile(16, 64, 32, warps=4, stages=2),),
 }
+ACTIVATED = 64  # columns of a program that computes gate and up, at most
+SHUFFLED = 1024  # entries of rows in a program that shuffles them
 
 
-ACTIVATED = 64  # columns, at most, of a program that computes gate and up
-
-
-def quantized(itemsize: int, block: int) -> QuantizedTile:
-    """The tile of a product with quantised matrices, for rows of so many bytes an entry and blocks of so many slots."""
-    by_block = QUANTIZED[itemsize]
-    return next((tile for tile in by_block if tile.rows >= block), by_block[-1])
+def quantized(rows: str, form: str, block: int, transposed: bool) -> QuantizedTile:
+    """The tile of a product of rows of this kind with matrices of this format, for blocks of so many slots."""
+    by_block = QUANTIZED.get(f"{rows}, {form}", QUANTIZED[rows])
+    tile = next((tile for tile in by_block if tile.rows >= block), by_block[-1])
+    # The transposed product scales every entry, for which it needs registers.
+    return dataclasses.replace(tile, columns=64, step=min(tile.step, 64)) if transposed else tile
 
 
 def rounded(rows: int) -> int:

@@ -110,7 +110,7 @@ def tile_at(
     expert = tl.load(blocks + block, mask=block * BLOCK < live_slots, other=-1)
     expert = tl.where((expert >= 0) & (expert < E), expert, -1).to(tl.int64)
     in_block = tile % PARTS * TM + tl.arange(0, TM)
-    slot = tl.load(slots + block * BLOCK + in_block, mask=(in_block < BLOCK) & (expert >= 0), other=-1)
+    slot = tl.load(slots + block * BLOCK + in_block, mask=in_block < BLOCK, other=-1)
     return expert, slot, (slot >= 0) & (slot < P), program % (GROUP * COLUMNS) // across
 
 
