@@ -231,9 +231,9 @@ LAYOUTS = {  # the axes' kinds; the shardings of lhs, rhs and sizes; and the col
 
 MIXED = ("one axis", "the sum divided too", "beside an Auto axis", "groups", "rows and columns")
 USUAL = {
-    *((name, "plain") for name in (*MIXED, "groups and the sum")),
-    *(("the sum divided too", form) for form in ("transposed", "of a stack")),
-    *(("groups and columns", form) for form in ("transposed", "of a stack")),
+    *((name, "plain") for name in MIXED),
+    ("the sum divided too", "transposed"),
+    ("groups and columns", "of a stack"),
 }
 
 
