@@ -1,7 +1,8 @@
 """Grouped products with quantised matrices: numbers become floats in registers, on their way to the tensor cores.
 
-Matrices are stored [N, H], so a tile of theirs is the left operand, and rows are the right one: the product is computed
-transposed.
+Matrices are stored [N, H]. With few rows the product is computed transposed: a tile of a matrix is the left operand,
+which tensor cores take from registers, where its numbers become floats. fp8 rows are multiplied by fp8 numbers as they
+are.
 """
 
 import dataclasses

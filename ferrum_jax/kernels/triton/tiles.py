@@ -139,7 +139,7 @@ class QuantizedTile(Tile):
 
 
 # By the dtype of rows, and for some formats. Numbers that become floats cost registers, so that tiles have few columns
-# then. The tiles of fp8 and of 16 bits were timed on a Hopper GPU.
+# then. The tiles of fp8 and of 16 bits were timed on a Hopper GPU, but not those of int8.
 QUANTIZED: Mapping[str, tuple[QuantizedTile, ...]] = {
     "fp8": (
         QuantizedTile(16, 64, 128, warps=4, stages=4),
